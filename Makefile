@@ -1,0 +1,51 @@
+# Every command a developer or an operator needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL := /bin/bash
+
+.PHONY: help setup demo up test check format bench bench-spine chaos lock
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Create .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml client/pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch goes first and by its exact version, so that pip takes a local CPU wheel where there is one.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e client -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup ## Run the main job end to end on the embedded servers, then stop everything
+	$(BIN)/python -m examples.demo.run
+
+up: setup ## Run the whole stack in the foreground
+	$(BIN)/lamplighter up
+
+test: setup ## Run every test that needs no GPU and no Docker
+	$(BIN)/python -m pytest tests -q -m 'not gpu'
+
+check: setup ## Format, lint, types, import contracts, function length, migrations
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_functions.py services shared client migrations/env.py examples
+
+format: setup ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+bench: bench-spine ## Every benchmark; tables in build/bench/
+
+bench-spine: setup ## The rows of the spine: throughput, upload, engine share, embeddings, cache
+	$(BIN)/python -m tests.benchmarks.bench_spine
+
+chaos: setup ## The long fault runs; table in build/bench/chaos.json
+	$(BIN)/python -m tests.chaos.run --long
+
+lock: ## Write requirements.lock from what .venv holds
+	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(-e|pip|setuptools)' > requirements.lock

@@ -1,0 +1,56 @@
+"""The gateway's wiring."""
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from services.gateway import errors
+from services.gateway.dependencies import Parts
+from services.gateway.middleware import BodyLimit, RequestId
+from services.gateway.routes import admin, batches, files, health, jobs, models
+from shared.db.session import connect_engine
+from shared.logging import configure_logging
+from shared.queueing.wake import connect_redis
+from shared.settings import Settings, load_settings
+from shared.store import Store
+
+POOL_SIZE = 16
+WAKE_SECONDS = 0.25
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application; connections are made when the first request needs them."""
+    app = FastAPI(title="Lamplighter", version="0.1.0", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.parts = Parts(
+        settings=settings,
+        engine=connect_engine(settings, pool_size=POOL_SIZE),
+        store=Store(settings.store_url),
+        redis=connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=WAKE_SECONDS),
+    )
+    errors.install(app)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestId)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)
+    for module in (health, files, batches, jobs, models, admin):
+        app.include_router(module.router)
+    return app
+
+
+def main() -> None:
+    settings = load_settings()
+    configure_logging("gateway", settings.log_level)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        loop="uvloop",
+        http="httptools",
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What routes ask for: the process's parts, and who is calling. Every route but health names a scope."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import orjson
+import redis
+from fastapi import Depends, Header, Request
+from pydantic import BaseModel
+from sqlalchemy import Connection, Engine
+from starlette.responses import JSONResponse
+
+from shared.db import idempotency, tenants
+from shared.db.session import tenant_transaction
+from shared.db.tenants import Caller
+from shared.domain.errors import AuthenticationFailed, InvalidRequest, PermissionDenied
+from shared.queueing.wake import wake_dispatcher
+from shared.settings import Settings
+from shared.store import Store
+
+MAX_KEY_CHARACTERS = 255
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the wiring made; one of each a process."""
+
+    settings: Settings
+    engine: Engine
+    store: Store
+    redis: "redis.Redis"
+
+    @contextmanager
+    def transaction(self, caller: Caller) -> Iterator[Connection]:
+        """Open a transaction that sees what the caller may see."""
+        with tenant_transaction(self.engine, caller.tenant_id, is_admin=caller.is_admin) as connection:
+            yield connection
+
+    @contextmanager
+    def own_transaction(self, caller: Caller) -> Iterator[Connection]:
+        """Open a transaction that sees the caller's own tenant only, an admin's too."""
+        with tenant_transaction(self.engine, caller.tenant_id) as connection:
+            yield connection
+
+    def wake(self) -> None:
+        """Tell the scheduler that there is something to do; best effort, half a second at most."""
+        wake_dispatcher(self.redis)
+
+
+def get_parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+PartsDependency = Annotated[Parts, Depends(get_parts)]
+
+
+def require(scope: str) -> Callable[..., Caller]:
+    """Return a dependency that lets in callers whose key has `scope`."""
+
+    def authenticated(parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise AuthenticationFailed
+        with parts.engine.begin() as connection:
+            caller = tenants.authenticate(connection, key.strip())
+        if not caller.may(scope):
+            raise PermissionDenied(f"This needs a key with the scope '{scope}'.")
+        return caller
+
+    return authenticated
+
+
+Reader = Annotated[Caller, Depends(require("read"))]
+Writer = Annotated[Caller, Depends(require("write"))]
+Submitter = Annotated[Caller, Depends(require("submit"))]
+Admin = Annotated[Caller, Depends(require("admin"))]
+
+
+def idempotency_key(idempotency_key: Annotated[str | None, Header()] = None) -> str | None:
+    """Return the request's Idempotency-Key; raises InvalidRequest for one that is empty or too long."""
+    if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_KEY_CHARACTERS:
+        message = f"Idempotency-Key must have 1 to {MAX_KEY_CHARACTERS} characters."
+        raise InvalidRequest(message, param="Idempotency-Key", code="invalid_value")
+    return idempotency_key
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
+
+
+def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
+    """Return what identifies a request: equal for equal bodies, however they were written down."""
+    content = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
+    return hashlib.sha256(orjson.dumps([operation, content], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def answer_once(
+    parts: Parts, caller: Caller, key: str | None, digest: str, make: Callable[[Connection], dict[str, Any]]
+) -> JSONResponse:
+    """Do what `make` does and answer with what it returns, in one transaction; a key's second request gets the first
+    answer again. Raises IdempotencyMismatch, Conflict."""
+    with parts.own_transaction(caller) as connection:
+        if key is not None:
+            first = idempotency.begin(connection, caller.tenant_id, key, digest)
+            if first is not None:
+                return JSONResponse(first.body, first.status, {"Idempotent-Replay": "true"})
+        body = make(connection)
+        if key is not None:
+            idempotency.complete(connection, caller.tenant_id, key, digest, 200, body)
+    return JSONResponse(body)

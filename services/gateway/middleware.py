@@ -1,0 +1,63 @@
+"""What every request passes: a request id, and a limit on its body before anything reads it."""
+
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.gateway.errors import error_response
+from services.gateway.streaming import MAX_FILE_BYTES
+from shared.domain.errors import BodyTooLarge
+
+MAX_JSON_BYTES = 2**20
+MULTIPART_MARGIN_BYTES = 2**20
+
+
+class RequestId:
+    """Gives every answer an `x-request-id`, which OpenAI's SDKs show in their errors."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{uuid4().hex}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses a body that says it is too large before reading it, and one that is, as soon as it shows."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_upload = scope["path"] == "/v1/files"
+        limit = MAX_FILE_BYTES + MULTIPART_MARGIN_BYTES if is_upload else MAX_JSON_BYTES
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > limit:
+            await error_response(BodyTooLarge(f"The body is larger than {limit} bytes."))(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > limit:
+                    raise BodyTooLarge(f"The body is larger than {limit} bytes.")
+            return message
+
+        await self._app(scope, receive_limited, send)

@@ -1,0 +1,73 @@
+"""Tenants, API keys and workers."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from services.gateway.dependencies import Admin, PartsDependency, Reader
+from services.gateway.schemas import KeyCreate, TenantCreate, list_page
+from shared.db import tenants, workers
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/tenants")
+def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        tenants.create_tenant(connection, body.id, body.name or body.id)
+    return {"id": body.id, "object": "tenant", "name": body.name or body.id}
+
+
+@router.get("/tenants")
+def list_tenants(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        rows = tenants.list_tenants(connection)
+    return list_page([{"object": "tenant", "id": row.pop("tenant_id"), **row} for row in rows], has_more=False)
+
+
+@router.post("/keys")
+def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    tenant_id = body.tenant or caller.tenant_id
+    with parts.transaction(caller) as connection:
+        key_id, key = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
+    # The only time that the key itself is shown.
+    return {"id": key_id, "object": "api_key", "key": key, "tenant": tenant_id, "scopes": body.scopes}
+
+
+@router.get("/keys")
+def list_keys(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        rows = tenants.list_keys(connection)
+    data = [{"object": "api_key", "id": row.pop("key_id"), "tenant": row.pop("tenant_id"), **row} for row in rows]
+    return list_page(data, has_more=False)
+
+
+@router.delete("/keys/{key_id}")
+def revoke_key(key_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        tenants.revoke_key(connection, key_id)
+    return {"id": key_id, "object": "api_key", "deleted": True}
+
+
+@router.get("/workers")
+def list_workers(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        rows = workers.listing(connection)
+    data = [
+        {
+            "id": str(row["worker_id"]),
+            "object": "worker",
+            "name": row["name"],
+            "host": row["host"],
+            "device": row["device"],
+            "state": row["state"],
+            "models": row["models"],
+            "memory": {"used_bytes": row["stats"].get("cache_bytes", 0), "budget_bytes": None},
+            "tokens_per_second": None,
+            "batch_occupancy": row["stats"].get("in_flight", 0),
+            "model_loads": row["stats"].get("model_loads", 0),
+            "stale_writes": row["stats"].get("stale_writes", 0),
+        }
+        for row in rows
+    ]
+    return list_page(data, has_more=False)

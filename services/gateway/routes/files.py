@@ -1,0 +1,145 @@
+"""`/v1/files`: uploads by stream, downloads by stream; outputs are rendered from result rows."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+from uuid import UUID, uuid4
+
+from fastapi import APIRouter, Query, Request
+from sqlalchemy import text
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, Reader, Writer, answer_once, body_digest
+from services.gateway.schemas import FILE_PURPOSES, file_object, list_page
+from services.gateway.streaming import FileIngest, Upload, expires_after_seconds, receive_upload
+from shared.db import files, results
+from shared.db.files import FileView
+from shared.db.tenants import Caller
+from shared.domain.errors import InvalidRequest, NotFound
+from shared.domain.job import parse_file_id, public_file_id
+from shared.store import file_path, index_path
+
+router = APIRouter(prefix="/v1/files")
+
+BATCH_FILE_SECONDS = 30 * 86_400
+
+
+@router.post("")
+async def upload_file(request: Request, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    file_id = uuid4()
+    ingest = FileIngest(parts.store.writer(file_path(caller.tenant_id, file_id)))
+    try:
+        upload = await receive_upload(request, ingest)
+        return await run_in_threadpool(_keep, parts, caller, key, file_id, upload, ingest)
+    except BaseException:
+        await run_in_threadpool(ingest.writer.abort)
+        raise
+
+
+def _keep(
+    parts: Parts, caller: Caller, key: str | None, file_id: UUID, upload: Upload, ingest: FileIngest
+) -> JSONResponse:
+    """Make the content durable, then write the row: a file that is listed can be read."""
+    purpose = upload.fields.get("purpose")
+    if purpose not in FILE_PURPOSES:
+        message = f"purpose must be one of {', '.join(FILE_PURPOSES)}."
+        code = "missing_required_parameter" if purpose is None else "invalid_value"
+        raise InvalidRequest(message, param="purpose", code=code)
+    is_batch = purpose == "batch"
+    default_seconds = BATCH_FILE_SECONDS if is_batch else None
+    columns: dict[str, Any] = {
+        "tenant_id": caller.tenant_id,
+        "file_id": file_id,
+        "purpose": purpose,
+        "filename": upload.filename or "upload",
+        "bytes": ingest.bytes,
+        "sha256": ingest.sha256,
+        "store_path": file_path(caller.tenant_id, file_id),
+        "index_path": None,
+        "lines": None,
+        "validation": None,
+        "expires_after_seconds": expires_after_seconds(upload.fields, default_seconds),
+    }
+    ingest.writer.commit()
+    if is_batch:
+        assert ingest.lines is not None
+        ingest.lines.finish()
+        columns["validation"] = ingest.lines.checker.summary()
+        columns["lines"] = ingest.lines.checker.lines
+        columns["index_path"] = index_path(caller.tenant_id, file_id)
+        index = parts.store.writer(columns["index_path"])
+        index.write(ingest.index())
+        index.commit()
+    digest = body_digest("upload", {"sha256": ingest.sha256, "purpose": purpose, "filename": columns["filename"]})
+    answer = answer_once(parts, caller, key, digest, lambda connection: file_object(files.add(connection, **columns)))
+    if "Idempotent-Replay" in answer.headers:  # the first upload's content stays; this copy has no row
+        for path in (columns["store_path"], columns["index_path"]):
+            if path is not None:
+                parts.store.remove(path)
+    return answer
+
+
+@router.get("")
+def list_files(
+    parts: PartsDependency,
+    caller: Reader,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> dict[str, Any]:
+    with parts.own_transaction(caller) as connection:
+        found = files.page(
+            connection,
+            tenant_id=caller.tenant_id,
+            limit=limit + 1,
+            after=parse_file_id(after) if after else None,
+            purpose=purpose,
+            newest_first=order == "desc",
+        )
+    return list_page([file_object(file) for file in found[:limit]], has_more=len(found) > limit)
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    with parts.own_transaction(caller) as connection:
+        return file_object(files.get(connection, parse_file_id(file_id)))
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    with parts.own_transaction(caller) as connection:
+        file = files.delete(connection, parse_file_id(file_id))
+    return {"id": public_file_id(file.file_id), "object": "file", "deleted": True}
+
+
+@router.get("/{file_id}/content")
+def download_file(file_id: str, parts: PartsDependency, caller: Reader) -> Response:
+    with parts.own_transaction(caller) as connection:
+        file = files.get(connection, parse_file_id(file_id))
+    if file.rendered_job_id is not None:
+        content = _render(parts, caller, file)
+    elif file.store_path is not None:
+        content = parts.store.read(file.store_path)
+    else:
+        raise NotFound("This file's content is gone.", param="id")
+    headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(content, media_type="application/octet-stream", headers=headers)
+
+
+def _render(parts: Parts, caller: Caller, file: FileView) -> Iterator[bytes]:
+    """Yield a job's output or error file a page of rows at a time; each page is a short transaction of its own."""
+    assert file.rendered_job_id is not None
+    with parts.own_transaction(caller) as connection:
+        row = connection.execute(_RENDERED_JOB, {"job_id": file.rendered_job_id}).one()
+    is_error_file = row.error_file_id == file.file_id
+    after: int | None = -1
+    while after is not None:
+        with parts.own_transaction(caller) as connection:
+            content, after = results.render_page(
+                connection, row.created_on, file.rendered_job_id, failed=is_error_file, after=after
+            )
+        yield content
+
+
+_RENDERED_JOB = text("SELECT created_on, error_file_id FROM job WHERE job_id = :job_id")

@@ -1,0 +1,197 @@
+"""`/v1/jobs`: jobs of every kind, with progress and the reason for waiting (contracts.md)."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+from uuid import UUID
+
+import orjson
+from fastapi import APIRouter, Header, Query, Request
+from sqlalchemy import Connection
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from services.gateway.dependencies import Parts, PartsDependency, Reader, Writer
+from services.gateway.schemas import JobPatch, job_object, list_page, unix
+from shared.db import events, jobs
+from shared.db.jobs import JobView
+from shared.db.tenants import Caller
+from shared.domain.errors import InvalidRequest
+from shared.domain.job import JobKind, JobState, parse_job_id
+
+router = APIRouter(prefix="/v1/jobs")
+
+EVENT_POLL_SECONDS = 0.5
+KEEP_ALIVE_POLLS = 30
+EVENT_PAGE = 200
+
+
+@router.get("")
+def list_jobs(
+    parts: PartsDependency,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+    kind: JobKind | None = None,
+    status: JobState | None = None,
+    tenant: str | None = None,
+    idempotency_key: str | None = None,
+) -> dict[str, Any]:
+    # An admin who names no tenant sees all; everybody else sees their own, whatever they name.
+    tenant_id = tenant if caller.is_admin else caller.tenant_id
+    with parts.transaction(caller) as connection:
+        found = jobs.page(
+            connection,
+            limit=limit + 1,
+            after=parse_job_id(after) if after else None,
+            kind=kind,
+            states=[status] if status else None,
+            idempotency_key=idempotency_key,
+            tenant_id=tenant_id,
+        )
+        data = [job_object(job, _waiting(connection, job)) for job in found[:limit]]
+    return list_page(data, has_more=len(found) > limit)
+
+
+@router.get("/{job_id}")
+def retrieve_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        job = jobs.get(connection, parse_job_id(job_id))
+        return job_object(job, _waiting(connection, job))
+
+
+def _waiting(connection: Connection, job: JobView) -> dict[str, Any] | None:
+    """Return why a job waits; None when it does not."""
+    if job.state is JobState.PAUSED:
+        return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
+    if job.state is not JobState.QUEUED:
+        return None
+    place = jobs.queue_place(connection, job.job_id)
+    detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
+    return {"reason": "capacity", "detail": detail, "place": place, "until": None}
+
+
+@router.patch("/{job_id}")
+def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    return _change(parts, caller, job_id, lambda c, j: jobs.set_priority(c, j, body.priority))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    return _change(parts, caller, job_id, jobs.cancel)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    return _change(parts, caller, job_id, jobs.pause)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    return _change(parts, caller, job_id, jobs.resume)
+
+
+def _change(
+    parts: Parts, caller: Caller, job_id: str, change: Callable[[Connection, UUID], JobView]
+) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        job = change(connection, parse_job_id(job_id))
+        answer = job_object(job, _waiting(connection, job))
+    parts.wake()
+    return answer
+
+
+@router.get("/{job_id}/attempts")
+def list_attempts(
+    job_id: str,
+    parts: PartsDependency,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: str | None = None,
+) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        job = jobs.get(connection, parse_job_id(job_id))
+        rows = jobs.attempts(connection, job.job_id, after=_cursor(after), limit=limit + 1)
+    data = [
+        {"id": str(row.pop("attempt_id")), "slice": row.pop("slice_id"), **row} for row in rows[:limit]
+    ]
+    return list_page(data, has_more=len(rows) > limit)
+
+
+def _cursor(after: str | None) -> int:
+    if after is None:
+        return 0
+    if not (after.isascii() and after.isdigit() and len(after) < 19):
+        raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
+    return int(after)
+
+
+@router.get("/{job_id}/events")
+async def job_events(
+    job_id: str,
+    request: Request,
+    parts: PartsDependency,
+    caller: Reader,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+    limit: Annotated[int, Query(ge=1, le=EVENT_PAGE)] = 20,
+    after: str | None = None,
+) -> Response:
+    row_id = parse_job_id(job_id)
+    start = _cursor(last_event_id or after)
+    if "text/event-stream" in accept:
+        await run_in_threadpool(_read_events, parts, caller, row_id, start, 1)  # an unknown job is a 404, not a stream
+        stream = _event_stream(request, parts, caller, row_id, start)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    found, _ = await run_in_threadpool(_read_events, parts, caller, row_id, start, limit + 1)
+    return JSONResponse(list_page(found[:limit], has_more=len(found) > limit))
+
+
+def _read_events(
+    parts: Parts, caller: Caller, job_id: UUID, after: int, limit: int
+) -> tuple[list[dict[str, Any]], JobView]:
+    with parts.transaction(caller) as connection:
+        job = jobs.get(connection, job_id)
+        rows = events.page(connection, job_id, after=after, limit=limit)
+    found = [
+        {
+            "id": str(row.event_id),
+            "object": "job.event",
+            "type": row.type,
+            "level": row.level,
+            "message": row.message,
+            "data": row.data,
+            "created_at": row.created_at,
+        }
+        for row in rows
+    ]
+    return found, job
+
+
+async def _event_stream(
+    request: Request, parts: Parts, caller: Caller, job_id: UUID, after: int
+) -> AsyncIterator[bytes]:
+    """Yield a job's events as they come, and its progress when it changes, until it has ended."""
+    progress: dict[str, Any] | None = None
+    quiet = 0
+    while not await request.is_disconnected():
+        found, job = await run_in_threadpool(_read_events, parts, caller, job_id, after, EVENT_PAGE)
+        for event in found:
+            after = int(event["id"])
+            yield _sse(event["type"], event, event["id"])
+        now = {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "at": unix(job.ended_at)}
+        if now != progress:
+            progress = now
+            # Without an id of its own: a client that comes back resumes at the last recorded event.
+            yield _sse("progress", now, None)
+        if job.state.is_terminal and not found:
+            return
+        quiet = 0 if found else quiet + 1
+        if quiet % KEEP_ALIVE_POLLS == KEEP_ALIVE_POLLS - 1:
+            yield b": still here\n\n"
+        await asyncio.sleep(EVENT_POLL_SECONDS)
+
+
+def _sse(kind: str, data: dict[str, Any], identifier: str | None) -> bytes:
+    head = f"id: {identifier}\n" if identifier else ""
+    return f"{head}event: {kind}\ndata: {orjson.dumps(data).decode()}\n\n".encode()

@@ -1,0 +1,63 @@
+"""Releases queued slices to workers: asks the policy, marks the slices, then rings the workers' doorbells."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError as BrokerError
+from sqlalchemy import Engine, Row
+
+from shared.db import slices, tenants, workers
+from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.queueing.celery_app import declare_worker_queue
+from shared.queueing.names import GENERATE_TASK, slice_task_id
+from shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+HEAD_OF_QUEUE = 64
+"""Slices of one tenant that one tick looks at; the next tick sees the next ones."""
+
+
+class Dispatcher:
+    """Safe to run twice: a slice is marked by compare-and-set, and a message for one that is gone does nothing."""
+
+    def __init__(self, engine: Engine, app: Celery, settings: Settings) -> None:
+        self._engine, self._app, self._settings = engine, app, settings
+        self._fairness = Fairness()
+
+    def tick(self) -> int:
+        """Release what the policy wants released now; return how many slices."""
+        with self._engine.begin() as connection:
+            backlog = slices.candidates(connection, HEAD_OF_QUEUE)
+            if not backlog:
+                return 0
+            fleet = workers.loads(connection, self._settings.lease_seconds / 2)
+            weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
+            window = self._settings.queue_window
+            releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights)
+            sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
+        self._ring(sent)
+        return len(sent)
+
+    def _ring(self, sent: Sequence[Row[Any]]) -> None:
+        """Publish one message a slice, after the commit: a lost one is sent again by the reaper."""
+        try:
+            for row in sent:
+                self._app.send_task(
+                    GENERATE_TASK,
+                    args=[row.slice_id],
+                    task_id=slice_task_id(row.job_id, row.slice_id, row.dispatch_no),
+                    queue=declare_worker_queue(row.worker_id),
+                    shadow=f"generate[{row.model or '?'}] {row.job_id.hex[:8]} slice {row.slice_id}",
+                    argsrepr=f"(slice {row.slice_id})",
+                    kwargsrepr="{}",
+                    ignore_result=True,
+                )
+        except (BrokerError, OSError) as error:
+            # Nothing waits in vain: without a doorbell the slices go back, and the next tick tries again.
+            log.warning("cannot publish to Redis", extra={"error": str(error), "slices": len(sent)})
+            with self._engine.begin() as connection:
+                for worker_id in {row.worker_id for row in sent}:
+                    slices.requeue_dispatched(connection, worker_id=worker_id)

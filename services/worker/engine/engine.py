@@ -1,0 +1,47 @@
+"""What an engine is. One engine serves one loaded model; the child's loop steps every engine that has work."""
+
+from typing import Protocol
+
+from services.worker.protocol import Request, Response
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of `max_tokens` for completions."""
+
+
+class Engine(Protocol):
+    """Serves one model. All methods are called from the child's loop, one at a time."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the loaded model holds, caches included."""
+        ...
+
+    @property
+    def progress(self) -> int:
+        """A number that grows while the engine works; standing still with work in hand means hanging."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated (or embedded) so far."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Take a request in; it is answered by some later `step`."""
+        ...
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request; unknown ones are ignored."""
+        ...
+
+    def step(self) -> list[Response]:
+        """Do some work and return the requests that it finished or refused."""
+        ...
+
+    def wait_seconds(self) -> float | None:
+        """Return how long nothing will happen: 0 when there is work to do now, None when there is none at all."""
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...

@@ -1,0 +1,185 @@
+"""The engine child's loop: take requests in, step every engine that has work, send answers out.
+
+Torch is imported only when a model needs it, so a child that serves `echo` starts at once.
+"""
+
+import argparse
+import logging
+import os
+import queue
+import socket
+import threading
+
+from services.worker.engine.echo import EchoEngine
+from services.worker.engine.engine import Engine
+from services.worker.model_cache import ModelCache
+from services.worker.protocol import (
+    Abort,
+    Channel,
+    ModelSpec,
+    Ping,
+    Pong,
+    Request,
+    RequestFault,
+    Response,
+    Responses,
+    Stop,
+    Submit,
+    ToChild,
+)
+from shared.domain.errors import ModelRefused
+from shared.logging import configure_logging
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5
+LOAD_POLL_SECONDS = 0.02
+
+
+class EngineProcess:
+    """The loop's state: engines behind the cache, and requests that wait for their model."""
+
+    def __init__(self, channel: Channel, cache: ModelCache) -> None:
+        self._channel, self._cache = channel, cache
+        self._inbox: queue.SimpleQueue[ToChild | None] = queue.SimpleQueue()
+        self._waiting: dict[str, tuple[ModelSpec, list[Request]]] = {}
+        self._owner: dict[int, Engine] = {}
+        self._turns = 0
+
+    def run(self) -> None:
+        """Serve until the worker says stop or is gone."""
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        while self._handle(self._messages()):
+            self._turns += 1
+            responses = self._place_waiting()
+            for engine in self._cache.engines():
+                if engine.wait_seconds() is not None:
+                    responses += engine.step()
+            self._send(responses)
+
+    def _read(self) -> None:
+        while (message := self._channel.receive_in_child()) is not None:
+            self._inbox.put(message)
+        # The worker is gone, so nobody wants the answers: end now, even in the middle of a forward pass.
+        os._exit(0)
+
+    def _messages(self) -> list[ToChild]:
+        """Return what has arrived; wait for it as long as no engine has anything to do."""
+        messages: list[ToChild] = []
+        try:
+            message = self._inbox.get(timeout=self._idle_seconds())
+            while message is not None:
+                messages.append(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return messages
+        return messages
+
+    def _idle_seconds(self) -> float:
+        waits = [wait for engine in self._cache.engines() if (wait := engine.wait_seconds()) is not None]
+        if self._waiting:
+            waits.append(LOAD_POLL_SECONDS)
+        if not waits:
+            self._cache.check_integrity()
+        return min([*waits, IDLE_SECONDS])
+
+    def _handle(self, messages: list[ToChild]) -> bool:
+        for message in messages:
+            if isinstance(message, Submit):
+                self._waiting.setdefault(message.model.key, (message.model, []))[1].extend(message.requests)
+            elif isinstance(message, Abort):
+                self._abort(set(message.ids))
+            elif isinstance(message, Ping):
+                self._pong()
+            elif isinstance(message, Stop):
+                return False
+        return True
+
+    def _abort(self, ids: set[int]) -> None:
+        for identifier in ids:
+            engine = self._owner.pop(identifier, None)
+            if engine is not None:
+                engine.abort(identifier)
+        for _, requests in self._waiting.values():
+            requests[:] = [request for request in requests if request.id not in ids]
+
+    def _place_waiting(self) -> list[Response]:
+        """Give requests to their engines once these are loaded; refuse those whose model cannot be served."""
+        refused: list[Response] = []
+        for key, (spec, requests) in list(self._waiting.items()):
+            try:
+                engine = self._cache.get(spec)
+            except ModelRefused as error:
+                fault = RequestFault(f"The model {spec.name!r}: {error.message}", 400, "model", "model_refused")
+            except Exception as error:
+                log.exception("model did not load", extra={"model": spec.name})
+                fault = RequestFault(f"The model {spec.name!r} did not load: {error}", 500, "model", "model_refused")
+            else:
+                if engine is not None:
+                    del self._waiting[key]
+                    for request in requests:
+                        self._owner[request.id] = engine
+                        engine.add(request)
+                continue
+            del self._waiting[key]
+            refused += [Response(request.id, fault=fault) for request in requests]
+        return refused
+
+    def _send(self, responses: list[Response]) -> None:
+        if responses:
+            for response in responses:
+                self._owner.pop(response.id, None)
+            self._channel.send(Responses(responses))
+
+    def _pong(self) -> None:
+        engines = self._cache.engines()
+        waiting = sum(len(requests) for _, requests in self._waiting.values())
+        # A load may take minutes and moves nothing: as long as the loop turns for it, the child is well.
+        progress = sum(engine.progress for engine in engines) + (self._turns if waiting else 0)
+        self._channel.send(
+            Pong(
+                progress=progress,
+                in_flight=len(self._owner) + waiting,
+                models=self._cache.names,
+                model_loads=self._cache.loads,
+                cache_bytes=self._cache.used_bytes,
+                tokens=sum(engine.tokens for engine in engines),
+            )
+        )
+
+
+def load_engine(spec: ModelSpec, device: str) -> Engine:
+    """Load a model; torch comes in here, and only here."""
+    if spec.kind == "echo":
+        return EchoEngine()
+    from services.worker.engine.loading import load_model
+
+    return load_model(spec, device)
+
+
+def estimate_bytes(spec: ModelSpec) -> int:
+    """Return what a model will take in memory, from its files alone; raises ModelRefused."""
+    if spec.kind == "echo":
+        return 0
+    from services.worker.engine.loading import model_bytes
+
+    return model_bytes(spec)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The engine child; started by a worker.")
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--cache-bytes", type=int, required=True)
+    arguments = parser.parse_args()
+    configure_logging("engine")
+    channel = Channel(socket.socket(fileno=arguments.channel))
+    cache = ModelCache(arguments.cache_bytes, lambda spec: load_engine(spec, arguments.device), estimate_bytes)
+    EngineProcess(channel, cache).run()
+    channel.close()
+    # Threads of libraries must not hold up the end.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

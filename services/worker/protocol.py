@@ -1,0 +1,157 @@
+"""What a worker process and its children say to each other: length-prefixed msgpack over a socket pair.
+
+Never pickle, and no library of either side: the same messages serve the engine child and, later, the trainer child.
+"""
+
+import socket
+import struct
+from typing import Any, Literal
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 1 << 30
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """A registered model; `source` is a directory, a hub id or `built-in`. `key` names one loaded copy of it."""
+
+    name: str
+    kind: Literal["echo", "causal_lm", "encoder"]
+    source: str
+    revision: str | None = None
+    dtype: str = "float32"
+    context_length: int | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}@{self.revision or '-'}:{self.dtype}"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to draw tokens; the names and ranges are OpenAI's, and vLLM's for what OpenAI does not have."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    n: int = 1
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+class Request(msgspec.Struct, omit_defaults=True):
+    """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings."""
+
+    id: int
+    task: Literal["chat", "complete", "embed"]
+    messages: list[dict[str, Any]] | None = None
+    prompts: list[str | list[int]] = []
+    params: SamplingParams = SamplingParams()
+    delay_ms: int = 0
+
+
+class RequestFault(msgspec.Struct):
+    """Why a request has no answer. `status` is the HTTP status of an error that is the caller's; None: try again."""
+
+    message: str
+    status: int | None = None
+    param: str | None = None
+    code: str | None = None
+
+
+class Response(msgspec.Struct, omit_defaults=True):
+    """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32."""
+
+    id: int
+    choices: list[tuple[str, str]] = []
+    embeddings: list[bytes] = []
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    fault: RequestFault | None = None
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    model: ModelSpec
+    requests: list[Request]
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    ids: list[int]
+
+
+class Ping(msgspec.Struct, tag="ping"):
+    pass
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    pass
+
+
+class Responses(msgspec.Struct, tag="responses"):
+    responses: list[Response]
+
+
+class Pong(msgspec.Struct, tag="pong"):
+    """How a child fares. `progress` grows while its engines work; when it stands still, the child hangs."""
+
+    progress: int
+    in_flight: int
+    models: list[str]
+    model_loads: int
+    cache_bytes: int
+    tokens: int
+
+
+ToChild = Submit | Abort | Ping | Stop
+FromChild = Responses | Pong
+
+_TO_CHILD = msgspec.msgpack.Decoder(ToChild)
+_FROM_CHILD = msgspec.msgpack.Decoder(FromChild)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+class Channel:
+    """One end of a socket pair. Sending is not thread-safe: each end has one writer, or locks."""
+
+    def __init__(self, endpoint: socket.socket) -> None:
+        self._socket = endpoint
+        self._reader = endpoint.makefile("rb", buffering=1 << 20)
+
+    def send(self, message: ToChild | FromChild) -> None:
+        """Write one frame; raises OSError when the other end is gone."""
+        payload = _ENCODER.encode(message)
+        self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
+
+    def receive_in_child(self) -> ToChild | None:
+        """Wait for the next frame from the worker; None when it is gone."""
+        payload = self._frame()
+        return None if payload is None else _TO_CHILD.decode(payload)
+
+    def receive_in_worker(self) -> FromChild | None:
+        """Wait for the next frame from the child; None when it is gone."""
+        payload = self._frame()
+        return None if payload is None else _FROM_CHILD.decode(payload)
+
+    def _frame(self) -> bytes | None:
+        try:
+            head = self._reader.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                return None
+            (length,) = _LENGTH.unpack(head)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes")
+            payload = self._reader.read(length)
+        except OSError:
+            return None
+        return payload if len(payload) == length else None
+
+    def close(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end closed first
+        self._socket.close()

@@ -1,0 +1,378 @@
+"""Runs one slice under its lease: reads its lines, has the engine answer them, records them as they come."""
+
+import base64
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from services.worker.children import Batch, ChildSupervisor
+from services.worker.protocol import ModelSpec, Request, Response, SamplingParams
+from shared.db import model_registry, slices
+from shared.db.session import tenant_transaction
+from shared.db.slices import ClaimedSlice, RecordedLines
+from shared.db.workers import WorkerIdentity
+from shared.domain.batch_file import batch_request_id, render_line
+from shared.domain.errors import ChildLost, LeaseLost, NotFound, RequestError
+from shared.domain.job import StopReason
+from shared.domain.payloads import (
+    AnyPayload,
+    ChatPayload,
+    CompletionPayload,
+    EmbeddingPayload,
+    chat_body,
+    completion_body,
+    embedding_body,
+    parse_batch_body,
+)
+from shared.domain.retry import backoff_seconds
+from shared.domain.slice import AttemptOutcome, SliceState, is_dead_letter, must_run_alone
+from shared.settings import Settings
+from shared.store import Store
+
+log = logging.getLogger(__name__)
+
+LINE_FAILED = {
+    "code": "line_failed",
+    "message": "This request was given up: the process that ran it died each time it was tried.",
+}
+
+
+@dataclass
+class Lease:
+    """A slice that this process holds; the heartbeat thread renews it and passes on what it learns."""
+
+    claimed: ClaimedSlice
+    renewed_at: float = field(default_factory=time.monotonic)
+    lost: threading.Event = field(default_factory=threading.Event)
+    stop_reason: StopReason | None = None
+
+
+class Leases:
+    """All leases of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._leases: dict[int, Lease] = {}
+
+    @contextmanager
+    def hold(self, claimed: ClaimedSlice) -> Iterator[Lease]:
+        lease = Lease(claimed)
+        with self._lock:
+            self._leases[claimed.lease_token] = lease
+        try:
+            yield lease
+        finally:
+            with self._lock:
+                del self._leases[claimed.lease_token]
+
+    def all(self) -> list[Lease]:
+        with self._lock:
+            return list(self._leases.values())
+
+
+class AloneGate:
+    """Lets slices run together, except suspects, which run alone: no innocent one is lost with them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._alone = False
+        self._waiting_alone = 0
+
+    @contextmanager
+    def enter(self, *, alone: bool) -> Iterator[None]:
+        with self._changed:
+            if alone:
+                self._waiting_alone += 1
+                self._changed.wait_for(lambda: not self._alone and self._running == 0)
+                self._waiting_alone -= 1
+                self._alone = True
+            else:
+                # Newcomers queue behind a waiting suspect, or it would wait for ever.
+                self._changed.wait_for(lambda: not self._alone and self._waiting_alone == 0)
+                self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                if alone:
+                    self._alone = False
+                else:
+                    self._running -= 1
+                self._changed.notify_all()
+
+
+@dataclass
+class _Line:
+    """A line that the engine is answering."""
+
+    line_no: int
+    custom_id: str
+    payload: AnyPayload
+
+
+class SliceRunner:
+    """Claims and runs slices; one call of `run` a slice, several at once in threads."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        child: ChildSupervisor,
+        identity: WorkerIdentity,
+        settings: Settings,
+        *,
+        record_statement: str = slices.RECORD,
+    ) -> None:
+        self._engine, self._store, self._child = engine, store, child
+        self._identity, self._settings = identity, settings
+        self._record_statement = record_statement
+        self._gate = AloneGate()
+        self.leases = Leases()
+        self.draining = threading.Event()
+        self.stale_writes = 0
+
+    def run(self, slice_id: int, task_id: str) -> None:
+        """Run a slice if it may be claimed; whatever happens, its row says so afterwards, or its lease runs out."""
+        if self.draining.is_set():
+            return
+        claimed = self._claim(slice_id, task_id)
+        if claimed is None:
+            return
+        with self.leases.hold(claimed) as lease:
+            try:
+                with self._gate.enter(alone=must_run_alone(claimed.losses)):
+                    self._run(lease)
+            except LeaseLost:
+                self.stale_writes += 1
+                log.warning("stale write rejected", extra={"slice_id": slice_id, "token": claimed.lease_token})
+            except ChildLost:
+                self._settle(claimed, lambda c: slices.lose(c, slice_id, claimed.lease_token, "engine child died"))
+            except Exception as error:
+                log.exception("slice failed", extra={"slice_id": slice_id})
+                self._settle(claimed, self._release_failed(claimed, error))
+
+    def _claim(self, slice_id: int, task_id: str) -> ClaimedSlice | None:
+        with self._engine.begin() as connection:
+            return slices.claim(
+                connection,
+                slice_id,
+                worker_id=self._identity.worker_id,
+                worker=self._identity.name,
+                device=self._identity.device,
+                task_id=task_id,
+                lease_seconds=self._settings.lease_seconds,
+            )
+
+    def _settle(self, claimed: ClaimedSlice, write: Callable[[Any], None]) -> None:
+        """Write how a slice ended badly. When Postgres is away, the lease runs out and the reaper does it."""
+        try:
+            with self._engine.begin() as connection:
+                write(connection)
+        except LeaseLost:
+            self.stale_writes += 1
+        except OperationalError:
+            log.warning("left to the reaper", extra={"slice_id": claimed.slice_id})
+
+    def _release_failed(self, claimed: ClaimedSlice, error: Exception) -> Callable[[Any], None]:
+        """Give the slice back after a fault that may pass: the store or Postgres away, a bug in one spot."""
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+
+        def write(connection: Any) -> None:
+            delay = backoff_seconds(claimed.losses + 1, claimed.slice_id)
+            slices.release(
+                connection,
+                claimed.slice_id,
+                claimed.lease_token,
+                outcome=AttemptOutcome.FAILED,
+                delay_seconds=delay,
+                error=first_line,
+                traceback=repr(error)[:4000],
+            )
+
+        return write
+
+    def _run(self, lease: Lease) -> None:
+        claimed = lease.claimed
+        with self._engine.begin() as connection:
+            done = slices.recorded_lines(connection, claimed)
+        if is_dead_letter(claimed.lo, claimed.hi, claimed.losses):
+            self._dead_letter(claimed, done)
+            return
+        buffer = RecordedLines()
+        lines = self._prepare(claimed, done, buffer)
+        if lines:
+            self._generate(lease, lines, buffer)
+        self._end(lease, buffer)
+
+    def _raw_lines(self, claimed: ClaimedSlice, done: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        raw = self._store.read_lines(claimed.input_path, claimed.index_path, claimed.lo, claimed.hi)
+        for line_no, line in enumerate(raw, claimed.lo):
+            if line_no not in done:
+                yield line_no, orjson.loads(line)
+
+    def _dead_letter(self, claimed: ClaimedSlice, done: set[int]) -> None:
+        buffer = RecordedLines()
+        for line_no, entry in self._raw_lines(claimed, done):
+            _add_error(buffer, claimed, line_no, entry["custom_id"], None, LINE_FAILED)
+        with self._engine.begin() as connection:
+            slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
+            slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DEAD)
+
+    def _prepare(self, claimed: ClaimedSlice, done: set[int], buffer: RecordedLines) -> list[_Line]:
+        """Check the lines' bodies; those that their endpoint would refuse go straight into `buffer`."""
+        lines = []
+        for line_no, entry in self._raw_lines(claimed, done):
+            try:
+                lines.append(_Line(line_no, entry["custom_id"], parse_batch_body(claimed.endpoint, entry["body"])))
+            except RequestError as error:
+                _add_error(buffer, claimed, line_no, entry["custom_id"], error.status, error.body())
+        return lines
+
+    def _generate(self, lease: Lease, lines: list[_Line], buffer: RecordedLines) -> None:
+        """Have the child answer the lines; flush what arrives, until all is there or the slice must stop."""
+        claimed = lease.claimed
+        try:
+            spec = self._find_model(claimed, lines[0].payload.model)
+        except NotFound as error:
+            for line in lines:
+                _add_error(buffer, claimed, line.line_no, line.custom_id, error.status, error.body())
+            return
+        requests = [_request(claimed, line) for line in lines]
+        batch = self._child.submit(spec, requests)
+        waiting = {request.id: line for request, line in zip(requests, lines, strict=True)}
+        try:
+            self._collect(lease, batch, waiting, buffer)
+        finally:
+            if waiting:
+                self._child.abort(batch)
+
+    def _collect(self, lease: Lease, batch: Batch, waiting: dict[int, _Line], buffer: RecordedLines) -> None:
+        flushed_at = time.monotonic()
+        while waiting and not self._must_stop(lease):
+            for response in batch.collect(self._settings.flush_seconds):
+                line = waiting.pop(response.id)
+                if response.fault is not None and response.fault.status is None:
+                    raise RuntimeError(response.fault.message)
+                _add_response(buffer, lease.claimed, line, response)
+            age = time.monotonic() - flushed_at
+            if len(buffer) >= self._settings.flush_lines or (len(buffer) and age >= self._settings.flush_seconds):
+                self._flush(lease.claimed, buffer)
+                flushed_at = time.monotonic()
+
+    def _must_stop(self, lease: Lease) -> bool:
+        if lease.lost.is_set():
+            raise LeaseLost
+        return lease.stop_reason is not None or self.draining.is_set()
+
+    def _flush(self, claimed: ClaimedSlice, buffer: RecordedLines) -> None:
+        with self._engine.begin() as connection:
+            slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
+        buffer.__init__()  # type: ignore[misc]  # a fresh one in place: every caller holds this object
+
+    def _end(self, lease: Lease, buffer: RecordedLines) -> None:
+        """Record the rest and end the slice in one transaction."""
+        claimed = lease.claimed
+        with self._engine.begin() as connection:
+            if len(buffer):
+                slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
+            is_complete = len(slices.recorded_lines(connection, claimed)) == claimed.hi - claimed.lo
+            if is_complete:
+                slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DONE)
+            elif lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
+                slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.CANCELLED)
+            else:
+                held = lease.stop_reason is StopReason.PAUSE
+                outcome = AttemptOutcome.PREEMPTED
+                slices.release(connection, claimed.slice_id, claimed.lease_token, outcome=outcome, held=held)
+
+    def _find_model(self, claimed: ClaimedSlice, name: str) -> ModelSpec:
+        """Return the model as the job's tenant sees it; raises NotFound."""
+        with tenant_transaction(self._engine, claimed.tenant_id) as connection:
+            model = model_registry.find(connection, claimed.tenant_id, name)
+        wanted = "encoder" if claimed.endpoint == "/v1/embeddings" else "causal_lm"
+        if model.kind not in (wanted, "echo"):
+            message = f"The model {name!r} does not serve {claimed.endpoint}."
+            raise NotFound(message, param="model", code="model_not_supported")
+        kind: Literal["echo", "causal_lm", "encoder"] = model.kind  # type: ignore[assignment]  # checked above
+        return ModelSpec(model.name, kind, model.source, model.revision, model.dtype, model.context_length)
+
+
+def _request(claimed: ClaimedSlice, line: _Line) -> Request:
+    """Return the engine's form of a line."""
+    payload = line.payload
+    if isinstance(payload, EmbeddingPayload):
+        return Request(0, "embed", prompts=payload.inputs, delay_ms=payload.delay_ms)
+    params = SamplingParams(
+        max_tokens=payload.token_limit,
+        temperature=payload.temperature,
+        top_p=payload.top_p,
+        top_k=payload.top_k,
+        min_p=payload.min_p,
+        stop=payload.stops,
+        # Without a seed of its own a line has one by its place, so that a second try draws the same tokens.
+        seed=payload.seed if payload.seed is not None else _line_seed(claimed, line.line_no),
+        n=payload.n,
+        min_tokens=payload.min_tokens,
+        ignore_eos=payload.ignore_eos,
+    )
+    if isinstance(payload, ChatPayload):
+        messages = [{"role": message.role, "content": message.text} for message in payload.messages]
+        return Request(0, "chat", messages=messages, params=params, delay_ms=payload.delay_ms)
+    return Request(0, "complete", prompts=payload.prompts, params=params, delay_ms=payload.delay_ms)
+
+
+def _line_seed(claimed: ClaimedSlice, line_no: int) -> int:
+    digest = hashlib.blake2b(claimed.job_id.bytes + line_no.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _add_response(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line, response: Response) -> None:
+    """Add an answer, or the refusal that only the engine could know of, to the lines to be recorded."""
+    fault = response.fault
+    if fault is not None:
+        type_ = "invalid_request_error" if fault.status != 500 else "server_error"
+        error = {"error": {"message": fault.message, "type": type_, "param": fault.param, "code": fault.code}}
+        _add_error(buffer, claimed, line.line_no, line.custom_id, fault.status, error)
+        return
+    payload, request_id = line.payload, batch_request_id(claimed.job_id.hex, line.line_no)
+    tokens = (response.prompt_tokens, response.completion_tokens)
+    if isinstance(payload, EmbeddingPayload):
+        body = embedding_body(payload.model, _vectors(payload, response.embeddings), response.prompt_tokens)
+    else:
+        render = completion_body if isinstance(payload, CompletionPayload) else chat_body
+        body = render(request_id, claimed.job_created, payload.model, response.choices, *tokens)
+    text = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    size = len(render_line(request_id, line.custom_id, 200, text, None))
+    buffer.add(line.line_no, line.custom_id, 200, text, None, size, tokens)
+
+
+def _vectors(payload: EmbeddingPayload, embeddings: list[bytes]) -> list[Any]:
+    if payload.encoding_format == "base64":
+        return [base64.b64encode(raw).decode() for raw in embeddings]
+    return [np.frombuffer(raw, dtype="<f4") for raw in embeddings]
+
+
+def _add_error(
+    buffer: RecordedLines,
+    claimed: ClaimedSlice,
+    line_no: int,
+    custom_id: str,
+    status_code: int | None,
+    content: dict[str, Any],
+) -> None:
+    """Add a failed line: an HTTP error body under its status, or (without one) the error entry itself."""
+    text = orjson.dumps(content).decode()
+    body, error = (text, None) if status_code is not None else (None, text)
+    size = len(render_line(batch_request_id(claimed.job_id.hex, line_no), custom_id, status_code, body, error))
+    buffer.add(line_no, custom_id, status_code, body, error, size)

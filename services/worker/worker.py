@@ -1,0 +1,206 @@
+"""The worker process's wiring: one Celery process (threads, no torch) that owns one device and one engine child."""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+from uuid import UUID
+
+from celery import Celery, signals
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.worker.children import ChildSupervisor
+from services.worker.slices import SliceRunner
+from services.worker.tasks import register_tasks
+from shared.db import slices, workers
+from shared.db.session import connect_engine
+from shared.db.workers import WorkerIdentity
+from shared.domain.job import StopReason
+from shared.logging import configure_logging
+from shared.queueing.celery_app import create_app, declare_worker_queue
+from shared.queueing.wake import connect_redis, wake_dispatcher
+from shared.settings import Settings, load_settings
+from shared.store import Store
+
+log = logging.getLogger(__name__)
+
+STOP_POLL_SECONDS = 1.0
+LOST_DOORBELL_SECONDS = 20.0
+SELF_ABORT_SHARE = 5 / 6
+"""A lease that could not be renewed for this share of its length is given up before anybody else may take it."""
+EXIT_LOST = 3
+PR_SET_PDEATHSIG = 1
+
+
+class Heart:
+    """Renews leases and tells Postgres that this worker lives; the only thread whose delay would cost work."""
+
+    def __init__(self, engine: Engine, runner: SliceRunner, child: ChildSupervisor, identity: WorkerIdentity) -> None:
+        self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
+        self.stop = threading.Event()
+
+    def run(self, settings: Settings) -> None:
+        """Beat every `heartbeat_seconds`, look for stop flags every second, until `stop` is set."""
+        beat_at = time.monotonic()
+        while not self.stop.wait(min(STOP_POLL_SECONDS, settings.heartbeat_seconds / 2)):
+            try:
+                self._pass_on_stops()
+                if time.monotonic() >= beat_at:
+                    self.beat(settings)
+                    beat_at = time.monotonic() + settings.heartbeat_seconds
+            except SQLAlchemyError as error:
+                log.warning("heartbeat failed", extra={"error": str(error).splitlines()[0]})
+            self._give_up_unrenewed(settings.lease_seconds * SELF_ABORT_SHARE)
+
+    def beat(self, settings: Settings) -> None:
+        """Renew every lease in one statement; mark those that are no longer ours."""
+        leases = self._runner.leases.all()
+        asked_at = time.monotonic()
+        with self._engine.begin() as connection:
+            pairs = [(lease.claimed.slice_id, lease.claimed.lease_token) for lease in leases]
+            ours = slices.renew(connection, pairs, settings.lease_seconds)
+            status = self._child.status
+            is_welcome = workers.heartbeat(
+                connection,
+                self._identity.worker_id,
+                state="draining" if self._runner.draining.is_set() else "busy" if leases else "idle",
+                models=status.models if status else [],
+                stats=self._stats(),
+                lease_seconds=settings.lease_seconds,
+            )
+            lost_doorbells = workers.stale_dispatches(connection, self._identity.worker_id, LOST_DOORBELL_SECONDS)
+        for lease in leases:
+            if lease.claimed.lease_token in ours:
+                lease.renewed_at = asked_at
+            else:
+                lease.lost.set()
+        if not is_welcome:
+            self._leave("declared lost")
+        elif lost_doorbells and not leases:
+            # Idle while slices wait in our queue: the consumer has gone deaf (celery #8030, #9054). Begin anew.
+            self._leave("deaf to its queue")
+
+    def _stats(self) -> dict[str, Any]:
+        status = self._child.status
+        stats: dict[str, Any] = {"stale_writes": self._runner.stale_writes, "child_restarts": self._child.restarts}
+        if status is not None:
+            stats |= {"model_loads": status.model_loads, "cache_bytes": status.cache_bytes, "tokens": status.tokens}
+            stats |= {"in_flight": status.in_flight}
+        return stats
+
+    def _pass_on_stops(self) -> None:
+        leases = {lease.claimed.lease_token: lease for lease in self._runner.leases.all()}
+        if not leases:
+            return
+        with self._engine.begin() as connection:
+            rows = connection.execute(_STOPS, {"worker_id": self._identity.worker_id}).all()
+        stops = {row.lease_token: StopReason(row.stop_reason) for row in rows}
+        for token, lease in leases.items():
+            lease.stop_reason = stops.get(token)
+
+    def _give_up_unrenewed(self, after_seconds: float) -> None:
+        for lease in self._runner.leases.all():
+            if time.monotonic() - lease.renewed_at > after_seconds:
+                lease.lost.set()
+
+    def _leave(self, why: str) -> None:
+        log.error("worker ends", extra={"reason": why})
+        os._exit(EXIT_LOST)  # the launcher starts a fresh one; the child sees its socket close and ends too
+
+
+_STOPS = text("""
+    SELECT lease_token, stop_reason FROM slice
+    WHERE worker_id = :worker_id AND state = 'running' AND stop_reason IS NOT NULL
+""")
+
+
+def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int, engine: Engine) -> SliceRunner:
+    """Return the slice runner with its engine child, as this worker uses it."""
+    child = ChildSupervisor(
+        "services.worker.engine.process",
+        ["--device", identity.device, "--cache-bytes", str(cache_bytes)],
+        hang_seconds=settings.hang_seconds,
+    )
+    return SliceRunner(engine, Store(settings.store_url), child, identity, settings)
+
+
+def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIdentity, settings: Settings) -> None:
+    """Consume this worker's queue until SIGTERM, then flush what runs, give it back and leave."""
+    child = runner._child  # noqa: SLF001  # wiring
+    heart = Heart(engine, runner, child, identity)
+    heart_thread = threading.Thread(target=heart.run, args=(settings,), name="heart", daemon=True)
+    heart_thread.start()
+    signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
+    app.conf.task_queues = [declare_worker_queue(identity.worker_id)]
+    celery_worker = app.Worker(
+        hostname=f"{identity.name}@{identity.host}",
+        pool="threads",
+        concurrency=identity.slots,
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    # Ready before the first message can come: the dispatcher is told only now that there is somebody to ring.
+    signals.worker_ready.connect(lambda **_: _announce(heart, settings), weak=False)
+    celery_worker.start()
+    heart.stop.set()
+    heart_thread.join()
+    child.close()
+    with engine.begin() as connection:
+        workers.retire(connection, identity.worker_id)
+
+
+def _announce(heart: Heart, settings: Settings) -> None:
+    heart.beat(settings)
+    wake_dispatcher(connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=1))
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the launcher dies: an orphan would work on under a lease it cannot keep."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One Lamplighter worker process; started by the launcher.")
+    parser.add_argument("--worker-id", type=UUID, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--cache-bytes", type=int, required=True)
+    return parser.parse_args()
+
+
+def main(build: Any = build_runner) -> None:
+    """Register, serve, leave. `build` makes the slice runner."""
+    die_with_parent()
+    arguments = parse_arguments()
+    settings = load_settings()
+    configure_logging("worker", settings.log_level)
+    identity = WorkerIdentity(
+        worker_id=arguments.worker_id,
+        name=arguments.name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device=arguments.device,
+        slots=settings.slots,
+    )
+    engine = connect_engine(settings, pool_size=settings.slots + 3)
+    with engine.begin() as connection:
+        if not workers.register(connection, identity, settings.lease_seconds):
+            log.error("device is owned by another worker", extra={"device": identity.device})
+            raise SystemExit(EXIT_LOST)
+    runner = build(settings, identity, arguments.cache_bytes, engine)
+    app = create_app(settings.redis_url.get_secret_value())
+    redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
+    register_tasks(app, runner, lambda: wake_dispatcher(redis_client))
+    serve(app, runner, engine, identity, settings)
+
+
+if __name__ == "__main__":
+    main()

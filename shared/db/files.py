@@ -1,0 +1,116 @@
+"""File rows. Contents lie in the store, or are rendered from results."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+
+from shared.domain.errors import NotFound
+
+
+@dataclass(frozen=True)
+class FileView:
+    tenant_id: str
+    file_id: UUID
+    purpose: str
+    filename: str
+    bytes: int
+    store_path: str | None
+    index_path: str | None
+    lines: int | None
+    validation: dict[str, Any] | None
+    rendered_job_id: UUID | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+_COLUMNS = """tenant_id, file_id, purpose, filename, bytes, store_path, index_path, lines, validation, rendered_job_id,
+    created_at, expires_at"""
+
+_ADD = text("""
+    INSERT INTO file (tenant_id, file_id, purpose, filename, bytes, sha256, store_path, index_path, lines, validation,
+                      expires_at)
+    VALUES (:tenant_id, :file_id, :purpose, :filename, :bytes, :sha256, :store_path, :index_path, :lines, :validation,
+            now() + make_interval(secs => cast(:expires_after_seconds AS float8)))
+""").bindparams(bindparam("validation", type_=JSONB(none_as_null=True)))
+
+
+def add(connection: Connection, **columns: Any) -> FileView:
+    """Add an uploaded file; columns are those of the table, and `expires_after_seconds` (None: never)."""
+    connection.execute(_ADD, columns)
+    return get(connection, columns["file_id"])
+
+
+def get(connection: Connection, file_id: UUID) -> FileView:
+    """Return a file of the transaction's tenant; raises NotFound, also for one deleted or expired."""
+    statement = text(f"""
+        SELECT {_COLUMNS} FROM file
+        WHERE file_id = :file_id AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+    """)
+    row = connection.execute(statement, {"file_id": file_id}).mappings().one_or_none()
+    if row is None:
+        raise NotFound("No file found with this id.", param="id")
+    return FileView(**row)
+
+
+PAGE = """
+    SELECT {columns} FROM file
+    WHERE deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        AND tenant_id = :tenant_id AND (cast(:purpose AS text) IS NULL OR purpose = :purpose)
+        AND (cast(:after AS uuid) IS NULL OR (created_at, file_id) {compare}
+             (SELECT cursor.created_at, cursor.file_id FROM file AS cursor WHERE cursor.file_id = :after))
+    ORDER BY created_at {order}, file_id {order} LIMIT :limit
+"""
+
+
+def page(
+    connection: Connection,
+    *,
+    tenant_id: str,
+    limit: int,
+    after: UUID | None,
+    purpose: str | None,
+    newest_first: bool,
+) -> list[FileView]:
+    """Return up to `limit` files beyond file `after`. Raises NotFound when `after` is unknown."""
+    if after is not None:
+        get(connection, after)
+    order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
+    statement = text(PAGE.format(columns=_COLUMNS, order=order, compare=compare))
+    parameters = {"tenant_id": tenant_id, "limit": limit, "after": after, "purpose": purpose}
+    return [FileView(**row) for row in connection.execute(statement, parameters).mappings()]
+
+
+def delete(connection: Connection, file_id: UUID) -> FileView:
+    """Mark a file as deleted; its content goes once no open job reads it. Raises NotFound."""
+    file = get(connection, file_id)
+    connection.execute(text("UPDATE file SET deleted_at = now() WHERE file_id = :f"), {"f": file_id})
+    return file
+
+
+def expire_due(connection: Connection) -> int:
+    """Mark files whose time is over as deleted; return how many."""
+    statement = text("UPDATE file SET deleted_at = now() WHERE deleted_at IS NULL AND expires_at < now()")
+    return connection.execute(statement).rowcount
+
+
+_REMOVABLE = text("""
+    SELECT file_id, store_path, index_path FROM file
+    WHERE deleted_at IS NOT NULL AND store_path IS NOT NULL AND NOT EXISTS (
+        SELECT FROM job WHERE job.tenant_id = file.tenant_id AND job.input_file_id = file.file_id
+            AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired'))
+    ORDER BY file_id LIMIT 100 FOR UPDATE SKIP LOCKED
+""")
+
+
+def take_removable(connection: Connection) -> list[str]:
+    """Forget the contents of deleted files that no open job reads; return the store paths to remove."""
+    rows = connection.execute(_REMOVABLE).all()
+    connection.execute(
+        text("UPDATE file SET store_path = NULL, index_path = NULL WHERE file_id = ANY(:ids)"),
+        {"ids": [row.file_id for row in rows]},
+    )
+    return [path for row in rows for path in (row.store_path, row.index_path) if path]

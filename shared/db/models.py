@@ -1,0 +1,437 @@
+"""The tables. `tenant_id` stands in every table and in every foreign key; row-level security is in the migrations."""
+
+from datetime import date, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Date,
+    DateTime,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SYSTEM_TENANT = "system"
+"""Owns what belongs to all tenants: workers, shared models."""
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "uq": "%(table_name)s_%(column_0_N_name)s_key",
+            "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+            "ck": "%(table_name)s_%(constraint_name)s_check",
+            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        }
+    )
+    type_annotation_map = {
+        str: Text(),
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB(),
+        list[Any]: JSONB(),
+        int: BigInteger(),
+        float: Double(),
+    }
+
+
+NOW = text("now()")
+
+
+class Tenant(Base):
+    __tablename__ = "tenant"
+
+    tenant_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    weight: Mapped[float] = mapped_column(server_default="1")
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
+
+
+def tenant_column(*, primary: bool = True) -> Mapped[str]:
+    return mapped_column(ForeignKey("tenant.tenant_id"), primary_key=primary)
+
+
+class ApiKey(Base):
+    """`digest` is the SHA-256 of the 256-bit secret; `key_id` is its public part."""
+
+    __tablename__ = "api_key"
+
+    tenant_id: Mapped[str] = tenant_column()
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary)
+    name: Mapped[str]
+    scopes: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+    __table_args__ = (UniqueConstraint("key_id"),)
+
+
+class File(Base):
+    """An uploaded file (`store_path`), or one rendered from the result rows of `rendered_job_id`."""
+
+    __tablename__ = "file"
+
+    tenant_id: Mapped[str] = tenant_column()
+    file_id: Mapped[UUID] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str | None]
+    store_path: Mapped[str | None]
+    index_path: Mapped[str | None]
+    lines: Mapped[int | None]
+    validation: Mapped[dict[str, Any] | None]
+    rendered_job_id: Mapped[UUID | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("file_id"),
+        Index("file_page_idx", "tenant_id", "created_at", "file_id", postgresql_where=text("deleted_at IS NULL")),
+        Index("file_expiry_idx", "expires_at", postgresql_where=text("deleted_at IS NULL")),
+    )
+
+
+class Job(Base):
+    """What a producer submitted. Counters are final only in a terminal state; before, they are sums over slices."""
+
+    __tablename__ = "job"
+
+    tenant_id: Mapped[str] = tenant_column()
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    state: Mapped[str]
+    created_on: Mapped[date] = mapped_column(Date)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    started_at: Mapped[datetime | None]
+    in_progress_at: Mapped[datetime | None]
+    finalizing_at: Mapped[datetime | None]
+    cancelling_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    deadline: Mapped[datetime | None]
+    stop_reason: Mapped[str | None]
+    key_id: Mapped[str | None]
+    idempotency_key: Mapped[str | None]
+    model: Mapped[str | None]
+    endpoint: Mapped[str | None]
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default="5")
+    spec: Mapped[dict[str, Any]]
+    job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    input_file_id: Mapped[UUID | None]
+    output_file_id: Mapped[UUID | None]
+    error_file_id: Mapped[UUID | None]
+    errors: Mapped[list[Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    total: Mapped[int] = mapped_column(server_default="0")
+    completed: Mapped[int] = mapped_column(server_default="0")
+    failed: Mapped[int] = mapped_column(server_default="0")
+    input_tokens: Mapped[int] = mapped_column(server_default="0")
+    output_tokens: Mapped[int] = mapped_column(server_default="0")
+    device_seconds: Mapped[float] = mapped_column(server_default="0")
+
+    __table_args__ = (
+        UniqueConstraint("job_id"),
+        ForeignKeyConstraint(["tenant_id", "input_file_id"], ["file.tenant_id", "file.file_id"]),
+        CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
+        Index("job_page_idx", "tenant_id", "kind", "created_at", "job_id"),
+        Index("job_key_idx", "tenant_id", "idempotency_key", postgresql_where=text("idempotency_key IS NOT NULL")),
+        Index(
+            "job_open_idx",
+            "state",
+            "created_at",
+            postgresql_where=text("state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')"),
+        ),
+        Index("job_day_idx", "created_on"),
+    )
+
+
+class Slice(Base):
+    """The lease unit: lines `[lo, hi)` of a job. Terminal states are done, dead and cancelled."""
+
+    __tablename__ = "slice"
+
+    tenant_id: Mapped[str] = tenant_column()
+    slice_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    job_id: Mapped[UUID]
+    created_on: Mapped[date] = mapped_column(Date)
+    lo: Mapped[int] = mapped_column(Integer)
+    hi: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str]
+    slice_class: Mapped[int] = mapped_column(SmallInteger, server_default="2")
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default="5")
+    model: Mapped[str | None]
+    estimated_tokens: Mapped[int] = mapped_column(server_default="0")
+    devices_needed: Mapped[int] = mapped_column(SmallInteger, server_default="1")
+    run_after: Mapped[datetime] = mapped_column(server_default=NOW)
+    stop_reason: Mapped[str | None]
+    lease_token: Mapped[int | None]
+    worker_id: Mapped[UUID | None]
+    lease_until: Mapped[datetime | None]
+    progress_at: Mapped[datetime | None]
+    claimed_at: Mapped[datetime | None]
+    claimed_done: Mapped[int] = mapped_column(Integer, server_default="0")
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    dispatch_no: Mapped[int] = mapped_column(Integer, server_default="0")
+    dispatched_at: Mapped[datetime | None]
+    completed: Mapped[int] = mapped_column(Integer, server_default="0")
+    failed: Mapped[int] = mapped_column(Integer, server_default="0")
+    output_bytes: Mapped[int] = mapped_column(server_default="0")
+    error_bytes: Mapped[int] = mapped_column(server_default="0")
+    input_tokens: Mapped[int] = mapped_column(server_default="0")
+    output_tokens: Mapped[int] = mapped_column(server_default="0")
+    device_seconds: Mapped[float] = mapped_column(server_default="0")
+    last_error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        UniqueConstraint("slice_id"),
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        CheckConstraint("lo < hi", name="range"),
+        Index("slice_job_idx", "job_id"),
+        Index(
+            "slice_queue_idx",
+            "tenant_id",
+            "slice_class",
+            text("priority DESC"),
+            "slice_id",
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index("slice_worker_idx", "worker_id", postgresql_where=text("state IN ('dispatched', 'running')")),
+        Index("slice_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
+    )
+
+
+class Result(Base):
+    """One finished line, insert-only. `created_on` is the job's day: a job's results lie in one partition.
+
+    `body` is the JSON text of the response and `error` that of a failure without a response, as they are rendered.
+    There is no foreign key: every row is inserted from the locked slice row (`shared.db.slices.record`), and a
+    check of each of 10⁸ rows would buy nothing more (docs/adr/0003).
+    """
+
+    __tablename__ = "result"
+
+    created_on: Mapped[date] = mapped_column(Date, primary_key=True)
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    line_no: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str]
+    slice_id: Mapped[int]
+    lease_token: Mapped[int]
+    custom_id: Mapped[str]
+    status_code: Mapped[int | None] = mapped_column(SmallInteger)
+    body: Mapped[str | None]
+    error: Mapped[str | None]
+    input_tokens: Mapped[int] = mapped_column(Integer)
+    output_tokens: Mapped[int] = mapped_column(Integer)
+    recorded_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        Index(
+            "result_failed_idx",
+            "created_on",
+            "job_id",
+            "line_no",
+            postgresql_where=text("status_code IS DISTINCT FROM 200"),
+        ),
+        {"postgresql_partition_by": "RANGE (created_on)"},
+    )
+
+
+class Attempt(Base):
+    """One try of a slice: the task metadata."""
+
+    __tablename__ = "attempt"
+
+    tenant_id: Mapped[str] = tenant_column()
+    attempt_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    job_id: Mapped[UUID]
+    slice_id: Mapped[int]
+    lease_token: Mapped[int]
+    task_id: Mapped[str]
+    worker_id: Mapped[UUID]
+    worker: Mapped[str]
+    device: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+    error: Mapped[str | None]
+    traceback: Mapped[str | None]
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        Index("attempt_job_idx", "job_id", "attempt_id"),
+        Index("attempt_token_idx", "lease_token", postgresql_where=text("ended_at IS NULL")),
+    )
+
+
+class Worker(Base):
+    """One worker process; a restarted one is another row, with a fresh id (Procrastinate #1518)."""
+
+    __tablename__ = "worker"
+
+    tenant_id: Mapped[str] = tenant_column()
+    worker_id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    host: Mapped[str]
+    pid: Mapped[int]
+    device: Mapped[str]
+    state: Mapped[str]
+    slots: Mapped[int] = mapped_column(Integer)
+    models: Mapped[list[Any]] = mapped_column(server_default="[]")
+    stats: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (Index("worker_live_idx", "heartbeat_at", postgresql_where=text("state <> 'lost'")),)
+
+
+class DeviceLease(Base):
+    """Who owns a device now: one row a device, taken at a worker's start and by jobs that need several."""
+
+    __tablename__ = "device_lease"
+
+    tenant_id: Mapped[str] = tenant_column(primary=False)
+    host: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    worker_id: Mapped[UUID]
+    slice_id: Mapped[int | None]
+    lease_until: Mapped[datetime]
+
+
+class Event(Base):
+    __tablename__ = "event"
+
+    tenant_id: Mapped[str] = tenant_column()
+    event_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    job_id: Mapped[UUID]
+    type: Mapped[str]
+    level: Mapped[str] = mapped_column(server_default="info")
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        Index("event_job_idx", "job_id", "event_id"),
+    )
+
+
+class Checkpoint(Base):
+    __tablename__ = "checkpoint"
+
+    tenant_id: Mapped[str] = tenant_column()
+    checkpoint_id: Mapped[UUID] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID]
+    step: Mapped[int]
+    store_path: Mapped[str]
+    sha256: Mapped[str]
+    lease_token: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        UniqueConstraint("job_id", "step", "lease_token"),
+    )
+
+
+class Model(Base):
+    """A model that may be served by `name`. Those of the system tenant serve everybody."""
+
+    __tablename__ = "model"
+
+    tenant_id: Mapped[str] = tenant_column()
+    name: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    source: Mapped[str]
+    revision: Mapped[str | None]
+    dtype: Mapped[str]
+    context_length: Mapped[int | None] = mapped_column(Integer)
+    weight_bytes: Mapped[int | None]
+    pinned: Mapped[bool] = mapped_column(Boolean, server_default="false")
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Usage(Base):
+    """Written once, in the transaction that finalizes the job."""
+
+    __tablename__ = "usage"
+
+    tenant_id: Mapped[str] = tenant_column()
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    key_id: Mapped[str | None]
+    model: Mapped[str | None]
+    kind: Mapped[str]
+    requests: Mapped[int]
+    input_tokens: Mapped[int]
+    output_tokens: Mapped[int]
+    device_seconds: Mapped[float]
+    recorded_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        Index("usage_time_idx", "tenant_id", "recorded_at"),
+    )
+
+
+class Idempotency(Base):
+    """The first answer given under a key; kept as long as what it made."""
+
+    __tablename__ = "idempotency"
+
+    tenant_id: Mapped[str] = tenant_column()
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_sha256: Mapped[str]
+    status: Mapped[int] = mapped_column(SmallInteger)
+    response: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Webhook(Base):
+    """A target that an admin registered; deliveries come with the night shift."""
+
+    __tablename__ = "webhook"
+
+    tenant_id: Mapped[str] = tenant_column()
+    webhook_id: Mapped[UUID] = mapped_column(primary_key=True)
+    url: Mapped[str]
+    secret: Mapped[str]
+    events: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class AuditFinding(Base):
+    """An invariant that did not hold when the auditor looked; there should be none."""
+
+    __tablename__ = "audit_finding"
+
+    tenant_id: Mapped[str] = tenant_column()
+    finding_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    job_id: Mapped[UUID | None]
+    invariant: Mapped[str]
+    detail: Mapped[str]
+    found_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (UniqueConstraint("tenant_id", "job_id", "invariant", postgresql_nulls_not_distinct=True),)

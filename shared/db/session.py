@@ -1,0 +1,54 @@
+"""Engines and transactions. One engine a process; every transaction names the tenant that it acts for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import orjson
+from sqlalchemy import Connection, Engine, create_engine, text
+
+from shared.settings import Settings
+
+ROLES = ("migration", "gateway", "worker", "scheduler")
+ROLE_PREFIX = "lamplighter_"
+
+_SET_TENANT = text(
+    "SELECT set_config('lamplighter.tenant_id', :tenant_id, true), set_config('lamplighter.is_admin', :is_admin, true)"
+)
+
+
+def connect_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
+    """Return a pooled engine whose connections notice a dead Postgres within seconds.
+
+    `pre_ping` replaces connections that a restart of Postgres has cut; TCP settings bound the wait on a host that
+    vanished without closing.
+    """
+    options = "-c statement_timeout=60000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000"
+    if settings.database_role:
+        options += f" -c role={settings.database_role}"
+    return create_engine(
+        settings.sqlalchemy_url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        pool_timeout=5,
+        json_serializer=lambda value: orjson.dumps(value).decode(),
+        json_deserializer=orjson.loads,
+        connect_args={
+            "connect_timeout": 3,
+            "keepalives": 1,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
+            "options": options,
+            "application_name": "lamplighter",
+        },
+    )
+
+
+@contextmanager
+def tenant_transaction(engine: Engine, tenant_id: str, *, is_admin: bool = False) -> Iterator[Connection]:
+    """Open a transaction that sees the rows of one tenant only, whatever its statements say."""
+    with engine.begin() as connection:
+        connection.execute(_SET_TENANT, {"tenant_id": tenant_id, "is_admin": "on" if is_admin else "off"})
+        yield connection

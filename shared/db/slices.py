@@ -1,0 +1,496 @@
+"""The lease protocol. Every change of a slice's state is one of the statements below.
+
+    queued ──dispatch──► dispatched ──claim──► running ──finish──► done
+      ▲ ▲                    │                   │ │ └──finish(stop)──► cancelled
+      │ └──────requeue───────┘                   │ └──lose──► queued | parts | dead
+      └───────────────release (drain, pause)─────┘
+
+`claim` draws a new lease token. Every later write of the worker names that token and finds the row only while the
+lease is its own: a writer that finds no row throws its work away (LeaseLost). All times are the database's.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, text
+
+from shared.db import events
+from shared.domain.errors import LeaseLost
+from shared.domain.slice import AttemptOutcome, LossAction, SliceState, decide_after_loss
+
+
+@dataclass(frozen=True)
+class ClaimedSlice:
+    """What a worker needs to run a slice that it owns."""
+
+    tenant_id: str
+    slice_id: int
+    job_id: UUID
+    created_on: date
+    lo: int
+    hi: int
+    losses: int
+    lease_token: int
+    endpoint: str
+    job_created: int
+    input_path: str
+    index_path: str
+
+
+@dataclass
+class RecordedLines:
+    """Columns of finished lines, ready to be written with one statement; all lists have one entry a line."""
+
+    line_nos: list[int] = field(default_factory=list)
+    custom_ids: list[str] = field(default_factory=list)
+    status_codes: list[int | None] = field(default_factory=list)
+    bodies: list[str | None] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+    input_tokens: list[int] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)
+    output_bytes: int = 0
+    error_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.line_nos)
+
+    def add(
+        self,
+        line_no: int,
+        custom_id: str,
+        status_code: int | None,
+        body: str | None,
+        error: str | None,
+        rendered_bytes: int,
+        tokens: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Add one line; `rendered_bytes` is its length in the output or error file, `tokens` are (in, out)."""
+        self.line_nos.append(line_no)
+        self.custom_ids.append(custom_id)
+        self.status_codes.append(status_code)
+        self.bodies.append(body)
+        self.errors.append(error)
+        self.input_tokens.append(tokens[0])
+        self.output_tokens.append(tokens[1])
+        if status_code == 200:
+            self.output_bytes += rendered_bytes
+        else:
+            self.error_bytes += rendered_bytes
+
+    @property
+    def completed(self) -> int:
+        return sum(code == 200 for code in self.status_codes)
+
+
+_CLAIM = text("""
+    WITH claimed AS (
+        UPDATE slice SET state = 'running', lease_token = nextval('lease_token_seq'), worker_id = :worker_id,
+            lease_until = now() + make_interval(secs => :lease_seconds), progress_at = now(), claimed_at = now(),
+            claimed_done = slice.completed + slice.failed, attempts = attempts + 1
+        FROM job
+        WHERE slice.slice_id = :slice_id AND slice.state IN ('queued', 'dispatched') AND slice.run_after <= now()
+            AND job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id AND job.state IN ('queued', 'running')
+        RETURNING slice.tenant_id, slice.slice_id, slice.job_id, slice.created_on, slice.lo, slice.hi, slice.losses,
+            slice.lease_token, job.endpoint, extract(epoch FROM job.created_at)::bigint AS job_created, job.input_file_id
+    ), try AS (
+        INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device)
+        SELECT tenant_id, job_id, slice_id, lease_token, :task_id, :worker_id, :worker, :device FROM claimed
+    ), begun AS (
+        UPDATE job SET state = 'running', started_at = coalesce(job.started_at, now())
+        FROM claimed WHERE job.tenant_id = claimed.tenant_id AND job.job_id = claimed.job_id AND job.state = 'queued'
+    )
+    SELECT claimed.*, file.store_path AS input_path, file.index_path
+    FROM claimed JOIN file ON file.tenant_id = claimed.tenant_id AND file.file_id = claimed.input_file_id
+""")
+
+
+def claim(
+    connection: Connection,
+    slice_id: int,
+    *,
+    worker_id: UUID,
+    worker: str,
+    device: str,
+    task_id: str,
+    lease_seconds: float,
+) -> ClaimedSlice | None:
+    """Make the slice this worker's, or return None: another has it, it is over, or its job does not run now."""
+    parameters = {
+        "slice_id": slice_id,
+        "worker_id": worker_id,
+        "worker": worker,
+        "device": device,
+        "task_id": task_id,
+        "lease_seconds": lease_seconds,
+    }
+    row = connection.execute(_CLAIM, parameters).mappings().one_or_none()
+    if row is None:
+        return None
+    return ClaimedSlice(**{key: value for key, value in row.items() if key != "input_file_id"})
+
+
+# The fence: the slice row is locked and must still be ours before one result is inserted, in one statement and so in
+# one transaction. The primary key of `result` would refuse a second row, but nothing rests on it.
+RECORD = """
+    WITH mine AS (
+        UPDATE slice SET progress_at = now(), completed = completed + :completed, failed = failed + :failed,
+            output_bytes = output_bytes + :output_bytes, error_bytes = error_bytes + :error_bytes,
+            input_tokens = input_tokens + :input_total, output_tokens = output_tokens + :output_total
+        WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
+        RETURNING tenant_id, slice_id, job_id, created_on, lease_token
+    )
+    INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body,
+                        error, input_tokens, output_tokens)
+    SELECT mine.created_on, mine.job_id, line.line_no, mine.tenant_id, mine.slice_id, mine.lease_token,
+           line.custom_id, line.status_code, line.body, line.error, line.input_tokens, line.output_tokens
+    FROM mine CROSS JOIN unnest(
+        cast(:line_nos AS int[]), cast(:custom_ids AS text[]), cast(:status_codes AS smallint[]),
+        cast(:bodies AS text[]), cast(:errors AS text[]), cast(:input_tokens AS int[]), cast(:output_tokens AS int[])
+    ) AS line (line_no, custom_id, status_code, body, error, input_tokens, output_tokens)
+"""
+
+
+def record(
+    connection: Connection, slice_id: int, lease_token: int, lines: RecordedLines, statement: str = RECORD
+) -> None:
+    """Write finished lines under the lease; raises LeaseLost, and writes nothing, when it is no longer ours."""
+    written = connection.execute(text(statement), _record_parameters(slice_id, lease_token, lines)).rowcount
+    if written != len(lines):
+        raise LeaseLost
+
+
+def _record_parameters(slice_id: int, lease_token: int, lines: RecordedLines) -> dict[str, Any]:
+    return {
+        "slice_id": slice_id,
+        "lease_token": lease_token,
+        "line_nos": lines.line_nos,
+        "custom_ids": lines.custom_ids,
+        "status_codes": lines.status_codes,
+        "bodies": lines.bodies,
+        "errors": lines.errors,
+        "input_tokens": lines.input_tokens,
+        "output_tokens": lines.output_tokens,
+        "completed": lines.completed,
+        "failed": len(lines) - lines.completed,
+        "output_bytes": lines.output_bytes,
+        "error_bytes": lines.error_bytes,
+        "input_total": sum(lines.input_tokens),
+        "output_total": sum(lines.output_tokens),
+    }
+
+
+_END_ATTEMPT = """
+    UPDATE attempt SET ended_at = now(), outcome = :outcome, error = :error, traceback = :traceback
+    WHERE lease_token = :lease_token AND ended_at IS NULL
+"""
+
+_FINISH = text("""
+    UPDATE slice SET state = :state, lease_token = NULL, lease_until = NULL,
+        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+    WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
+""")
+
+_OUTCOME_OF_STATE = {
+    SliceState.DONE: AttemptOutcome.DONE,
+    SliceState.DEAD: AttemptOutcome.FAILED,
+    SliceState.CANCELLED: AttemptOutcome.CANCELLED,
+}
+
+
+def finish(connection: Connection, slice_id: int, lease_token: int, state: SliceState) -> None:
+    """End the slice in a terminal state: done, dead (dead-lettered) or cancelled. Raises LeaseLost."""
+    parameters = {"slice_id": slice_id, "lease_token": lease_token, "state": state}
+    if connection.execute(_FINISH, parameters).rowcount == 0:
+        raise LeaseLost
+    _end_attempt(connection, lease_token, _OUTCOME_OF_STATE[state])
+
+
+_RELEASE = text("""
+    UPDATE slice SET state = :state, lease_token = NULL, lease_until = NULL, worker_id = NULL, stop_reason = NULL,
+        run_after = now() + make_interval(secs => :delay_seconds), last_error = coalesce(:error, last_error),
+        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+    WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
+""")
+
+
+def release(
+    connection: Connection,
+    slice_id: int,
+    lease_token: int,
+    *,
+    outcome: AttemptOutcome,
+    held: bool = False,
+    delay_seconds: float = 0,
+    error: str | None = None,
+    traceback: str | None = None,
+) -> None:
+    """Give an unfinished slice back, at no cost in losses: drained, paused, or failed for a passing reason."""
+    parameters = {
+        "slice_id": slice_id,
+        "lease_token": lease_token,
+        "state": SliceState.HELD if held else SliceState.QUEUED,
+        "delay_seconds": delay_seconds,
+        "error": error,
+    }
+    if connection.execute(_RELEASE, parameters).rowcount == 0:
+        raise LeaseLost
+    _end_attempt(connection, lease_token, outcome, error, traceback)
+
+
+def _end_attempt(
+    connection: Connection,
+    lease_token: int,
+    outcome: AttemptOutcome,
+    error: str | None = None,
+    traceback: str | None = None,
+) -> None:
+    parameters = {"lease_token": lease_token, "outcome": outcome, "error": error, "traceback": traceback}
+    connection.execute(text(_END_ATTEMPT), parameters)
+
+
+_RENEW = text("""
+    UPDATE slice SET lease_until = now() + make_interval(secs => :lease_seconds)
+    FROM unnest(cast(:slice_ids AS bigint[]), cast(:lease_tokens AS bigint[])) AS mine (slice_id, lease_token)
+    WHERE slice.slice_id = mine.slice_id AND slice.lease_token = mine.lease_token AND slice.state = 'running'
+    RETURNING slice.lease_token, slice.stop_reason
+""")
+
+
+def renew(connection: Connection, leases: Iterable[tuple[int, int]], lease_seconds: float) -> dict[int, str | None]:
+    """Extend leases given as (slice_id, lease_token); return token → stop reason of those that are still ours."""
+    pairs = list(leases)
+    parameters = {
+        "slice_ids": [slice_id for slice_id, _ in pairs],
+        "lease_tokens": [token for _, token in pairs],
+        "lease_seconds": lease_seconds,
+    }
+    return {row.lease_token: row.stop_reason for row in connection.execute(_RENEW, parameters)}
+
+
+def recorded_lines(connection: Connection, claimed: ClaimedSlice) -> set[int]:
+    """Return the line numbers of this slice that have a result already: they are not computed again."""
+    statement = text(
+        "SELECT line_no FROM result WHERE created_on = :created_on AND job_id = :job_id"
+        " AND line_no >= :lo AND line_no < :hi"
+    )
+    parameters = {"created_on": claimed.created_on, "job_id": claimed.job_id, "lo": claimed.lo, "hi": claimed.hi}
+    return set(connection.execute(statement, parameters).scalars())
+
+
+_LOSE_COLUMNS = "tenant_id, slice_id, job_id, lo, hi, losses, completed + failed > claimed_done AS progressed, lease_token"
+
+_EXPIRED = text(f"""
+    SELECT {_LOSE_COLUMNS} FROM slice WHERE state = 'running' AND lease_until < now()
+    ORDER BY slice_id LIMIT 200 FOR UPDATE SKIP LOCKED
+""")
+_OF_WORKER = text(f"""
+    SELECT {_LOSE_COLUMNS} FROM slice WHERE state = 'running' AND worker_id = :worker_id
+    ORDER BY slice_id FOR UPDATE
+""")
+_BY_TOKEN = text(f"""
+    SELECT {_LOSE_COLUMNS} FROM slice
+    WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running' FOR UPDATE
+""")
+
+
+def lose_expired(connection: Connection) -> int:
+    """Take back slices whose lease ran out; return how many. The lock re-checks the lease (River #1302)."""
+    return _lose(connection, connection.execute(_EXPIRED).all(), "lease expired")
+
+
+def lose_of_worker(connection: Connection, worker_id: UUID) -> int:
+    """Take back everything of a worker process that is known to be dead; return how many slices ran on it."""
+    lost = _lose(connection, connection.execute(_OF_WORKER, {"worker_id": worker_id}).all(), "worker process died")
+    requeue_dispatched(connection, worker_id=worker_id)
+    return lost
+
+
+def lose(connection: Connection, slice_id: int, lease_token: int, error: str) -> None:
+    """Give up a slice whose engine child died under it. Raises LeaseLost."""
+    rows = connection.execute(_BY_TOKEN, {"slice_id": slice_id, "lease_token": lease_token}).all()
+    if not rows:
+        raise LeaseLost
+    _lose(connection, rows, error)
+
+
+_AFTER_LOSS = text("""
+    UPDATE slice SET lo = :lo, hi = :hi, losses = :losses, last_error = :error, run_after = now(),
+        state = CASE WHEN stop_reason IN ('cancel', 'expire') THEN 'cancelled'
+                     WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END,
+        stop_reason = NULL, lease_token = NULL, lease_until = NULL, worker_id = NULL,
+        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+    WHERE slice_id = :slice_id
+""")
+
+_ADD_PART = text("""
+    INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, slice_class, priority, model, estimated_tokens,
+                       devices_needed, losses, last_error)
+    SELECT tenant_id, job_id, created_on, :lo, :hi, state, slice_class, priority, model, estimated_tokens,
+           devices_needed, losses, last_error
+    FROM slice WHERE slice_id = :slice_id
+""")
+
+
+def _lose(connection: Connection, rows: Sequence[Row[Any]], error: str) -> int:
+    """Apply `decide_after_loss` to slices whose rows are locked."""
+    for row in rows:
+        decision = decide_after_loss(row.lo, row.hi, row.losses, progressed=row.progressed)
+        # A split keeps the first part in the row itself: the parts of a job always tile its lines exactly.
+        lo, hi = decision.parts[0] if decision.parts else (row.lo, row.hi)
+        parameters = {"slice_id": row.slice_id, "lo": lo, "hi": hi, "losses": decision.losses, "error": error}
+        connection.execute(_AFTER_LOSS, parameters)
+        for part_lo, part_hi in decision.parts[1:]:
+            connection.execute(_ADD_PART, {"slice_id": row.slice_id, "lo": part_lo, "hi": part_hi})
+        _end_attempt(connection, row.lease_token, AttemptOutcome.LOST, error)
+        if decision.action is not LossAction.REQUEUE:
+            _tell(connection, row, decision.action, error)
+    return len(rows)
+
+
+def _tell(connection: Connection, row: Row[Any], action: LossAction, error: str) -> None:
+    span = f"Lines {row.lo + 1} to {row.hi}" if row.hi - row.lo > 1 else f"Line {row.hi}"
+    what = "will be tried in smaller parts" if action is LossAction.SPLIT else "will not be tried again"
+    message = f"{span} were lost repeatedly ({error}) and {what}."
+    events.add(connection, row.tenant_id, row.job_id, "message", message, level="warn")
+
+
+_REQUEUE = """
+    UPDATE slice SET state = 'queued', worker_id = NULL, dispatched_at = NULL
+    WHERE state = 'dispatched' AND {condition}
+"""
+
+
+def requeue_dispatched(
+    connection: Connection, *, worker_id: UUID | None = None, older_than_seconds: float | None = None
+) -> int:
+    """Take dispatched slices back: of one worker, those older than an age, or (with neither) all of them."""
+    if worker_id is not None:
+        condition = "worker_id = :worker_id"
+    elif older_than_seconds is not None:
+        condition = "worker_id IS NOT NULL AND dispatched_at < now() - make_interval(secs => :older_than_seconds)"
+    else:
+        condition = "worker_id IS NOT NULL"
+    parameters = {"worker_id": worker_id, "older_than_seconds": older_than_seconds}
+    used = {key: value for key, value in parameters.items() if value is not None}
+    return connection.execute(text(_REQUEUE.format(condition=condition)), used).rowcount
+
+
+_STOP = (
+    text("""
+        UPDATE slice SET state = :quiet, worker_id = NULL, dispatched_at = NULL
+        WHERE job_id = :job_id AND state IN ('held', 'queued', 'dispatched')
+    """),
+    text("UPDATE slice SET stop_reason = :reason WHERE job_id = :job_id AND state = 'running'"),
+)
+
+
+def stop_job(connection: Connection, job_id: UUID, reason: str, *, quiet: SliceState) -> None:
+    """Put waiting slices of a job into state `quiet` and ask running ones to flush and end for `reason`."""
+    connection.execute(_STOP[0], {"job_id": job_id, "quiet": quiet})
+    connection.execute(_STOP[1], {"job_id": job_id, "reason": reason})
+
+
+def resume_job(connection: Connection, job_id: UUID) -> None:
+    """Queue the held slices of a job, and call off the stop of those that have not ended yet."""
+    connection.execute(text("UPDATE slice SET state = 'queued' WHERE job_id = :j AND state = 'held'"), {"j": job_id})
+    connection.execute(
+        text("UPDATE slice SET stop_reason = NULL WHERE job_id = :j AND state = 'running' AND stop_reason = 'pause'"),
+        {"j": job_id},
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A queued slice, as the scheduling policy sees it."""
+
+    slice_id: int
+    tenant_id: str
+    job_id: UUID
+    slice_class: int
+    priority: int
+    model: str | None
+    lines: int
+    estimated_tokens: int
+    dispatch_no: int
+
+
+# A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
+CANDIDATES = """
+    WITH RECURSIVE waiting AS (
+        (SELECT tenant_id FROM slice WHERE state = 'queued' ORDER BY tenant_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT tenant_id FROM slice WHERE state = 'queued' AND tenant_id > waiting.tenant_id
+                ORDER BY tenant_id LIMIT 1)
+        FROM waiting WHERE waiting.tenant_id IS NOT NULL
+    )
+    SELECT head.* FROM waiting JOIN LATERAL (
+        SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no
+        FROM slice WHERE state = 'queued' AND tenant_id = waiting.tenant_id AND run_after <= now()
+        ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
+    ) AS head ON true WHERE waiting.tenant_id IS NOT NULL
+"""
+
+
+def candidates(connection: Connection, per_tenant: int) -> list[Candidate]:
+    """Return the head of every tenant's queue, at most `per_tenant` slices each."""
+    return [Candidate(**row) for row in connection.execute(text(CANDIDATES), {"per_tenant": per_tenant}).mappings()]
+
+
+DISPATCH = """
+    UPDATE slice SET state = 'dispatched', worker_id = release.worker_id, dispatch_no = dispatch_no + 1,
+        dispatched_at = now()
+    FROM unnest(cast(:slice_ids AS bigint[]), cast(:worker_ids AS uuid[])) AS release (slice_id, worker_id)
+    WHERE slice.slice_id = release.slice_id AND slice.state = 'queued'
+    RETURNING slice.slice_id, slice.job_id, slice.worker_id, slice.dispatch_no, slice.model
+"""
+
+
+def dispatch(connection: Connection, releases: Sequence[tuple[int, UUID]]) -> Sequence[Row[Any]]:
+    """Mark slices as sent to workers; return only those that were still queued, so two dispatchers never clash."""
+    parameters = {
+        "slice_ids": [slice_id for slice_id, _ in releases],
+        "worker_ids": [worker_id for _, worker_id in releases],
+    }
+    return connection.execute(text(DISPATCH), parameters).all()
+
+
+@dataclass(frozen=True)
+class NewSlice:
+    lo: int
+    hi: int
+    estimated_tokens: int
+
+
+_CREATE = text("""
+    INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, priority, model, estimated_tokens)
+    SELECT :tenant_id, :job_id, :created_on, part.lo, part.hi, 'queued', :priority, :model, part.estimated_tokens
+    FROM unnest(cast(:los AS int[]), cast(:his AS int[]), cast(:tokens AS bigint[])) AS part (lo, hi, estimated_tokens)
+    ORDER BY part.lo
+""")
+
+
+def create(
+    connection: Connection,
+    *,
+    tenant_id: str,
+    job_id: UUID,
+    created_on: date,
+    priority: int,
+    model: str | None,
+    parts: Sequence[NewSlice],
+) -> None:
+    """Add the slices of a job that has passed validation."""
+    parameters = {
+        "tenant_id": tenant_id,
+        "job_id": job_id,
+        "created_on": created_on,
+        "priority": priority,
+        "model": model,
+        "los": [part.lo for part in parts],
+        "his": [part.hi for part in parts],
+        "tokens": [part.estimated_tokens for part in parts],
+    }
+    connection.execute(_CREATE, parameters)

@@ -1,0 +1,99 @@
+"""Tenants and API keys. A key's secret is shown once and stored only as a digest."""
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import IntegrityError
+
+from shared.domain.errors import AuthenticationFailed, Conflict, NotFound
+
+KEY_PREFIX = "lk-"
+SCOPES = ("read", "write", "submit", "admin")
+"""read: look; write: everything of the tenant; submit: hand in jobs only; admin: all tenants, models, keys."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sent a request."""
+
+    tenant_id: str
+    key_id: str
+    scopes: frozenset[str]
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.scopes
+
+    def may(self, scope: str) -> bool:
+        """Whether the key allows `scope`; write includes read and submit, admin includes all."""
+        return self.is_admin or scope in self.scopes or ("write" in self.scopes and scope in ("read", "submit"))
+
+
+def authenticate(connection: Connection, key: str) -> Caller:
+    """Return whose key this is; raises AuthenticationFailed, in the same words whatever is wrong with it."""
+    key_id, _, secret = key.removeprefix(KEY_PREFIX).partition("-")
+    row = None
+    if key.startswith(KEY_PREFIX) and "\x00" not in key and key.isascii():
+        row = connection.execute(text("SELECT * FROM find_api_key(:key_id)"), {"key_id": key_id}).one_or_none()
+    digest = hashlib.sha256(secret.encode()).digest()
+    # Compared also when there is no such key, so that the answer's time does not tell which ids exist.
+    if not hmac.compare_digest(digest, bytes(row.digest) if row else bytes(32)) or row is None:
+        raise AuthenticationFailed
+    return Caller(row.tenant_id, row.key_id, frozenset(row.scopes))
+
+
+_ADD_KEY = text("""
+    INSERT INTO api_key (tenant_id, key_id, digest, name, scopes) VALUES (:tenant_id, :key_id, :digest, :name, :scopes)
+""").bindparams(bindparam("scopes", type_=JSONB))
+
+
+def create_key(connection: Connection, tenant_id: str, name: str, scopes: list[str]) -> tuple[str, str]:
+    """Make a key with a 256-bit secret; return (key id, whole key). Raises NotFound when there is no such tenant."""
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    parameters = {"tenant_id": tenant_id, "key_id": key_id, "name": name, "scopes": scopes}
+    try:
+        connection.execute(_ADD_KEY, parameters | {"digest": hashlib.sha256(secret.encode()).digest()})
+    except IntegrityError:
+        raise NotFound(f"No tenant {tenant_id!r}.", param="tenant") from None
+    return key_id, f"{KEY_PREFIX}{key_id}-{secret}"
+
+
+def revoke_key(connection: Connection, key_id: str) -> None:
+    """Make a key useless from now on; raises NotFound."""
+    statement = text("UPDATE api_key SET revoked_at = now() WHERE key_id = :key_id AND revoked_at IS NULL")
+    if connection.execute(statement, {"key_id": key_id}).rowcount == 0:
+        raise NotFound(f"No key with id {key_id[:80]!r}.", param="id")
+
+
+def list_keys(connection: Connection) -> list[dict[str, Any]]:
+    """Return the keys that the transaction may see, without their digests."""
+    statement = text("""
+        SELECT key_id, tenant_id, name, scopes, extract(epoch FROM created_at)::bigint AS created_at,
+            extract(epoch FROM revoked_at)::bigint AS revoked_at
+        FROM api_key ORDER BY created_at, key_id
+    """)
+    return [dict(row) for row in connection.execute(statement).mappings()]
+
+
+def create_tenant(connection: Connection, tenant_id: str, name: str) -> None:
+    """Add a tenant; raises Conflict when it exists."""
+    try:
+        connection.execute(
+            text("INSERT INTO tenant (tenant_id, name) VALUES (:tenant_id, :name)"),
+            {"tenant_id": tenant_id, "name": name},
+        )
+    except IntegrityError:
+        raise Conflict(f"There is a tenant {tenant_id!r} already.", param="id", code="exists") from None
+
+
+def list_tenants(connection: Connection) -> list[dict[str, Any]]:
+    statement = text("""
+        SELECT tenant_id, name, weight, extract(epoch FROM created_at)::bigint AS created_at
+        FROM tenant ORDER BY tenant_id
+    """)
+    return [dict(row) for row in connection.execute(statement).mappings()]

@@ -1,0 +1,145 @@
+"""Worker processes and the devices that they own."""
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+
+from shared.db import slices
+from shared.db.models import SYSTEM_TENANT
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """Who a worker process is; `worker_id` is fresh for every process."""
+
+    worker_id: UUID
+    name: str
+    host: str
+    pid: int
+    device: str
+    slots: int
+
+
+_REGISTER = text("""
+    INSERT INTO worker (tenant_id, worker_id, name, host, pid, device, state, slots)
+    VALUES (:tenant_id, :worker_id, :name, :host, :pid, :device, 'idle', :slots)
+""")
+
+_TAKE_DEVICE = text("""
+    INSERT INTO device_lease (tenant_id, host, device, worker_id, lease_until)
+    VALUES (:tenant_id, :host, :device, :worker_id, now() + make_interval(secs => :lease_seconds))
+    ON CONFLICT (host, device) DO UPDATE SET worker_id = excluded.worker_id, lease_until = excluded.lease_until,
+        slice_id = NULL
+    WHERE device_lease.lease_until < now() OR device_lease.worker_id = excluded.worker_id
+    RETURNING worker_id
+""")
+
+
+def register(connection: Connection, worker: WorkerIdentity, lease_seconds: float) -> bool:
+    """Announce a worker and take its device; False when another live worker of this host owns the device."""
+    identity = {"tenant_id": SYSTEM_TENANT, "worker_id": worker.worker_id, "host": worker.host}
+    taken = connection.execute(_TAKE_DEVICE, identity | {"device": worker.device, "lease_seconds": lease_seconds})
+    if taken.one_or_none() is None:
+        return False
+    identity |= {"name": worker.name, "pid": worker.pid, "device": worker.device, "slots": worker.slots}
+    connection.execute(_REGISTER, identity)
+    return True
+
+
+_HEARTBEAT = text("""
+    UPDATE worker SET heartbeat_at = now(), state = :state, models = :models, stats = :stats
+    WHERE worker_id = :worker_id AND state <> 'lost'
+""").bindparams(bindparam("models", type_=JSONB), bindparam("stats", type_=JSONB))
+
+_RENEW_DEVICE = text("""
+    UPDATE device_lease SET lease_until = now() + make_interval(secs => :lease_seconds) WHERE worker_id = :worker_id
+""")
+
+
+def heartbeat(
+    connection: Connection,
+    worker_id: UUID,
+    *,
+    state: str,
+    models: list[str],
+    stats: dict[str, Any],
+    lease_seconds: float,
+) -> bool:
+    """Say that the worker lives; False when it was declared lost and must end."""
+    parameters = {"worker_id": worker_id, "state": state, "models": models, "stats": stats}
+    if connection.execute(_HEARTBEAT, parameters).rowcount == 0:
+        return False
+    connection.execute(_RENEW_DEVICE, {"worker_id": worker_id, "lease_seconds": lease_seconds})
+    return True
+
+
+def stale_dispatches(connection: Connection, worker_id: UUID, older_than_seconds: float) -> int:
+    """Count slices that were sent to this worker so long ago that its message must be lost."""
+    statement = text("""
+        SELECT count(*) FROM slice WHERE worker_id = :worker_id AND state = 'dispatched'
+            AND dispatched_at < now() - make_interval(secs => :age)
+    """)
+    parameters = {"worker_id": worker_id, "age": older_than_seconds}
+    count: int = connection.execute(statement, parameters).scalar_one()
+    return count
+
+
+def retire(connection: Connection, worker_id: UUID) -> int:
+    """Declare a worker process dead and give its slices and its device back at once; return its lost slices."""
+    connection.execute(text("UPDATE worker SET state = 'lost' WHERE worker_id = :w"), {"w": worker_id})
+    connection.execute(text("DELETE FROM device_lease WHERE worker_id = :w"), {"w": worker_id})
+    return slices.lose_of_worker(connection, worker_id)
+
+
+def silent(connection: Connection, after_seconds: float) -> list[UUID]:
+    """Return live workers whose last heartbeat is older than `after_seconds`."""
+    statement = text("""
+        SELECT worker_id FROM worker WHERE state <> 'lost' AND heartbeat_at < now() - make_interval(secs => :age)
+    """)
+    return list(connection.execute(statement, {"age": after_seconds}).scalars())
+
+
+def of_host(connection: Connection, host: str) -> list[tuple[UUID, int]]:
+    """Return (worker_id, pid) of the workers of a host that are not known to be dead."""
+    statement = text("SELECT worker_id, pid FROM worker WHERE host = :host AND state <> 'lost'")
+    return [(row.worker_id, row.pid) for row in connection.execute(statement, {"host": host})]
+
+
+@dataclass(frozen=True)
+class WorkerLoad:
+    """A live worker as the scheduling policy sees it."""
+
+    worker_id: UUID
+    name: str
+    slots: int
+    models: frozenset[str]
+    occupied: int
+    """Slices that run on it or wait for it in Redis."""
+
+
+LOADS = """
+    SELECT worker.worker_id, worker.name, worker.slots, worker.models,
+        (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
+            AND slice.state IN ('dispatched', 'running')) AS occupied
+    FROM worker WHERE worker.state IN ('idle', 'busy')
+        AND worker.heartbeat_at > now() - make_interval(secs => :age)
+    ORDER BY worker.name, worker.worker_id
+"""
+
+
+def loads(connection: Connection, heartbeat_within_seconds: float) -> list[WorkerLoad]:
+    """Return the workers that may be given work."""
+    rows = connection.execute(text(LOADS), {"age": heartbeat_within_seconds})
+    return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied) for r in rows]
+
+
+def listing(connection: Connection) -> list[dict[str, Any]]:
+    """Return every worker seen within the last hour, for `GET /v1/workers`."""
+    statement = text("""
+        SELECT worker_id, name, host, device, state, models, stats FROM worker
+        WHERE heartbeat_at > now() - interval '1 hour' ORDER BY name, started_at
+    """)
+    return [dict(row) for row in connection.execute(statement).mappings()]

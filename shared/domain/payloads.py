@@ -1,0 +1,284 @@
+"""The bodies of OpenAI's generation calls: what is accepted, and the answers' shapes.
+
+Used for a line of a batch by the worker and for an online call by the gateway, so that both refuse the same things.
+Unknown fields are ignored, as OpenAI's SDKs send new ones; wrong values of known fields are refused by name.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from shared.domain.errors import InvalidRequest, RequestError
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+BATCH_ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+MAX_EMBEDDING_INPUTS = 2048
+MAX_DELAY_MS = 60_000
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Payload(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=400)
+
+
+class GenerationPayload(Payload):
+    """Sampling fields that chat and completions share; ranges are OpenAI's, extensions are design §5's."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=128)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    user: str | None = None
+
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    delay_ms: int = Field(0, ge=0, le=MAX_DELAY_MS)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, none of them empty."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in texts if text)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        """OpenAI's SDKs send explicit nulls for fields that were not set."""
+        if isinstance(data, dict) and None in data.values():
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["text", "refusal"]
+    text: str = ""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The message's text, its parts joined."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is required")
+        return self
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class ChatPayload(GenerationPayload):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens to generate at most; None means up to the model's context."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+class CompletionPayload(GenerationPayload):
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = Field(None, ge=1, le=20)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens to generate at most; None means the default of the model's engine, 16 for all but `echo`."""
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt: a text, or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]  # pydantic has checked that all are token ids
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _prompt_is_not_empty(self) -> Self:
+        if not self.prompt or any(prompt == [] for prompt in self.prompts):
+            raise ValueError("prompt must not be empty")
+        return self
+
+
+class EmbeddingPayload(Payload):
+    input: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1, max_length=8192 * 16)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS)
+        ]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+    delay_ms: int = Field(0, ge=0, le=MAX_DELAY_MS)
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [self.input]  # type: ignore[list-item]  # pydantic has checked that all are token ids
+        return list(self.input)  # type: ignore[arg-type]
+
+
+AnyPayload = ChatPayload | CompletionPayload | EmbeddingPayload
+
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {
+    "/v1/chat/completions": TypeAdapter(ChatPayload),
+    "/v1/completions": TypeAdapter(CompletionPayload),
+    "/v1/embeddings": TypeAdapter(EmbeddingPayload),
+}
+
+
+def parse_payload(endpoint: str, body: Any) -> AnyPayload:
+    """Return the checked body of a call to `endpoint`; raises InvalidRequest that names the first wrong field."""
+    try:
+        payload: AnyPayload = _ADAPTERS[endpoint].validate_python(body)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    return payload
+
+
+def parse_batch_body(endpoint: str, body: Any) -> AnyPayload:
+    """Like `parse_payload`, for a line of a batch: nobody is there to read a stream."""
+    payload = parse_payload(endpoint, body)
+    if getattr(payload, "stream", None):
+        raise InvalidRequest("Streaming is not possible in a batch.", param="stream", code="invalid_value")
+    return payload
+
+
+def invalid_request(error: ValidationError) -> RequestError:
+    """Translate pydantic's first complaint into OpenAI's words: what, and which field."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    # pydantic names the tried type of a union in the path, e.g. ('stop', 'str'); clients know only the field.
+    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and _is_type_tag(part))]
+    param = ".".join(path) or None
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param, code=code)
+
+
+def _is_type_tag(part: str) -> bool:
+    return part in {"str", "int", "float", "bool"} or part.startswith(("list[", "function-", "constrained-", "dict["))
+
+
+def chat_body(
+    request_id: str,
+    created: int,
+    model: str,
+    choices: list[tuple[str, str]],
+    prompt_tokens: int,
+    completion_tokens: int,
+) -> dict[str, Any]:
+    """Return a `chat.completion`; `choices` are (text, finish_reason) in order."""
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reason,
+            }
+            for index, (text, reason) in enumerate(choices)
+        ],
+        "usage": token_usage(prompt_tokens, completion_tokens),
+    }
+
+
+def completion_body(
+    request_id: str,
+    created: int,
+    model: str,
+    choices: list[tuple[str, str]],
+    prompt_tokens: int,
+    completion_tokens: int,
+) -> dict[str, Any]:
+    """Return a `text_completion`; `choices` are (text, finish_reason), `n` for each prompt in order."""
+    return {
+        "id": f"cmpl-{request_id}",
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [
+            {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+            for index, (text, reason) in enumerate(choices)
+        ],
+        "usage": token_usage(prompt_tokens, completion_tokens),
+    }
+
+
+def embedding_body(model: str, embeddings: list[Any], prompt_tokens: int) -> dict[str, Any]:
+    """Return an embedding list; each embedding is a list of floats or base64 of little-endian float32."""
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(embeddings)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
+    }
+
+
+def token_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }

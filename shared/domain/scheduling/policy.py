@@ -1,0 +1,107 @@
+"""Who runs what, and where. Pure: `(backlog, workers) → releases`; the dispatcher applies them.
+
+Between tenants: weighted round-robin over estimated tokens (deficit round-robin, Shreedhar and Varghese 1996) within a
+class; inside a tenant the queue's own order. Placement prefers a worker that has the model warm, then the emptiest one,
+so that one large batch spreads over all workers.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
+
+
+class Waiting(Protocol):
+    """A queued slice."""
+
+    @property
+    def slice_id(self) -> int: ...
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def slice_class(self) -> int: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def estimated_tokens(self) -> int: ...
+
+
+class Host(Protocol):
+    """A live worker."""
+
+    @property
+    def worker_id(self) -> UUID: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def models(self) -> frozenset[str]: ...
+    @property
+    def occupied(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Release:
+    slice_id: int
+    worker_id: UUID
+
+
+@dataclass
+class Fairness:
+    """Tokens that each tenant has been served, by weight; kept between ticks, harmless to lose."""
+
+    served: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def charge(self, tenant_id: str, tokens: int, weight: float) -> None:
+        self.served[tenant_id] += max(1, tokens) / weight
+
+    def admit(self, tenants: Sequence[str]) -> None:
+        """Let tenants that come (back) start level with the least served: idle time earns no credit."""
+        known = [self.served[tenant] for tenant in tenants if tenant in self.served]
+        floor = min(known, default=0.0)
+        for tenant in tenants:
+            self.served.setdefault(tenant, floor)
+        for tenant in [tenant for tenant in self.served if tenant not in tenants]:
+            del self.served[tenant]
+
+
+def plan_releases(
+    backlog: Sequence[Waiting],
+    workers: Sequence[Host],
+    fairness: Fairness,
+    *,
+    window: int,
+    weights: Mapping[str, float],
+) -> list[Release]:
+    """Return which queued slices go to which workers now.
+
+    A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of each
+    tenant's queue, in that queue's order.
+    """
+    room = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
+    queues: dict[str, list[Waiting]] = defaultdict(list)
+    for waiting in backlog:
+        queues[waiting.tenant_id].append(waiting)
+    fairness.admit(sorted(queues))
+    releases: list[Release] = []
+    while queues and any(space > 0 for space in room.values()):
+        tenant_id = min(queues, key=lambda t: (queues[t][0].slice_class, fairness.served[t], t))
+        waiting = queues[tenant_id].pop(0)
+        if not queues[tenant_id]:
+            del queues[tenant_id]
+        worker = _place(waiting, workers, room)
+        room[worker.worker_id] -= 1
+        fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
+        releases.append(Release(waiting.slice_id, worker.worker_id))
+    return releases
+
+
+def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int]) -> Host:
+    """Return the best worker with room: free slots first, then a warm model, then the emptiest."""
+
+    def preference(worker: Host) -> tuple[bool, bool, int, str]:
+        space = room[worker.worker_id]
+        has_slot = space > 0 and worker.slots > 0
+        return (not has_slot, waiting.model not in worker.models, -space, worker.worker_id.hex)
+
+    return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference)

@@ -1,0 +1,92 @@
+"""A slice is the lease unit: lines `[lo, hi)` of a job's input that one worker owns at a time."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+SPLIT_WAYS = 8
+"""A poison slice of 512 lines is down to one line after three more losses (halves would take nine)."""
+SPLIT_AFTER_LOSSES = 2
+DEAD_AFTER_LOSSES = 3
+
+
+class SliceState(StrEnum):
+    """`held` waits for its job (paused); `queued` may be dispatched; the last three are terminal."""
+
+    HELD = "held"
+    QUEUED = "queued"
+    DISPATCHED = "dispatched"
+    RUNNING = "running"
+    DONE = "done"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+
+
+OPEN_STATES = (SliceState.HELD, SliceState.QUEUED, SliceState.DISPATCHED, SliceState.RUNNING)
+
+
+class AttemptOutcome(StrEnum):
+    DONE = "done"
+    LOST = "lost"
+    PREEMPTED = "preempted"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class LossAction(StrEnum):
+    REQUEUE = "requeue"
+    SPLIT = "split"
+    DEAD_LETTER = "dead_letter"
+
+
+@dataclass(frozen=True)
+class LossDecision:
+    """What happens to a slice whose worker was lost."""
+
+    action: LossAction
+    losses: int
+    parts: tuple[tuple[int, int], ...] = ()
+
+
+def decide_after_loss(lo: int, hi: int, losses: int, *, progressed: bool) -> LossDecision:
+    """Decide what becomes of slice `[lo, hi)` when its worker died or hung.
+
+    Only losses in a row *without any recorded line in between* count: a machine that is killed every second must not
+    look like a poison line, and a poison line is always among those that are never recorded. After two such losses
+    the slice is split; parts start one loss short of being split again. A single line is dead-lettered at its third.
+    """
+    losses = 0 if progressed else losses + 1
+    if losses < SPLIT_AFTER_LOSSES:
+        return LossDecision(LossAction.REQUEUE, losses)
+    if hi - lo > 1:
+        return LossDecision(LossAction.SPLIT, SPLIT_AFTER_LOSSES - 1, split(lo, hi, SPLIT_WAYS))
+    if losses < DEAD_AFTER_LOSSES:
+        return LossDecision(LossAction.REQUEUE, losses)
+    return LossDecision(LossAction.DEAD_LETTER, losses)
+
+
+def must_run_alone(losses: int) -> bool:
+    """A suspect runs alone in its engine child, so that no innocent slice is blamed for what it does."""
+    return losses > 0
+
+
+def is_dead_letter(lo: int, hi: int, losses: int) -> bool:
+    """Whether the next worker that claims this slice records its one line as failed instead of running it."""
+    return hi - lo == 1 and losses >= DEAD_AFTER_LOSSES
+
+
+def split(lo: int, hi: int, ways: int) -> tuple[tuple[int, int], ...]:
+    """Cut `[lo, hi)` into at most `ways` parts of nearly equal length, in order and without gaps."""
+    ways = min(ways, hi - lo)
+    cuts = [lo + (hi - lo) * i // ways for i in range(ways + 1)]
+    return tuple(zip(cuts, cuts[1:], strict=False))
+
+
+def plan_slices(lines: int, slots: int, largest: int, smallest: int = 16) -> tuple[tuple[int, int], ...]:
+    """Cut a batch of `lines` so that every slot of the fleet gets some of it, in slices of `smallest..largest` lines.
+
+    `slots` is the number of slices that all live workers together run at once. A few slices for each slot keep the
+    fleet busy to the end; more would only cost dispatches.
+    """
+    wanted = -(-lines // max(1, 2 * slots))
+    size = max(min(smallest, largest), min(largest, wanted))
+    return split(0, lines, -(-lines // size))

@@ -1,0 +1,56 @@
+"""The Celery application: a doorbell, never a store (reliability.md B and C)."""
+
+from uuid import UUID
+
+from celery import Celery
+from kombu import Queue
+
+from shared.queueing.names import worker_queue
+
+# Postgres owns the work, so messages are acknowledged early and nothing is retried, returned or kept by Celery.
+SETTINGS = {
+    "task_serializer": "json",
+    "result_serializer": "json",
+    "accept_content": ["json"],
+    "task_ignore_result": True,
+    "result_backend": None,
+    "task_acks_late": False,
+    "task_reject_on_worker_lost": False,
+    "task_publish_retry": False,
+    "task_create_missing_queues": False,
+    "task_default_queue": "lamplighter.none",
+    "task_send_sent_event": True,
+    "worker_pool": "threads",
+    "worker_prefetch_multiplier": 1,
+    "worker_disable_prefetch": True,
+    "worker_send_task_events": True,
+    "worker_hijack_root_logger": False,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "worker_soft_shutdown_timeout": 0,
+    "worker_enable_remote_control": True,
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+    "broker_heartbeat": 0,
+    "broker_transport_options": {
+        # A publish to a half-open Redis would otherwise block for ever (reliability.md B7).
+        "socket_timeout": 5,
+        "socket_connect_timeout": 3,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        "visibility_timeout": 3600,
+        "queue_order_strategy": "priority",
+    },
+}
+
+
+def create_app(redis_url: str) -> Celery:
+    """Return an application on this broker; it knows no tasks and no queues yet."""
+    app = Celery("lamplighter", broker=redis_url, set_as_current=False)
+    app.conf.update(SETTINGS)
+    app.conf.task_queues = [Queue("lamplighter.none")]
+    return app
+
+
+def declare_worker_queue(worker_id: UUID) -> Queue:
+    """Return the queue of a worker. It is published to by name, through no binding that a wipe could take away."""
+    return Queue(worker_queue(worker_id), durable=True)

@@ -1,0 +1,19 @@
+"""Names that Celery, Redis and Flower show."""
+
+from uuid import UUID
+
+GENERATE_TASK = "lamplighter.generate"
+WAKE_KEY = "lamplighter:wake"
+"""A list that anyone may push to: the dispatcher ticks at once instead of at its next second."""
+CANARY_KEY = "lamplighter:canary"
+"""Holds the epoch; when it is gone or Redis has another run id, Redis lost its data."""
+
+
+def worker_queue(worker_id: UUID) -> str:
+    """Return the queue of one worker process; placement is decided before a slice is released."""
+    return f"lamplighter.worker.{worker_id.hex}"
+
+
+def slice_task_id(job_id: UUID, slice_id: int, dispatch_no: int) -> str:
+    """Return the readable, deterministic id of a dispatch: job, slice, and which dispatch of it."""
+    return f"{job_id.hex}-s{slice_id}-d{dispatch_no}"

@@ -1,0 +1,65 @@
+"""The one place where the environment is read."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DatabaseRole = Literal["migration", "gateway", "worker", "scheduler"]
+
+
+class Settings(BaseSettings):
+    """Settings shared by all services; every field is the variable `LAMPLIGHTER_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore")
+
+    database_url: SecretStr = Field(description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE of this service's role")
+    database_role: str | None = Field(None, description="Role to assume after login (SET ROLE), when logins are shared")
+    redis_url: SecretStr = Field(description="redis://[:PASSWORD@]HOST:PORT/0")
+    store_url: str = Field(description="fsspec URL or directory of file contents and weights")
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: list[str] = ["*"]
+
+    lease_seconds: float = Field(60.0, gt=0, description="A slice whose lease ran out is given to another worker")
+    heartbeat_seconds: float = Field(10.0, gt=0)
+    hang_seconds: float = Field(120.0, gt=0, description="A child that makes no progress for so long is killed")
+    drain_seconds: float = Field(30.0, gt=0, description="Time for running slices to flush after SIGTERM")
+    dispatch_seconds: float = Field(1.0, gt=0, description="Pause between dispatcher ticks that nothing wakes")
+    reap_seconds: float = Field(5.0, gt=0)
+    redispatch_seconds: float = Field(60.0, gt=0, description="A dispatched slice that nobody claimed is sent again")
+    epoch_seconds: float = Field(2.0, gt=0, description="How often Redis is asked whether it lost its data")
+    audit_seconds: float = Field(60.0, gt=0)
+    result_retention_days: int = Field(30, ge=1)
+
+    slots: int = Field(4, ge=1, le=64, description="Slices that one worker runs at once")
+    queue_window: int = Field(2, ge=0, description="Slices that wait in Redis beyond a worker's free slots")
+    slice_lines: int = Field(256, ge=1, le=4096, description="Largest slice that the planner makes")
+    flush_seconds: float = Field(0.5, gt=0)
+    flush_lines: int = Field(512, ge=1)
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: str = Field("auto", description="Number of worker processes on this host, or auto: one for each device")
+    cache_bytes: int | None = Field(None, description="Byte budget of the model cache; by default 80 % of the device")
+    torch_threads: int | None = Field(None, description="CPU threads of an engine child; by default cores / workers")
+    log_level: str = "INFO"
+
+    @cached_property
+    def sqlalchemy_url(self) -> str:
+        """The database URL with the driver that we use."""
+        url = self.database_url.get_secret_value()
+        scheme, _, rest = url.partition("://")
+        return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
+
+    @cached_property
+    def store_directory(self) -> Path | None:
+        """The store as a local directory, where it is one."""
+        return None if "://" in self.store_url else Path(self.store_url)
+
+
+def load_settings() -> Settings:
+    """Read the environment once; a service's wiring file calls this and hands the object on."""
+    return Settings()  # type: ignore[call-arg]  # the fields come from the environment

@@ -1,0 +1,124 @@
+"""File contents and weights behind fsspec: a local directory by default, S3 and others by URL.
+
+Names are the server's own; nothing that a client sent becomes part of a path. An uploaded file has two objects: its
+bytes, and its line index: little-endian uint64 offsets of every line's first byte, and of the end.
+"""
+
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import fsspec
+
+OFFSET_BYTES = 8
+BLOCK_BYTES = 1 << 20
+
+
+class Store:
+    """Reads and writes objects by path, relative to the store's root."""
+
+    def __init__(self, url: str) -> None:
+        self._filesystem: Any
+        self._filesystem, self._root = fsspec.core.url_to_fs(url, auto_mkdir=True)
+        self._is_local = "://" not in url or url.startswith("file://")
+
+    def _full(self, path: str) -> str:
+        return f"{self._root.rstrip('/')}/{path}"
+
+    def writer(self, path: str) -> "ObjectWriter":
+        """Open an object for writing; it appears under `path` only when the writer is committed."""
+        return ObjectWriter(self._filesystem, self._full(path), durable=self._is_local)
+
+    def read(self, path: str) -> Iterator[bytes]:
+        """Yield an object's bytes in blocks."""
+        with self._filesystem.open(self._full(path), "rb", block_size=BLOCK_BYTES) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Return bytes `[start, end)` of an object."""
+        content: bytes = self._filesystem.cat_file(self._full(path), start=start, end=end)
+        return content
+
+    def remove(self, path: str) -> None:
+        """Remove an object; it is no error when it is gone already."""
+        try:
+            self._filesystem.rm_file(self._full(path))
+        except FileNotFoundError:
+            return
+
+    def line_offsets(self, index_path: str, lo: int, hi: int) -> "array[int]":
+        """Return the byte offsets of lines `lo..hi` of a file, `hi` included: one more than there are lines."""
+        raw = self.read_range(index_path, lo * OFFSET_BYTES, (hi + 1) * OFFSET_BYTES)
+        offsets = array("Q", raw)
+        if sys.byteorder == "big":
+            offsets.byteswap()
+        return offsets
+
+    def read_lines(self, path: str, index_path: str, lo: int, hi: int) -> list[bytes]:
+        """Return lines `[lo, hi)` of a file without their newlines."""
+        offsets = self.line_offsets(index_path, lo, hi)
+        content = self.read_range(path, offsets[0], offsets[-1])
+        base = offsets[0]
+        return [
+            content[start - base : end - base].rstrip(b"\r\n")
+            for start, end in zip(offsets, offsets[1:], strict=False)
+        ]
+
+
+class ObjectWriter:
+    """Writes an object under a temporary name; `commit` makes it durable and gives it its own."""
+
+    def __init__(self, filesystem: Any, path: str, *, durable: bool) -> None:
+        self._filesystem, self._path, self._durable = filesystem, path, durable
+        self._temporary = f"{path}.part"
+        self._file: Any = filesystem.open(self._temporary, "wb")
+        self._is_committed = False
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+
+    def commit(self) -> None:
+        """Make the object visible; after this returns, neither a kill nor a power loss takes it away."""
+        if self._durable:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        self._filesystem.mv(self._temporary, self._path)
+        if self._durable:
+            _sync_directory(Path(self._path).parent)
+        self._is_committed = True
+
+    def abort(self) -> None:
+        """Drop what was written. What was committed stays: a transaction whose end is unknown may name it."""
+        if self._is_committed:
+            return
+        self._file.close()
+        self._filesystem.rm_file(self._temporary)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pack_offsets(offsets: "array[int]") -> bytes:
+    """Return a line index as it is stored."""
+    return offsets.tobytes() if sys.byteorder == "little" else struct.pack(f"<{len(offsets)}Q", *offsets)
+
+
+def file_path(tenant_id: str, file_id: UUID) -> str:
+    """Return where a file's bytes lie; tenants have directories of their own."""
+    return f"files/{tenant_id}/{file_id.hex}"
+
+
+def index_path(tenant_id: str, file_id: UUID) -> str:
+    return f"files/{tenant_id}/{file_id.hex}.lines"
