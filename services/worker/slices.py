@@ -22,7 +22,7 @@ from shared.db.session import tenant_transaction
 from shared.db.slices import ClaimedSlice, RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.batch_file import batch_request_id, render_line
-from shared.domain.errors import ChildLost, LeaseLost, NotFound, RequestError
+from shared.domain.errors import ChildLost, InvalidRequest, LeaseLost, NotFound, RequestError
 from shared.domain.job import StopReason
 from shared.domain.payloads import (
     AnyPayload,
@@ -33,6 +33,7 @@ from shared.domain.payloads import (
     completion_body,
     embedding_body,
     parse_batch_body,
+    unsupported_parameter,
 )
 from shared.domain.retry import backoff_seconds
 from shared.domain.slice import AttemptOutcome, SliceState, is_dead_letter, must_run_alone
@@ -248,6 +249,10 @@ class SliceRunner:
             for line in lines:
                 _add_error(buffer, claimed, line.line_no, line.custom_id, error.status, error.body())
             return
+        if spec.kind != "echo":
+            lines = [line for line in lines if not _refuse_unsupported(buffer, claimed, line)]
+        if not lines:
+            return
         requests = [_request(claimed, line) for line in lines]
         batch = self._child.submit(spec, requests)
         waiting = {request.id: line for request, line in zip(requests, lines, strict=True)}
@@ -330,6 +335,15 @@ def _request(claimed: ClaimedSlice, line: _Line) -> Request:
         messages = [{"role": message.role, "content": message.text} for message in payload.messages]
         return Request(0, "chat", messages=messages, params=params, delay_ms=payload.delay_ms)
     return Request(0, "complete", prompts=payload.prompts, params=params, delay_ms=payload.delay_ms)
+
+
+def _refuse_unsupported(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line) -> bool:
+    """Record a line as refused when it asks for what the engine cannot do yet: better no answer than a wrong one."""
+    param = unsupported_parameter(line.payload)
+    if param is not None:
+        error = InvalidRequest(f"{param} is not supported in this version.", param=param, code="unsupported_parameter")
+        _add_error(buffer, claimed, line.line_no, line.custom_id, error.status, error.body())
+    return param is not None
 
 
 def _line_seed(claimed: ClaimedSlice, line_no: int) -> int:

@@ -126,6 +126,8 @@ def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int,
         "services.worker.engine.process",
         ["--device", identity.device, "--cache-bytes", str(cache_bytes)],
         hang_seconds=settings.hang_seconds,
+        # Weights come from registered directories; a child that reached for a hub would be a fault.
+        environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     return SliceRunner(engine, Store(settings.store_url), child, identity, settings)
 

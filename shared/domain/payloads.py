@@ -198,6 +198,25 @@ def parse_batch_body(endpoint: str, body: Any) -> AnyPayload:
     return payload
 
 
+def unsupported_parameter(payload: AnyPayload) -> str | None:
+    """Return a parameter that would change the answer and that the first engine cannot honour; None when all is well."""
+    if isinstance(payload, EmbeddingPayload):
+        return "dimensions" if payload.dimensions is not None else None
+    asked = {
+        "presence_penalty": payload.presence_penalty != 0,
+        "frequency_penalty": payload.frequency_penalty != 0,
+        "repetition_penalty": payload.repetition_penalty != 1,
+        "logit_bias": bool(payload.logit_bias),
+    }
+    if isinstance(payload, ChatPayload):
+        structured = payload.response_format is not None and payload.response_format.type != "text"
+        asked |= {"logprobs": payload.logprobs, "response_format": structured, "tools": bool(payload.tools)}
+    else:
+        asked |= {"logprobs": payload.logprobs is not None, "echo": payload.echo, "suffix": bool(payload.suffix)}
+        asked |= {"best_of": payload.best_of not in (None, payload.n)}
+    return next((name for name, is_asked in asked.items() if is_asked), None)
+
+
 def invalid_request(error: ValidationError) -> RequestError:
     """Translate pydantic's first complaint into OpenAI's words: what, and which field."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]

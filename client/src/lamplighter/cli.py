@@ -1,0 +1,376 @@
+"""The command line. Exit codes: 0 done; 1 the job failed or was refused; 2 bad usage; 3 no server; 4 not authorised."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lamplighter.client import TERMINAL, Client
+from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
+
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_AUTHORISED = 1, 2, 3, 4
+DEFAULT_DATA = Path("lamplighter-data")
+READY_SECONDS = 120.0
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+keys_app = typer.Typer(no_args_is_help=True, help="API keys (admin).")
+models_app = typer.Typer(invoke_without_command=True, help="Models that may be served by name.")
+app.add_typer(keys_app, name="keys")
+app.add_typer(models_app, name="models")
+console = Console()
+errors = Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Directory of the stack's data.")]
+
+
+def client() -> Client:
+    """Return a client for the server that the environment names, or for the stack in ./lamplighter-data."""
+    url, key = os.environ.get("LAMPLIGHTER_URL"), os.environ.get("LAMPLIGHTER_API_KEY")
+    state, key_file = DEFAULT_DATA / "stack.json", DEFAULT_DATA / "admin.key"
+    if url is None and state.exists():
+        url = json.loads(state.read_text())["url"]
+        key = key or key_file.read_text().strip()
+    if url is None:
+        raise ServerUnreachable("Set LAMPLIGHTER_URL, or run 'lamplighter up' here first.")
+    if key is None:
+        raise NotAuthorized(401, {"message": "Set LAMPLIGHTER_API_KEY."})
+    return Client(url, key)
+
+
+def show(data: Any, as_json: bool, columns: dict[str, str]) -> None:
+    """Print objects as JSON, or as a table with `columns` (title → dotted path)."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    table = Table(box=None)
+    for title in columns:
+        table.add_column(title)
+    for row in data:
+        table.add_row(*(_cell(row, path) for path in columns.values()))
+    console.print(table)
+
+
+def _cell(row: dict[str, Any], path: str) -> str:
+    value: Any = row
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+@app.command()
+def up(
+    data: DataOption = DEFAULT_DATA,
+    port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.")] = 8000,
+    workers: Annotated[str, typer.Option(help="Worker processes, or 'auto': one for each device.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready.")] = False,
+) -> None:
+    """Run the whole stack on this machine: Postgres, Redis, gateway, scheduler and workers."""
+    if device not in ("auto", "cpu", "cuda") or not (workers == "auto" or (workers.isdigit() and int(workers) > 0)):
+        errors.print("--device is auto, cpu or cuda; --workers is auto or a number above 0.")
+        raise typer.Exit(EXIT_USAGE)
+    stack = _local_stack()
+    state = stack.running_state(data)
+    if state is not None and _is_alive(state["pid"]):
+        errors.print(f"A stack runs in {data} already, at {state['url']}.")
+        raise typer.Exit(EXIT_FAILED)
+    if detach:
+        _detach(data)
+        return
+    options = stack.StackOptions(
+        data=data,
+        port=port,
+        workers=workers,
+        device=device,
+        database_url=os.environ.get("LAMPLIGHTER_DATABASE_URL"),
+        redis_url=os.environ.get("LAMPLIGHTER_REDIS_URL"),
+    )
+    stack.run_in_foreground(options, lambda running: print(f"ready {running.url}", flush=True))
+
+
+def _local_stack() -> Any:
+    """Return the project's own module for local stacks; it is there when this client runs inside the project."""
+    try:
+        return importlib.import_module("services.local.stack")
+    except ModuleNotFoundError:
+        errors.print("'up' and 'down' work in an installation of the server, which this is not.")
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _detach(data: Path) -> None:
+    """Start the same command in the background; print its `ready` line, or what went wrong."""
+    command = [sys.executable, "-m", "lamplighter.cli", *(part for part in sys.argv[1:] if part != "--detach")]
+    data.mkdir(parents=True, exist_ok=True)
+    output = data / "up.log"
+    with output.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + READY_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        ready = next((line for line in output.read_text().splitlines() if line.startswith("ready ")), None)
+        if ready is not None:
+            print(ready)
+            return
+        time.sleep(0.1)
+    errors.print(f"The stack did not come up:\n{output.read_text()[-2000:]}")
+    raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def down(data: DataOption = DEFAULT_DATA) -> None:
+    """End every process of the stack in a data directory."""
+    _local_stack().shut_down(data)
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, one JSON object a line.")],
+    endpoint: Annotated[str, typer.Option(help="Such as /v1/chat/completions.")],
+    priority: Annotated[int, typer.Option(min=0, max=9)] = 5,
+    deadline: Annotated[str | None, typer.Option(help="RFC 3339, or 'none'.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", help="Where to write the results; implies --wait.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit a batch."""
+    fields: dict[str, Any] = {"priority": priority} | ({"deadline": deadline} if deadline else {})
+    with client() as api:
+        uploaded = api.upload(file)
+        batch = api.create_batch(uploaded["id"], endpoint, **fields)
+        if not (wait or output):
+            print(json.dumps(batch) if as_json else batch["id"])
+            return
+        job = _follow(api, batch["id"], quiet=as_json)
+        if output is not None:
+            _download(api, job, output)
+        print(json.dumps(job) if as_json else _summary(job))
+    raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
+
+
+def _download(api: Client, job: dict[str, Any], output: Path) -> None:
+    if job["output_file_id"]:
+        api.download(job["output_file_id"], output)
+    if job["error_file_id"]:
+        api.download(job["error_file_id"], output.with_name(f"{output.name}.errors"))
+
+
+def _summary(job: dict[str, Any]) -> str:
+    progress = job["progress"]
+    text = f"{job['id']} {job['status']}: {progress['done']} of {progress['total']} {progress['unit']}"
+    if progress.get("failed"):
+        text += f", {progress['failed']} failed"
+    return text + (f"\n{job['error']['message']}" if job.get("error") else "")
+
+
+@app.command()
+def jobs(
+    kind: Annotated[str | None, typer.Option()] = None,
+    status: Annotated[str | None, typer.Option()] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List jobs, newest first."""
+    query = {key: value for key, value in {"kind": kind, "status": status, "limit": limit}.items() if value is not None}
+    with client() as api:
+        page = api.request("GET", "/v1/jobs", params=query)
+    columns = {"id": "id", "kind": "kind", "status": "status", "model": "model", "done": "progress.done"}
+    columns |= {"total": "progress.total", "failed": "progress.failed", "waits for": "waiting.reason"}
+    show(page["data"], as_json, columns)
+
+
+@app.command()
+def watch(job_id: str, as_json: JsonOption = False) -> None:
+    """Follow a job to its end, with a live progress bar."""
+    with client() as api:
+        job = _follow(api, job_id, quiet=as_json)
+    print(json.dumps(job) if as_json else _summary(job))
+    raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
+
+
+def _follow(api: Client, job_id: str, *, quiet: bool) -> dict[str, Any]:
+    """Return the job once it has ended, showing its bar meanwhile: done, rate and time left."""
+    columns = (
+        TextColumn("{task.fields[status]:<11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, disable=quiet) as bar:
+        task = bar.add_task("", total=None, status="", rate="")
+        speed = Speed()
+
+        def update(job: dict[str, Any]) -> None:
+            progress = job["progress"]
+            rate = speed.text(progress["done"], progress["total"])
+            ended = job["status"] in TERMINAL
+            bar.update(
+                task,
+                completed=progress["done"],
+                total=progress["total"] or None,
+                status=job["status"],
+                rate="" if ended else rate,
+            )
+
+        return api.wait(job_id, update)
+
+
+class Speed:
+    """Lines a second over the last few seconds, and the time left at that rate."""
+
+    WINDOW_SECONDS = 15.0
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, int]] = []
+
+    def text(self, done: int, total: int) -> str:
+        """Return such as `812/s, 0:41 left`; empty until there is something to say."""
+        now = time.monotonic()
+        self._seen = [(at, count) for at, count in self._seen if now - at <= self.WINDOW_SECONDS] + [(now, done)]
+        (first_at, first), elapsed = self._seen[0], now - self._seen[0][0]
+        if elapsed <= 0 or done <= first:
+            return ""
+        rate = (done - first) / elapsed
+        seconds = int((total - done) / rate)
+        return f"{rate:.3g}/s, {seconds // 60}:{seconds % 60:02} left"
+
+
+@app.command()
+def cancel(job_id: str, as_json: JsonOption = False) -> None:
+    """Cancel a job; what is done stays."""
+    _change(job_id, "cancel", as_json)
+
+
+@app.command()
+def pause(job_id: str, as_json: JsonOption = False) -> None:
+    """Hold a job; running work flushes and waits."""
+    _change(job_id, "pause", as_json)
+
+
+@app.command()
+def resume(job_id: str, as_json: JsonOption = False) -> None:
+    """Let a paused job go on."""
+    _change(job_id, "resume", as_json)
+
+
+def _change(job_id: str, action: str, as_json: bool) -> None:
+    with client() as api:
+        job = api.change_job(job_id, action)
+    print(json.dumps(job) if as_json else _summary(job))
+
+
+@models_app.callback()
+def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the models that may be served."""
+    if context.invoked_subcommand is not None:
+        return
+    with client() as api:
+        data = api.request("GET", "/v1/models")["data"]
+    show(data, as_json, {"id": "id", "owner": "owned_by"})
+
+
+@models_app.command("add")
+def add_model(
+    name: str,
+    source: Annotated[str, typer.Argument(help="A directory on the server, or a hub id.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Register a model under a name (admin)."""
+    path = Path(source)
+    body = {"name": name, "source": str(path.resolve()) if path.is_dir() else source, "dtype": dtype}
+    with client() as api:
+        model = api.request("POST", "/v1/models", json=body)
+    print(json.dumps(model) if as_json else f"{model['id']} ({model['kind']}, {model['dtype']})")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Option()] = "",
+    tenant: Annotated[str | None, typer.Option()] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="read, write, submit or admin; may be repeated.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key; it is shown this once."""
+    body: dict[str, Any] = {"name": name, "scopes": scope or ["write"]} | ({"tenant": tenant} if tenant else {})
+    with client() as api:
+        key = api.request("POST", "/v1/keys", json=body)
+    print(json.dumps(key) if as_json else key["key"])
+
+
+@keys_app.command("list")
+def list_keys(as_json: JsonOption = False) -> None:
+    """List keys, without their secrets."""
+    with client() as api:
+        data = api.request("GET", "/v1/keys")["data"]
+    columns = {"id": "id", "tenant": "tenant", "name": "name", "scopes": "scopes", "revoked at": "revoked_at"}
+    show(data, as_json, columns)
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: str) -> None:
+    """Make a key useless from now on."""
+    with client() as api:
+        api.request("DELETE", f"/v1/keys/{key_id}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Check the server and say in plain words what is wrong."""
+    findings: list[dict[str, Any]] = []
+    with client() as api:
+        ready = api.request("GET", "/readyz")
+        findings.append({"check": "Postgres", "ok": ready["postgres"], "detail": "jobs are accepted"})
+        findings.append({"check": "Redis", "ok": ready["redis"], "detail": "workers can be told of work"})
+        live = [w for w in api.request("GET", "/v1/workers")["data"] if w["state"] in ("idle", "busy")]
+        detail = ", ".join(f"{w['name']} on {w['device']}" for w in live) or "none: jobs wait until one is started"
+        findings.append({"check": "Workers", "ok": bool(live), "detail": detail})
+        names = [model["id"] for model in api.request("GET", "/v1/models")["data"]]
+        findings.append({"check": "Models", "ok": True, "detail": ", ".join(names)})
+    for finding in findings:
+        finding["verdict"] = "ok" if finding["ok"] else "WRONG"
+    show(findings, as_json, {"check": "check", "": "verdict", "detail": "detail"})
+    raise typer.Exit(0 if all(finding["ok"] for finding in findings) else EXIT_FAILED)
+
+
+def main() -> None:
+    """Run the command line and turn errors into exit codes."""
+    try:
+        app()
+    except NotAuthorized as error:
+        errors.print(f"Not authorised: {error}", markup=False)
+        sys.exit(EXIT_NOT_AUTHORISED)
+    except ServerUnreachable as error:
+        errors.print(str(error), markup=False)
+        sys.exit(EXIT_UNREACHABLE)
+    except ApiError as error:
+        errors.print(f"Refused: {error}", markup=False)
+        sys.exit(EXIT_FAILED)
+    except LamplighterError as error:
+        errors.print(str(error), markup=False)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Encoder models for embeddings: inputs of many requests in one batch, bucketed by length so that little is padding."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from services.worker.protocol import Request, RequestFault, Response
+
+BATCH_TOKENS = 8192
+"""Padded tokens of one forward pass; halved when memory runs out."""
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    max_tokens: int
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+
+
+@dataclass
+class _Pending:
+    """A request some of whose inputs are not embedded yet."""
+
+    request: Request
+    vectors: list[bytes | None]
+    tokens: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return None not in self.vectors
+
+
+@dataclass(order=True)
+class _Row:
+    """One input: `ids` are its tokens; sorted by length."""
+
+    length: int
+    request_id: int
+    index: int
+    ids: list[int] = field(compare=False)
+
+
+class EncoderEngine:
+    """Embeds texts with one encoder. Each `step` runs one forward pass over the longest inputs that wait."""
+
+    def __init__(self, model: Any, tokenizer: Any, settings: EncoderSettings) -> None:
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._pending: dict[int, _Pending] = {}
+        self._rows: list[_Row] = []
+        self._unsorted = False
+        self._refused: list[Response] = []
+        self._batch_tokens = BATCH_TOKENS
+        self._steps = 0
+        self._tokens = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    @property
+    def progress(self) -> int:
+        return self._steps
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def add(self, request: Request) -> None:
+        if request.task != "embed":
+            self._refuse(request.id, "This model makes embeddings only.", "model", "model_not_supported")
+            return
+        ids = [self._encode(prompt) for prompt in request.prompts]
+        longest = max(map(len, ids))
+        if longest > self._settings.max_tokens:
+            message = f"An input has {longest} tokens; this model's context is {self._settings.max_tokens}."
+            self._refuse(request.id, message, "input", "context_length_exceeded")
+            return
+        if any(token >= self._model.config.vocab_size for row in ids for token in row):
+            self._refuse(request.id, "A token id is beyond the model's vocabulary.", "input", "invalid_value")
+            return
+        self._pending[request.id] = _Pending(request, [None] * len(ids), sum(map(len, ids)))
+        self._rows += [_Row(len(row), request.id, index, row) for index, row in enumerate(ids)]
+        self._unsorted = True
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = self._tokenizer(prompt)["input_ids"]
+            return ids
+        return prompt
+
+    def _refuse(self, request_id: int, message: str, param: str, code: str) -> None:
+        self._refused.append(Response(request_id, fault=RequestFault(message, 400, param, code)))
+
+    def abort(self, request_id: int) -> None:
+        if self._pending.pop(request_id, None) is not None:
+            self._rows = [row for row in self._rows if row.request_id != request_id]
+
+    def wait_seconds(self) -> float | None:
+        return 0.0 if self._rows or self._refused else None
+
+    def step(self) -> list[Response]:
+        self._steps += 1
+        responses, self._refused = self._refused, []
+        batch = self._take_batch()
+        if not batch:
+            return responses
+        try:
+            vectors = self._forward(batch)
+        except torch.OutOfMemoryError:
+            self._rows += batch
+            self._unsorted = True
+            if len(batch) == 1:
+                raise
+            self._batch_tokens = max(self._settings.max_tokens, self._batch_tokens // 2)
+            torch.cuda.empty_cache()
+            return responses
+        for row, vector in zip(batch, vectors, strict=True):
+            pending = self._pending[row.request_id]
+            pending.vectors[row.index] = vector.tobytes()
+            self._tokens += row.length
+            if pending.is_done:
+                responses.append(self._respond(pending))
+        return responses
+
+    def _take_batch(self) -> list[_Row]:
+        """Take the longest rows, as many as fit when padded to the first one's length."""
+        if self._unsorted:
+            self._rows.sort()
+            self._unsorted = False
+        if not self._rows:
+            return []
+        count = max(1, min(BATCH_ROWS, self._batch_tokens // self._rows[-1].length))
+        batch = self._rows[-count:]
+        del self._rows[-count:]
+        return batch
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[_Row]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """Return one float32 vector a row, shape (rows, hidden size)."""
+        width = max(row.length for row in batch)
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.tensor([row.ids + [pad] * (width - row.length) for row in batch], device=self._model.device)
+        lengths = torch.tensor([[row.length] for row in batch], device=self._model.device)
+        mask = (torch.arange(width, device=self._model.device)[None, :] < lengths).long()
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        if self._settings.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            pooled = (hidden * mask[:, :, None]).sum(1) / lengths
+        if self._settings.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=1)
+        vectors: np.ndarray[Any, np.dtype[np.float32]] = pooled.cpu().numpy().astype("<f4")
+        return vectors
+
+    def _respond(self, pending: _Pending) -> Response:
+        del self._pending[pending.request.id]
+        vectors = [vector for vector in pending.vectors if vector is not None]
+        return Response(pending.request.id, embeddings=vectors, prompt_tokens=pending.tokens)
+
+    def close(self) -> None:
+        self._rows.clear()
+        self._pending.clear()
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
