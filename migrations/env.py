@@ -1,6 +1,6 @@
 """Alembic's entry: one advisory lock around all, one transaction and short lock timeouts for each migration."""
 
-from typing import Any, Literal
+from typing import Any
 
 from alembic import context
 from sqlalchemy import Connection, create_engine, pool, text
@@ -17,7 +17,7 @@ def _is_ours(
     return not (kind == "table" and name is not None and name.startswith("result_2"))
 
 
-def _include_name(name: str | None, kind: Literal["schema", "table"] | str, _parents: Any) -> bool:
+def _include_name(name: str | None, kind: str, _parents: Any) -> bool:
     return not (kind == "table" and name is not None and name.startswith("result_2"))
 
 

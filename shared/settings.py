@@ -62,4 +62,4 @@ class Settings(BaseSettings):
 
 def load_settings() -> Settings:
     """Read the environment once; a service's wiring file calls this and hands the object on."""
-    return Settings()  # type: ignore[call-arg]  # the fields come from the environment
+    return Settings()

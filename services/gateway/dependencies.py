@@ -101,7 +101,8 @@ def answer_once(
     parts: Parts, caller: Caller, key: str | None, digest: str, make: Callable[[Connection], dict[str, Any]]
 ) -> JSONResponse:
     """Do what `make` does and answer with what it returns, in one transaction; a key's second request gets the first
-    answer again. Raises IdempotencyMismatch, Conflict."""
+    answer again. Raises IdempotencyMismatch, Conflict.
+    """
     with parts.own_transaction(caller) as connection:
         if key is not None:
             first = idempotency.begin(connection, caller.tenant_id, key, digest)

@@ -103,7 +103,9 @@ def install(app: FastAPI) -> None:
         if known is None:
             log.error("request failed", exc_info=error, extra={"path": request.url.path})
             message = "The server failed on this request. It was logged under the request id."
-            return JSONResponse({"error": {"message": message, "type": "server_error", "param": None, "code": None}}, 500)
+            return JSONResponse(
+                {"error": {"message": message, "type": "server_error", "param": None, "code": None}}, 500
+            )
         return error_response(known)
 
     known_classes = (RequestError, ClientDisconnect, OperationalError, InterfaceError, PoolTimeout, DataError)

@@ -27,7 +27,7 @@ class LineReader:
 
     def __init__(self) -> None:
         self.checker = BatchFileChecker()
-        self.offsets: "array[int]" = array("Q")
+        self.offsets: array[int] = array("Q")
         self._rest = b""
         self._position = 0
         self._is_oversized = False

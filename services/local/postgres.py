@@ -128,7 +128,10 @@ def create_roles(cluster: PostgresCluster, database: str = DATABASE) -> None:
     with psycopg.connect(cluster.url("superuser", "postgres"), autocommit=True) as connection:
         known = {row[0] for row in connection.execute("SELECT rolname FROM pg_roles").fetchall()}
         for role in ROLES:
-            name, verb = sql.Identifier(f"{ROLE_PREFIX}{role}"), "ALTER" if f"{ROLE_PREFIX}{role}" in known else "CREATE"
+            name, verb = (
+                sql.Identifier(f"{ROLE_PREFIX}{role}"),
+                "ALTER" if f"{ROLE_PREFIX}{role}" in known else "CREATE",
+            )
             statement = sql.SQL("{} ROLE {} LOGIN PASSWORD {}").format(
                 sql.SQL(verb), name, sql.Literal(cluster.passwords[role])
             )

@@ -160,7 +160,9 @@ class Stack:
         """Return the settings of a service with this role, for use inside this process."""
         environment = self.environment(role)
         prefix = "LAMPLIGHTER_"
-        named = {key.removeprefix(prefix).lower(): value for key, value in environment.items() if key.startswith(prefix)}
+        named = {
+            key.removeprefix(prefix).lower(): value for key, value in environment.items() if key.startswith(prefix)
+        }
         return Settings(**{key: value for key, value in named.items() if key in Settings.model_fields})  # type: ignore[arg-type]
 
     def _start_servers(self) -> None:

@@ -1,4 +1,4 @@
-"""Checks the promises while the system runs. A finding is kept as a row and logged as an error; there should be none."""
+"""Checks the promises while the system runs. A finding is kept as a row and logged; there should be none."""
 
 import logging
 

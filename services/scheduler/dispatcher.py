@@ -49,7 +49,7 @@ class Dispatcher:
                     GENERATE_TASK,
                     args=[row.slice_id],
                     task_id=slice_task_id(row.job_id, row.slice_id, row.dispatch_no),
-                    queue=declare_worker_queue(row.worker_id),
+                    queue=declare_worker_queue(row.worker_id),  # type: ignore[arg-type]  # the stubs know names only
                     shadow=f"generate[{row.model or '?'}] {row.job_id.hex[:8]} slice {row.slice_id}",
                     argsrepr=f"(slice {row.slice_id})",
                     kwargsrepr="{}",

@@ -35,7 +35,7 @@ class RedisEpoch:
 
     def __init__(self, engine: Engine, client: "redis.Redis") -> None:
         self._engine, self._client = engine, client
-        self._epoch: tuple[str, bytes] | None = None
+        self._epoch: tuple[str, object] | None = None
 
     def tick(self) -> bool:
         """Queue every dispatched slice again when Redis lost its data since the last look. Raises redis.RedisError.

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID, uuid4
 
 import psutil
@@ -104,7 +106,7 @@ class Launcher:
                 if not _is_worker(pid, worker_id):
                     workers.retire(connection, worker_id)
 
-    def _until_done(self, action: "callable[[], None]") -> None:  # type: ignore[valid-type]
+    def _until_done(self, action: Callable[[], None]) -> None:
         """Try until Postgres takes it: until then no successor could register either."""
         while True:
             try:
@@ -131,7 +133,7 @@ class Launcher:
                 log.warning("worker did not drain in time", extra={"device": slot.device.name})
             kill_group(slot.process.pid)
             slot.process.wait()
-            self._until_done(lambda worker_id=slot.worker_id: self._retire(worker_id))
+            self._until_done(partial(self._retire, slot.worker_id))
 
 
 def kill_group(pid: int) -> None:

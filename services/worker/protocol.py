@@ -3,6 +3,7 @@
 Never pickle, and no library of either side: the same messages serve the engine child and, later, the trainer child.
 """
 
+import contextlib
 import socket
 import struct
 from typing import Any, Literal
@@ -150,8 +151,6 @@ class Channel:
         return payload if len(payload) == length else None
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the other end closed first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end closed first
         self._socket.close()

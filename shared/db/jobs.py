@@ -85,7 +85,8 @@ def get(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> Jo
 PAGE = (
     _VIEW
     + """
-    WHERE (cast(:kind AS text) IS NULL OR job.kind = :kind) AND (cast(:tenant_id AS text) IS NULL OR job.tenant_id = :tenant_id)
+    WHERE (cast(:kind AS text) IS NULL OR job.kind = :kind)
+        AND (cast(:tenant_id AS text) IS NULL OR job.tenant_id = :tenant_id)
         AND (cast(:state AS text[]) IS NULL OR job.state = ANY(:state))
         AND (cast(:key AS text) IS NULL OR job.idempotency_key = :key)
         AND (cast(:after AS uuid) IS NULL OR (job.created_at, job.job_id) <

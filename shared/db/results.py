@@ -41,9 +41,7 @@ def render_page(
 
 def missing_ranges(connection: Connection, created_on: date, job_id: UUID, total: int) -> Iterator[range]:
     """Yield the line numbers of a job that have no result, in order and as ranges."""
-    statement = text(
-        "SELECT line_no FROM result WHERE created_on = :created_on AND job_id = :job_id ORDER BY line_no"
-    )
+    statement = text("SELECT line_no FROM result WHERE created_on = :created_on AND job_id = :job_id ORDER BY line_no")
     expected = 0
     for line_no in connection.execute(statement, {"created_on": created_on, "job_id": job_id}).scalars():
         if line_no > expected:

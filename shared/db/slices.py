@@ -94,7 +94,8 @@ _CLAIM = text("""
         WHERE slice.slice_id = :slice_id AND slice.state IN ('queued', 'dispatched') AND slice.run_after <= now()
             AND job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id AND job.state IN ('queued', 'running')
         RETURNING slice.tenant_id, slice.slice_id, slice.job_id, slice.created_on, slice.lo, slice.hi, slice.losses,
-            slice.lease_token, job.endpoint, extract(epoch FROM job.created_at)::bigint AS job_created, job.input_file_id
+            slice.lease_token, job.endpoint, extract(epoch FROM job.created_at)::bigint AS job_created,
+            job.input_file_id
     ), try AS (
         INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device)
         SELECT tenant_id, job_id, slice_id, lease_token, :task_id, :worker_id, :worker, :device FROM claimed
@@ -280,7 +281,9 @@ def recorded_lines(connection: Connection, claimed: ClaimedSlice) -> set[int]:
     return set(connection.execute(statement, parameters).scalars())
 
 
-_LOSE_COLUMNS = "tenant_id, slice_id, job_id, lo, hi, losses, completed + failed > claimed_done AS progressed, lease_token"
+_LOSE_COLUMNS = (
+    "tenant_id, slice_id, job_id, lo, hi, losses, completed + failed > claimed_done AS progressed, lease_token"
+)
 
 _EXPIRED = text(f"""
     SELECT {_LOSE_COLUMNS} FROM slice WHERE state = 'running' AND lease_until < now()
@@ -427,7 +430,8 @@ CANDIDATES = """
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
     SELECT head.* FROM waiting JOIN LATERAL (
-        SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no
+        SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens,
+            dispatch_no
         FROM slice WHERE state = 'queued' AND tenant_id = waiting.tenant_id AND run_after <= now()
         ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
     ) AS head ON true WHERE waiting.tenant_id IS NOT NULL

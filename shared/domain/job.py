@@ -1,10 +1,10 @@
 """The life of a job: one state machine inside, OpenAI's words outside.
 
-    validating ─► queued ─► running ─► finalizing ─► succeeded
-        │           │ ▲        │ ▲          ├──────► cancelled   (after cancelling)
-        ▼           ▼ │        ▼ │          └──────► expired
-      failed       paused ◄────┘ │
-                      └──────────┘      queued, running, paused ─► cancelling ─► finalizing
+validating ─► queued ─► running ─► finalizing ─► succeeded
+    │           │ ▲        │ ▲          ├──────► cancelled   (after cancelling)
+    ▼           ▼ │        ▼ │          └──────► expired
+  failed       paused ◄────┘ │
+                  └──────────┘      queued, running, paused ─► cancelling ─► finalizing
 """
 
 from enum import StrEnum

@@ -139,8 +139,8 @@ class CompletionPayload(GenerationPayload):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # pydantic has checked that all are token ids
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]  # the union is narrower than mypy can see
 
     @model_validator(mode="after")
     def _prompt_is_not_empty(self) -> Self:
@@ -168,8 +168,8 @@ class EmbeddingPayload(Payload):
         if isinstance(self.input, str):
             return [self.input]
         if isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]  # pydantic has checked that all are token ids
-        return list(self.input)  # type: ignore[arg-type]
+            return [self.input]
+        return list(self.input)
 
 
 AnyPayload = ChatPayload | CompletionPayload | EmbeddingPayload
@@ -199,7 +199,7 @@ def parse_batch_body(endpoint: str, body: Any) -> AnyPayload:
 
 
 def unsupported_parameter(payload: AnyPayload) -> str | None:
-    """Return a parameter that would change the answer and that the first engine cannot honour; None when all is well."""
+    """Return a parameter that would change the answer and that the engine cannot honour yet; None when all is well."""
     if isinstance(payload, EmbeddingPayload):
         return "dimensions" if payload.dimensions is not None else None
     asked = {

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 SPLIT_WAYS = 8
 """A poison slice of 512 lines is down to one line after three more losses (halves would take nine)."""
@@ -78,7 +79,7 @@ def split(lo: int, hi: int, ways: int) -> tuple[tuple[int, int], ...]:
     """Cut `[lo, hi)` into at most `ways` parts of nearly equal length, in order and without gaps."""
     ways = min(ways, hi - lo)
     cuts = [lo + (hi - lo) * i // ways for i in range(ways + 1)]
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 def plan_slices(lines: int, slots: int, largest: int, smallest: int = 16) -> tuple[tuple[int, int], ...]:

@@ -248,7 +248,8 @@ class Speed:
         """Return such as `812/s, 0:41 left`; empty until there is something to say."""
         now = time.monotonic()
         self._seen = [(at, count) for at, count in self._seen if now - at <= self.WINDOW_SECONDS] + [(now, done)]
-        (first_at, first), elapsed = self._seen[0], now - self._seen[0][0]
+        first_at, first = self._seen[0]
+        elapsed = now - first_at
         if elapsed <= 0 or done <= first:
             return ""
         rate = (done - first) / elapsed

@@ -71,9 +71,7 @@ def list_batches(
 ) -> dict[str, Any]:
     cursor = parse_job_id(after, JobKind.BATCH) if after else None
     with parts.own_transaction(caller) as connection:
-        found = jobs.page(
-            connection, limit=limit + 1, after=cursor, kind=JobKind.BATCH, tenant_id=caller.tenant_id
-        )
+        found = jobs.page(connection, limit=limit + 1, after=cursor, kind=JobKind.BATCH, tenant_id=caller.tenant_id)
     return list_page([batch_object(job) for job in found[:limit]], has_more=len(found) > limit)
 
 

@@ -9,7 +9,15 @@ from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, Reader, Writer, answer_once, body_digest
+from services.gateway.dependencies import (
+    IdempotencyKey,
+    Parts,
+    PartsDependency,
+    Reader,
+    Writer,
+    answer_once,
+    body_digest,
+)
 from services.gateway.schemas import FILE_PURPOSES, file_object, list_page
 from services.gateway.streaming import FileIngest, Upload, expires_after_seconds, receive_upload
 from shared.db import files, results

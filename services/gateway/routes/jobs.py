@@ -91,9 +91,7 @@ def resume_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str,
     return _change(parts, caller, job_id, jobs.resume)
 
 
-def _change(
-    parts: Parts, caller: Caller, job_id: str, change: Callable[[Connection, UUID], JobView]
-) -> dict[str, Any]:
+def _change(parts: Parts, caller: Caller, job_id: str, change: Callable[[Connection, UUID], JobView]) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         job = change(connection, parse_job_id(job_id))
         answer = job_object(job, _waiting(connection, job))
@@ -112,9 +110,7 @@ def list_attempts(
     with parts.transaction(caller) as connection:
         job = jobs.get(connection, parse_job_id(job_id))
         rows = jobs.attempts(connection, job.job_id, after=_cursor(after), limit=limit + 1)
-    data = [
-        {"id": str(row.pop("attempt_id")), "slice": row.pop("slice_id"), **row} for row in rows[:limit]
-    ]
+    data = [{"id": str(row.pop("attempt_id")), "slice": row.pop("slice_id"), **row} for row in rows[:limit]]
     return list_page(data, has_more=len(rows) > limit)
 
 

@@ -54,7 +54,7 @@ class ContinuousEngine:
         self._model, self._tokenizer, self._spec = model, tokenizer, spec
         config = model.config.get_text_config()
         self._vocabulary: int = config.vocab_size
-        self._context: int = spec.context_length or getattr(config, "max_position_embeddings", 2048)
+        self._context = int(spec.context_length or getattr(config, "max_position_embeddings", None) or 2048)
         self._eos = _eos_ids(model, tokenizer)
         self._running: dict[int, _Running] = {}
         self._refused: list[Response] = []
@@ -87,7 +87,7 @@ class ContinuousEngine:
 
     @property
     def weight_bytes(self) -> int:
-        return self._kv_bytes + sum(p.numel() * p.element_size() for p in self._model.parameters())
+        return int(self._kv_bytes + sum(p.numel() * p.element_size() for p in self._model.parameters()))
 
     @property
     def progress(self) -> int:
@@ -121,9 +121,7 @@ class ContinuousEngine:
         if params.min_tokens and self._eos:
             sampling |= {"min_length": len(prompt) + params.min_tokens, "eos": tuple(self._eos)}
         eos = NO_EOS if params.ignore_eos or not self._eos else self._eos
-        self._manager.add_request(
-            prompt, request_id=sequence, max_new_tokens=limit, eos_token_id=eos, **sampling
-        )
+        self._manager.add_request(prompt, request_id=sequence, max_new_tokens=limit, eos_token_id=eos, **sampling)
 
     def _encode(self, request: Request) -> list[list[int]]:
         if request.messages is None:

@@ -146,10 +146,8 @@ class EncoderEngine:
         lengths = torch.tensor([[row.length] for row in batch], device=self._model.device)
         mask = (torch.arange(width, device=self._model.device)[None, :] < lengths).long()
         hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        if self._settings.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            pooled = (hidden * mask[:, :, None]).sum(1) / lengths
+        is_cls = self._settings.pooling == "cls"
+        pooled = hidden[:, 0] if is_cls else (hidden * mask[:, :, None]).sum(1) / lengths
         if self._settings.normalize:
             pooled = torch.nn.functional.normalize(pooled, dim=1)
         vectors: np.ndarray[Any, np.dtype[np.float32]] = pooled.cpu().numpy().astype("<f4")

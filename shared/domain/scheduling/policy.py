@@ -75,8 +75,8 @@ def plan_releases(
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
 
-    A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of each
-    tenant's queue, in that queue's order.
+    A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
+    each tenant's queue, in that queue's order.
     """
     room = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
     queues: dict[str, list[Waiting]] = defaultdict(list)

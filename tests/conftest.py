@@ -1,0 +1,93 @@
+"""Fixtures: one Postgres and one Valkey a session; a database a test; one whole stack a session for black-box tests."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import openai
+import pytest
+
+from lamplighter import Client
+from services.local.stack import Stack, StackOptions
+from shared.store import Store
+from tests.support.models import make_tiny_llama
+from tests.support.servers import Database, postgres_cluster, valkey_server
+
+FAST = {
+    "LAMPLIGHTER_HEARTBEAT_SECONDS": "1",
+    "LAMPLIGHTER_REAP_SECONDS": "1",
+    "LAMPLIGHTER_DISPATCH_SECONDS": "0.5",
+    "LAMPLIGHTER_AUDIT_SECONDS": "5",
+}
+
+
+@pytest.fixture(scope="session")
+def scratch():
+    """A directory that Postgres' own account can reach, unlike pytest's."""
+    directory = Path(tempfile.mkdtemp(prefix="lamplighter-tests-"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(scratch):
+    with postgres_cluster(scratch / "cluster") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def redis_server(scratch):
+    directory = scratch / "redis"
+    directory.mkdir()
+    with valkey_server(directory) as running:
+        yield running
+
+
+@pytest.fixture
+def database(cluster):
+    fresh = Database(cluster)
+    yield fresh
+    fresh.drop()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(scratch):
+    return make_tiny_llama(scratch / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def stack(scratch):
+    """The whole product, as `lamplighter up` runs it."""
+    running = Stack(StackOptions(scratch / "stack", device="cpu", environment=FAST))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.shut_down()
+        if os.environ.get("LAMPLIGHTER_TEST_LOGS"):
+            shutil.copytree(running.log_directory, os.environ["LAMPLIGHTER_TEST_LOGS"], dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def admin_key(stack):
+    return (stack.directory / "admin.key").read_text().strip()
+
+
+@pytest.fixture(scope="session")
+def sdk(stack, admin_key):
+    """The official SDK, unmodified."""
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=admin_key) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def native(stack, admin_key):
+    with Client(stack.url, admin_key) as client:
+        yield client

@@ -1,0 +1,89 @@
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.domain.scheduling.policy import Fairness, plan_releases
+
+
+@dataclass(frozen=True)
+class Slice:
+    slice_id: int
+    tenant_id: str = "a"
+    slice_class: int = 2
+    model: str | None = "m"
+    estimated_tokens: int = 100
+
+
+@dataclass(frozen=True)
+class Worker:
+    slots: int = 2
+    occupied: int = 0
+    models: frozenset = frozenset()
+    worker_id: UUID = field(default_factory=uuid4)
+
+
+def plan(backlog, workers, fairness=None, window=0, weights=None):
+    return plan_releases(backlog, workers, fairness or Fairness(), window=window, weights=weights or {})
+
+
+tenants = st.sampled_from(["a", "b", "c"])
+backlogs = st.lists(st.tuples(tenants, st.integers(1, 3), st.integers(1, 10**6)), max_size=40).map(
+    lambda rows: [Slice(i, t, c, "m", tokens) for i, (t, c, tokens) in enumerate(rows)]
+)
+fleets = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6)), max_size=5).map(
+    lambda rows: [Worker(slots, occupied, worker_id=UUID(int=i)) for i, (slots, occupied) in enumerate(rows)]
+)
+
+
+@given(backlogs, fleets, st.integers(0, 3))
+def test_work_is_conserved_and_no_worker_is_overfilled(backlog, fleet, window):
+    releases = plan(backlog, fleet, window=window)
+    room = sum(max(0, worker.slots + window - worker.occupied) for worker in fleet)
+    assert len(releases) == min(len(backlog), room)
+    assert len({release.slice_id for release in releases}) == len(releases)
+    for worker in fleet:
+        given_to = sum(release.worker_id == worker.worker_id for release in releases)
+        assert given_to <= max(0, worker.slots + window - worker.occupied)
+
+
+@given(backlogs, fleets)
+def test_it_is_deterministic(backlog, fleet):
+    assert plan(backlog, fleet) == plan(backlog, fleet)
+
+
+def test_a_higher_class_goes_first_whatever_a_tenant_was_served():
+    fairness = Fairness()
+    fairness.served["urgent"] = 10**9
+    backlog = [Slice(1, "a", 2), Slice(2, "urgent", 1)]
+    assert [r.slice_id for r in plan(backlog, [Worker(slots=1)], fairness)] == [2]
+
+
+def test_tenants_share_by_weight():
+    fairness, counts = Fairness(), {"light": 0, "heavy": 0}
+    for _ in range(300):
+        backlog = [Slice(i, "light") for i in range(5)] + [Slice(10 + i, "heavy") for i in range(5)]
+        for release in plan(backlog, [Worker(slots=2)], fairness, weights={"heavy": 3.0}):
+            counts["light" if release.slice_id < 10 else "heavy"] += 1
+    assert 2.8 < counts["heavy"] / counts["light"] < 3.2
+
+
+def test_a_newcomer_neither_starves_nor_collects_credit():
+    fairness = Fairness()
+    fairness.served["old"] = 10**6
+    fairness.admit(["old", "new"])
+    assert fairness.served["new"] == 10**6
+
+
+def test_a_warm_model_attracts_its_slices_but_never_leaves_others_idle():
+    warm = Worker(slots=1, models=frozenset({"m"}), worker_id=UUID(int=9))
+    cold = Worker(slots=4, worker_id=UUID(int=1))
+    assert plan([Slice(1)], [cold, warm])[0].worker_id == warm.worker_id
+    assert len(plan([Slice(1), Slice(2)], [cold, warm])) == 2
+
+
+def test_one_batch_spreads_over_idle_workers():
+    fleet = [Worker(slots=4, worker_id=UUID(int=i)) for i in range(4)]
+    releases = plan([Slice(i) for i in range(4)], fleet)
+    assert len({release.worker_id for release in releases}) == 4
