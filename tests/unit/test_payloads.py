@@ -20,7 +20,7 @@ CHAT_BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         (CHAT, {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         (CHAT, {"seed": 2**64}, "seed"),
         (CHAT, {"logit_bias": {"5": 101}}, "logit_bias.5"),

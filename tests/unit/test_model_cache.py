@@ -1,0 +1,88 @@
+import threading
+import time
+
+import pytest
+
+from services.worker.model_cache import ModelCache
+from services.worker.protocol import ModelSpec
+from shared.domain.errors import ModelRefused
+from tests.support.servers import wait_until
+
+
+class FakeEngine:
+    def __init__(self):
+        self.busy = False
+        self.closed = False
+        self.weight_bytes = 0
+
+    def wait_seconds(self):
+        return 0.0 if self.busy else None
+
+    def close(self):
+        self.closed = True
+
+
+def spec(name):
+    return ModelSpec(name, "causal_lm", f"/models/{name}")
+
+
+@pytest.fixture
+def cache():
+    return ModelCache(100, lambda _: FakeEngine(), lambda s: {"big": 101}.get(s.name, 40))
+
+
+def load(cache, name):
+    return wait_until(lambda: cache.get(spec(name)), 5)
+
+
+def test_a_model_is_loaded_once_however_many_ask():
+    started, release = [], threading.Event()
+
+    def slow(s):
+        started.append(s.name)
+        release.wait(5)
+        return FakeEngine()
+
+    cache = ModelCache(100, slow, lambda _: 10)
+    assert [cache.get(spec("a")) for _ in range(20)] == [None] * 20
+    release.set()
+    first = load(cache, "a")
+    assert cache.get(spec("a")) is first and started == ["a"] and cache.loads == 1
+
+
+def test_the_least_recently_used_model_makes_room(cache):
+    a, b = load(cache, "a"), load(cache, "b")
+    time.sleep(0.01)
+    cache.get(spec("a"))
+    load(cache, "c")
+    assert b.closed and not a.closed and cache.names == ["a", "c"]
+    cache.check_integrity()
+
+
+def test_a_model_in_use_is_never_dropped(cache):
+    a, b = load(cache, "a"), load(cache, "b")
+    a.busy = b.busy = True
+    assert cache.get(spec("c")) is None and cache.names == ["a", "b"]
+    a.busy = False
+    load(cache, "c")
+    assert a.closed and not b.closed
+
+
+def test_a_model_beyond_the_budget_is_refused(cache):
+    with pytest.raises(ModelRefused):
+        cache.get(spec("big"))
+
+
+def test_a_failed_load_is_told_and_may_be_tried_again():
+    tries = []
+
+    def fail_once(_):
+        tries.append(1)
+        if len(tries) == 1:
+            raise ModelRefused("truncated")
+        return FakeEngine()
+
+    cache = ModelCache(100, fail_once, lambda _: 10)
+    with pytest.raises(ModelRefused, match="truncated"):
+        wait_until(lambda: cache.get(spec("a")), 5)
+    assert cache.used_bytes == 0 and load(cache, "a")
