@@ -49,15 +49,27 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > limit:
             await error_response(BodyTooLarge(f"The body is larger than {limit} bytes."))(scope, receive, send)
             return
-        received = 0
+        await self._app(scope, *_limited(scope, receive, send, limit))
 
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                if received > limit:
-                    raise BodyTooLarge(f"The body is larger than {limit} bytes.")
-            return message
 
-        await self._app(scope, receive_limited, send)
+def _limited(scope: Scope, receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:
+    """Return `receive` and `send` that end a request whose body has grown beyond `limit` bytes with a 413."""
+    received = 0
+    has_answered = False
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        # The application sees a client that left; what it answers to that is replaced below.
+        return {"type": "http.disconnect"} if received > limit else message
+
+    async def send_limited(message: Message) -> None:
+        nonlocal has_answered
+        if received <= limit:
+            await send(message)
+        elif not has_answered:
+            has_answered = True
+            await error_response(BodyTooLarge(f"The body is larger than {limit} bytes."))(scope, receive, send)
+
+    return receive_limited, send_limited

@@ -23,6 +23,7 @@ class Reaper:
         """Take back everything that is overdue; return how many slices."""
         with self._engine.begin() as connection:
             taken = slices.lose_expired(connection)
+            taken += slices.cancel_strays(connection)
             for worker_id in workers.silent(connection, self._settings.lease_seconds):
                 taken += workers.retire(connection, worker_id)
                 log.warning("worker fell silent", extra={"worker_id": str(worker_id)})

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import orjson
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from services.worker.children import Batch, ChildSupervisor
@@ -41,6 +41,8 @@ from shared.settings import Settings
 from shared.store import Store
 
 log = logging.getLogger(__name__)
+
+OUTAGE_PAUSE_SECONDS = 0.25
 
 LINE_FAILED = {
     "code": "line_failed",
@@ -164,16 +166,23 @@ class SliceRunner:
                 self._settle(claimed, self._release_failed(claimed, error))
 
     def _claim(self, slice_id: int, task_id: str) -> ClaimedSlice | None:
-        with self._engine.begin() as connection:
-            return slices.claim(
-                connection,
-                slice_id,
-                worker_id=self._identity.worker_id,
-                worker=self._identity.name,
-                device=self._identity.device,
-                task_id=task_id,
-                lease_seconds=self._settings.lease_seconds,
-            )
+        """Claim the slice, as soon as Postgres is there: its message is used up, and no other would come soon."""
+        while not self.draining.is_set():
+            try:
+                with self._engine.begin() as connection:
+                    return slices.claim(
+                        connection,
+                        slice_id,
+                        worker_id=self._identity.worker_id,
+                        worker=self._identity.name,
+                        device=self._identity.device,
+                        task_id=task_id,
+                        lease_seconds=self._settings.lease_seconds,
+                    )
+            except OperationalError as error:
+                log.warning("cannot claim yet", extra={"slice_id": slice_id, "error": str(error).splitlines()[0]})
+                self.draining.wait(OUTAGE_PAUSE_SECONDS)
+        return None
 
     def _settle(self, claimed: ClaimedSlice, write: Callable[[Any], None]) -> None:
         """Write how a slice ended badly. When Postgres is away, the lease runs out and the reaper does it."""
@@ -205,10 +214,10 @@ class SliceRunner:
 
     def _run(self, lease: Lease) -> None:
         claimed = lease.claimed
-        with self._engine.begin() as connection:
-            done = slices.recorded_lines(connection, claimed)
+        done: set[int] = set()
+        self._write(lease, RecordedLines(), lambda c: done.update(slices.recorded_lines(c, claimed)))
         if is_dead_letter(claimed.lo, claimed.hi, claimed.losses):
-            self._dead_letter(claimed, done)
+            self._dead_letter(lease, done)
             return
         buffer = RecordedLines()
         lines = self._prepare(claimed, done, buffer)
@@ -222,13 +231,11 @@ class SliceRunner:
             if line_no not in done:
                 yield line_no, orjson.loads(line)
 
-    def _dead_letter(self, claimed: ClaimedSlice, done: set[int]) -> None:
-        buffer = RecordedLines()
+    def _dead_letter(self, lease: Lease, done: set[int]) -> None:
+        claimed, buffer = lease.claimed, RecordedLines()
         for line_no, entry in self._raw_lines(claimed, done):
             _add_error(buffer, claimed, line_no, entry["custom_id"], None, LINE_FAILED)
-        with self._engine.begin() as connection:
-            slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
-            slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DEAD)
+        self._write(lease, buffer, lambda c: slices.finish(c, claimed.slice_id, claimed.lease_token, SliceState.DEAD))
 
     def _prepare(self, claimed: ClaimedSlice, done: set[int], buffer: RecordedLines) -> list[_Line]:
         """Check the lines' bodies; those that their endpoint would refuse go straight into `buffer`."""
@@ -272,7 +279,7 @@ class SliceRunner:
                 _add_response(buffer, lease.claimed, line, response)
             age = time.monotonic() - flushed_at
             if len(buffer) >= self._settings.flush_lines or (len(buffer) and age >= self._settings.flush_seconds):
-                self._flush(lease.claimed, buffer)
+                self._flush(lease, buffer)
                 flushed_at = time.monotonic()
 
     def _must_stop(self, lease: Lease) -> bool:
@@ -280,26 +287,46 @@ class SliceRunner:
             raise LeaseLost
         return lease.stop_reason is not None or self.draining.is_set()
 
-    def _flush(self, claimed: ClaimedSlice, buffer: RecordedLines) -> None:
-        with self._engine.begin() as connection:
-            slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
+    def _flush(self, lease: Lease, buffer: RecordedLines) -> None:
+        """Record what has come so far."""
+        self._write(lease, buffer, lambda _: None)
         buffer.__init__()  # type: ignore[misc]  # a fresh one in place: every caller holds this object
 
     def _end(self, lease: Lease, buffer: RecordedLines) -> None:
         """Record the rest and end the slice in one transaction."""
         claimed = lease.claimed
-        with self._engine.begin() as connection:
-            if len(buffer):
-                slices.record(connection, claimed.slice_id, claimed.lease_token, buffer, self._record_statement)
-            is_complete = len(slices.recorded_lines(connection, claimed)) == claimed.hi - claimed.lo
-            if is_complete:
+
+        def end(connection: Connection) -> None:
+            if len(slices.recorded_lines(connection, claimed)) == claimed.hi - claimed.lo:
                 slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DONE)
             elif lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
                 slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.CANCELLED)
             else:
-                held = lease.stop_reason is StopReason.PAUSE
                 outcome = AttemptOutcome.PREEMPTED
-                slices.release(connection, claimed.slice_id, claimed.lease_token, outcome=outcome, held=held)
+                slices.release(connection, claimed.slice_id, claimed.lease_token, outcome=outcome)
+
+        self._write(lease, buffer, end)
+
+    def _write(self, lease: Lease, buffer: RecordedLines, then: Callable[[Connection], None]) -> None:
+        """Record lines and do `then` in one transaction. While Postgres is away, wait for it as long as the lease lives.
+
+        A connection that broke during a commit leaves open whether it happened: the next try looks first.
+        """
+        claimed = lease.claimed
+        is_retry = False
+        while True:
+            try:
+                with self._engine.begin() as connection:
+                    lines = buffer.without(slices.recorded_lines(connection, claimed)) if is_retry else buffer
+                    if len(lines):
+                        slices.record(connection, claimed.slice_id, claimed.lease_token, lines, self._record_statement)
+                    then(connection)
+                return
+            except OperationalError as error:
+                log.warning("cannot record yet", extra={"error": str(error).splitlines()[0]})
+                is_retry = True
+                if lease.lost.wait(OUTAGE_PAUSE_SECONDS):
+                    raise LeaseLost from None
 
     def _find_model(self, claimed: ClaimedSlice, name: str) -> ModelSpec:
         """Return the model as the job's tenant sees it; raises NotFound."""

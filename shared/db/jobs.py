@@ -185,7 +185,7 @@ _NEXT_VALIDATING = text("""
     SELECT job.tenant_id, job.job_id, job.created_on, job.endpoint, job.model, job.priority, file.validation,
         file.bytes AS input_bytes
     FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
-    WHERE job.state = 'validating' ORDER BY job.created_at LIMIT 1 FOR UPDATE OF job SKIP LOCKED
+    WHERE job.state = 'validating' ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
 """)
 
 
@@ -226,7 +226,7 @@ def enqueue(connection: Connection, job: ValidatingJob, parts: Sequence[NewSlice
 
 def _lock(connection: Connection, job_id: UUID, kind: JobKind | None) -> JobView:
     """Return the job with its row locked, so that its state cannot change under the caller."""
-    connection.execute(text("SELECT 1 FROM job WHERE job_id = :job_id FOR UPDATE"), {"job_id": job_id})
+    connection.execute(text("SELECT 1 FROM job WHERE job_id = :job_id FOR NO KEY UPDATE"), {"job_id": job_id})
     return get(connection, job_id, kind)
 
 
@@ -295,7 +295,7 @@ def expire_due(connection: Connection) -> int:
             UPDATE job SET state = 'finalizing', stop_reason = 'expire', finalizing_at = now()
             WHERE job_id IN (
                 SELECT job_id FROM job WHERE state IN ('queued', 'running', 'paused') AND expires_at < now()
-                ORDER BY job_id LIMIT 50 FOR UPDATE SKIP LOCKED)
+                ORDER BY job_id LIMIT 50 FOR NO KEY UPDATE SKIP LOCKED)
             RETURNING tenant_id, job_id
         """)
     ).all()
@@ -330,7 +330,7 @@ FINALIZABLE = """
     WHERE job.state IN ('running', 'cancelling', 'finalizing')
         AND NOT EXISTS (SELECT FROM slice WHERE slice.job_id = job.job_id
                         AND slice.state IN ('held', 'queued', 'dispatched', 'running'))
-    ORDER BY job.created_at LIMIT 1 FOR UPDATE OF job SKIP LOCKED
+    ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
 """
 
 

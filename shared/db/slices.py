@@ -7,6 +7,9 @@
 
 `claim` draws a new lease token. Every later write of the worker names that token and finds the row only while the
 lease is its own: a writer that finds no row throws its work away (LeaseLost). All times are the database's.
+
+Locks are taken in one order everywhere: the job's row (FOR NO KEY UPDATE, which foreign keys do not wait for), then
+slices by id. A claim that took its slice first deadlocked with a pause.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,6 +60,14 @@ class RecordedLines:
     def __len__(self) -> int:
         return len(self.line_nos)
 
+    def without(self, done: set[int]) -> "RecordedLines":
+        """Return the lines that are not in `done`, with the sizes of all: a size is only ever kept for all or none."""
+        kept = [index for index, line_no in enumerate(self.line_nos) if line_no not in done]
+        if len(kept) == len(self):
+            return self
+        assert not kept, "a flush is one transaction: all of it was recorded, or nothing"
+        return RecordedLines()
+
     def add(
         self,
         line_no: int,
@@ -86,16 +97,21 @@ class RecordedLines:
 
 
 _CLAIM = text("""
-    WITH claimed AS (
+    WITH owner AS (
+        SELECT job.tenant_id, job.job_id, job.state, job.endpoint, job.created_at, job.input_file_id
+        FROM job JOIN slice ON slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
+        WHERE slice.slice_id = :slice_id AND job.state IN ('queued', 'running')
+        FOR NO KEY UPDATE OF job
+    ), claimed AS (
         UPDATE slice SET state = 'running', lease_token = nextval('lease_token_seq'), worker_id = :worker_id,
             lease_until = now() + make_interval(secs => :lease_seconds), progress_at = now(), claimed_at = now(),
             claimed_done = slice.completed + slice.failed, attempts = attempts + 1
-        FROM job
+        FROM owner
         WHERE slice.slice_id = :slice_id AND slice.state IN ('queued', 'dispatched') AND slice.run_after <= now()
-            AND job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id AND job.state IN ('queued', 'running')
+            AND owner.tenant_id = slice.tenant_id AND owner.job_id = slice.job_id
         RETURNING slice.tenant_id, slice.slice_id, slice.job_id, slice.created_on, slice.lo, slice.hi, slice.losses,
-            slice.lease_token, job.endpoint, extract(epoch FROM job.created_at)::bigint AS job_created,
-            job.input_file_id
+            slice.lease_token, owner.endpoint, extract(epoch FROM owner.created_at)::bigint AS job_created,
+            owner.input_file_id
     ), try AS (
         INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device)
         SELECT tenant_id, job_id, slice_id, lease_token, :task_id, :worker_id, :worker, :device FROM claimed
@@ -157,7 +173,10 @@ RECORD = """
 def record(
     connection: Connection, slice_id: int, lease_token: int, lines: RecordedLines, statement: str = RECORD
 ) -> None:
-    """Write finished lines under the lease; raises LeaseLost, and writes nothing, when it is no longer ours."""
+    """Write finished lines under the lease; raises LeaseLost, and writes nothing, when it is no longer ours.
+
+    `statement` is RECORD; a test that must fail gives another.
+    """
     written = connection.execute(text(statement), _record_parameters(slice_id, lease_token, lines)).rowcount
     if written != len(lines):
         raise LeaseLost
@@ -210,7 +229,8 @@ def finish(connection: Connection, slice_id: int, lease_token: int, state: Slice
 
 
 _RELEASE = text("""
-    UPDATE slice SET state = :state, lease_token = NULL, lease_until = NULL, worker_id = NULL, stop_reason = NULL,
+    UPDATE slice SET state = CASE WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END, lease_token = NULL,
+        lease_until = NULL, worker_id = NULL, stop_reason = NULL,
         run_after = now() + make_interval(secs => :delay_seconds), last_error = coalesce(:error, last_error),
         device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
     WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
@@ -223,16 +243,17 @@ def release(
     lease_token: int,
     *,
     outcome: AttemptOutcome,
-    held: bool = False,
     delay_seconds: float = 0,
     error: str | None = None,
     traceback: str | None = None,
 ) -> None:
-    """Give an unfinished slice back, at no cost in losses: drained, paused, or failed for a passing reason."""
+    """Give an unfinished slice back, at no cost in losses: drained, paused, or failed for a passing reason.
+
+    Whether it is held or queued is decided by its row at this moment: the job may have been resumed meanwhile.
+    """
     parameters = {
         "slice_id": slice_id,
         "lease_token": lease_token,
-        "state": SliceState.HELD if held else SliceState.QUEUED,
         "delay_seconds": delay_seconds,
         "error": error,
     }
@@ -396,13 +417,28 @@ def stop_job(connection: Connection, job_id: UUID, reason: str, *, quiet: SliceS
     connection.execute(_STOP[1], {"job_id": job_id, "reason": reason})
 
 
+_CANCEL_STRAYS = text("""
+    UPDATE slice SET state = 'cancelled', worker_id = NULL FROM job
+    WHERE job.state IN ('cancelling', 'finalizing') AND slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
+        AND slice.state IN ('held', 'queued', 'dispatched')
+""")
+
+
+def cancel_strays(connection: Connection) -> int:
+    """Cancel waiting slices of ending jobs: parts that a loss split off while the job was being cancelled."""
+    return connection.execute(_CANCEL_STRAYS).rowcount
+
+
 def resume_job(connection: Connection, job_id: UUID) -> None:
-    """Queue the held slices of a job, and call off the stop of those that have not ended yet."""
-    connection.execute(text("UPDATE slice SET state = 'queued' WHERE job_id = :j AND state = 'held'"), {"j": job_id})
+    """Call off the stop of slices that have not ended yet, and queue the held ones.
+
+    In this order: a slice that becomes held while the first statement waits for its row is seen by the second.
+    """
     connection.execute(
         text("UPDATE slice SET stop_reason = NULL WHERE job_id = :j AND state = 'running' AND stop_reason = 'pause'"),
         {"j": job_id},
     )
+    connection.execute(text("UPDATE slice SET state = 'queued' WHERE job_id = :j AND state = 'held'"), {"j": job_id})
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,13 @@ class LeaseMachine(RuleBasedStateMachine):
     def claim(self, choice, lease):
         ids = [row.slice_id for row in self._query("SELECT slice_id FROM slice WHERE job_id = :j ORDER BY slice_id")]
         claimed = self._do(
-            "worker", slices.claim, ids[choice % len(ids)], worker_id=uuid4(), worker="w", device="d", task_id="t",
+            "worker",
+            slices.claim,
+            ids[choice % len(ids)],
+            worker_id=uuid4(),
+            worker="w",
+            device="d",
+            task_id="t",
             lease_seconds=lease,
         )
         if claimed is not None:
@@ -100,12 +106,21 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         for _ in range(400):  # a diligent worker comes and does what is left
             self.reap()
-            waiting = self._query("SELECT slice_id, lo, hi, losses FROM slice WHERE job_id = :j AND state IN ('queued', 'running')")
+            waiting = self._query(
+                "SELECT slice_id, lo, hi, losses FROM slice WHERE job_id = :j AND state IN ('queued', 'running')"
+            )
             if not waiting:
                 break
             for row in waiting:
                 claimed = self._do(
-                    "worker", slices.claim, row.slice_id, worker_id=uuid4(), worker="w", device="d", task_id="t", lease_seconds=60
+                    "worker",
+                    slices.claim,
+                    row.slice_id,
+                    worker_id=uuid4(),
+                    worker="w",
+                    device="d",
+                    task_id="t",
+                    lease_seconds=60,
                 )
                 if claimed is None:
                     with self.database.engine("scheduler").begin() as c:

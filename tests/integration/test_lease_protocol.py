@@ -218,7 +218,7 @@ def test_pause_holds_and_resume_goes_on(database, job_id):
     running = claim(database, first)
     assert as_gateway(jobs.pause).state == "paused"
     assert claim(database, second) is None
-    in_worker(database, slices.release, first, running.lease_token, outcome=AttemptOutcome.PREEMPTED, held=True)
+    in_worker(database, slices.release, first, running.lease_token, outcome=AttemptOutcome.PREEMPTED)
     assert {row.state for row in rows(database.engine("scheduler"), "SELECT state FROM slice")} == {"held"}
     as_gateway(jobs.resume)
     assert claim(database, first) and claim(database, second)
@@ -230,3 +230,57 @@ def test_the_clock_of_a_worker_plays_no_part(database):
 
     source = inspect.getsource(slices) + inspect.getsource(workers)
     assert "datetime.now" not in source and "time.time" not in source
+
+
+def test_claims_and_pauses_never_deadlock(database, store):
+    """They once did: a claim locked its slice and then the job, a pause the job and then its slices."""
+    job = make_job(database.engine("gateway"), store, chat_lines(200))
+    Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=16)).tick()
+    ids, failures, stop = slice_ids(database), [], threading.Event()
+
+    def keep(action):
+        while not stop.is_set():
+            try:
+                action()
+            except Exception as error:
+                failures.append(error)
+                return
+
+    def claim_and_release():
+        for slice_id in ids:
+            claimed = claim(database, slice_id)
+            if claimed is not None:
+                in_worker(
+                    database, slices.lose, slice_id, claimed.lease_token, "x"
+                ) if slice_id % 3 == 0 else in_worker(
+                    database, slices.release, slice_id, claimed.lease_token, outcome=AttemptOutcome.PREEMPTED
+                )
+
+    def pause_and_resume():
+        for change in (jobs.pause, jobs.resume):
+            with database.engine("gateway").begin() as connection:
+                connection.execute(text("SELECT set_config('lamplighter.tenant_id', 'default', true)"))
+                change(connection, job)
+
+    threads = [
+        threading.Thread(target=keep, args=(action,))
+        for action in (claim_and_release, claim_and_release, pause_and_resume)
+    ]
+    for thread in threads:
+        thread.start()
+    stop.wait(4)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    pause_and_resume()
+    assert rows(database.engine("scheduler"), "SELECT state FROM slice WHERE state NOT IN ('queued', 'running')") == []
+
+
+def test_parts_split_off_during_a_cancel_do_not_keep_the_job_open(database, job_id):
+    with database.engine("gateway").begin() as connection:
+        connection.execute(text("SELECT set_config('lamplighter.tenant_id', 'default', true)"))
+        jobs.cancel(connection, job_id)
+    with database.engine("scheduler").begin() as connection:
+        connection.execute(text("UPDATE slice SET state = 'queued'"))
+        assert slices.cancel_strays(connection) == 2

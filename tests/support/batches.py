@@ -34,9 +34,7 @@ def jsonl(lines: list) -> bytes:
 def submit(client: openai.OpenAI, lines: list, endpoint: str = CHAT, **fields):
     content = lines if isinstance(lines, bytes) else jsonl(lines)
     uploaded = client.files.create(file=("input.jsonl", content), purpose="batch")
-    return client.batches.create(
-        input_file_id=uploaded.id, endpoint=endpoint, completion_window="24h", **fields
-    )
+    return client.batches.create(input_file_id=uploaded.id, endpoint=endpoint, completion_window="24h", **fields)
 
 
 def wait_for(client: openai.OpenAI, batch_id: str, *statuses: str, seconds: float = 60):
@@ -73,13 +71,29 @@ def make_job(engine: Engine, store: Store, lines: list, *, tenant_id: str = "def
     columns = {"endpoint": CHAT, "priority": 5, "completion_window": "24h", "completion_seconds": 86400.0} | fields
     with tenant_transaction(engine, tenant_id) as connection:
         files.add(
-            connection, tenant_id=tenant_id, file_id=file_id, purpose="batch", filename="x.jsonl", bytes=len(content),
-            sha256="0", store_path=paths[0], index_path=paths[1], lines=summary["lines"], validation=summary,
+            connection,
+            tenant_id=tenant_id,
+            file_id=file_id,
+            purpose="batch",
+            filename="x.jsonl",
+            bytes=len(content),
+            sha256="0",
+            store_path=paths[0],
+            index_path=paths[1],
+            lines=summary["lines"],
+            validation=summary,
             expires_after_seconds=None,
         )
         batch = NewBatch(
-            tenant_id=tenant_id, key_id=None, model=batch_model(summary), input_file_id=file_id, deadline=None, spec={},
-            metadata=None, idempotency_key=None, **columns,
+            tenant_id=tenant_id,
+            key_id=None,
+            model=batch_model(summary),
+            input_file_id=file_id,
+            deadline=None,
+            spec={},
+            metadata=None,
+            idempotency_key=None,
+            **columns,
         )
         return jobs.accept_batch(connection, batch)
 

@@ -21,8 +21,16 @@ def make_tiny_llama(directory: Path, **config) -> Path:
 
     torch.manual_seed(0)
     shape = dict(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0, bos_token_id=None, initializer_range=0.3,
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.3,
     )
     LlamaForCausalLM(LlamaConfig(**(shape | config))).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)

@@ -32,7 +32,9 @@ def alembic_config(connection) -> Config:
 @contextmanager
 def running(command_line: list[str], log: Path, *, user: str | None = None) -> Iterator[subprocess.Popen]:
     with log.open("wb") as output:
-        process = subprocess.Popen(command_line, stdout=output, stderr=output, user=user, cwd="/", start_new_session=True)
+        process = subprocess.Popen(
+            command_line, stdout=output, stderr=output, user=user, cwd="/", start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -90,7 +92,11 @@ def wait_until(holds, seconds: float, what: str = "the condition holds"):
 
 
 def settings_for(cluster: PostgresCluster, role: str, database: str, **more) -> Settings:
-    fields = {"database_url": cluster.url(role, database), "redis_url": "redis://127.0.0.1:1/0", "store_url": "/nonexistent"}
+    fields = {
+        "database_url": cluster.url(role, database),
+        "redis_url": "redis://127.0.0.1:1/0",
+        "store_url": "/nonexistent",
+    }
     return Settings(**(fields | more))
 
 

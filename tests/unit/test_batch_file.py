@@ -84,7 +84,9 @@ def test_lines_and_offsets_do_not_depend_on_how_the_stream_is_cut(lines, chunk, 
 def test_rendered_lines_are_json_in_openai_shape():
     done = json.loads(render_line("batch_req_1", 'a"b', 200, '{"x":1}', None))
     assert done == {
-        "id": "batch_req_1", "custom_id": 'a"b', "error": None,
+        "id": "batch_req_1",
+        "custom_id": 'a"b',
+        "error": None,
         "response": {"status_code": 200, "request_id": "batch_req_1", "body": {"x": 1}},
     }
     failed = json.loads(render_line("batch_req_1", "a", None, None, '{"code":"line_failed"}'))

@@ -23,7 +23,9 @@ def child():
 
 
 def ask(content="one two three", *, delay_ms=0, max_tokens=None):
-    return Request(0, "chat", messages=[{"role": "user", "content": content}], params=SamplingParams(max_tokens), delay_ms=delay_ms)
+    return Request(
+        0, "chat", messages=[{"role": "user", "content": content}], params=SamplingParams(max_tokens), delay_ms=delay_ms
+    )
 
 
 def collect_all(batch, count):

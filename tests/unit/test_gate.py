@@ -22,7 +22,10 @@ def test_a_suspect_runs_alone_and_is_not_starved():
     for thread in threads:
         thread.start()
     time.sleep(0.02)
-    threads += [threading.Thread(target=run, args=("suspect", True)), threading.Thread(target=run, args=("late", False))]
+    threads += [
+        threading.Thread(target=run, args=("suspect", True)),
+        threading.Thread(target=run, args=("late", False)),
+    ]
     for thread in threads[3:]:
         thread.start()
         time.sleep(0.02)

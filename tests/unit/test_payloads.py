@@ -20,7 +20,11 @@ CHAT_BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content",
+        ),
         (CHAT, {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         (CHAT, {"seed": 2**64}, "seed"),
         (CHAT, {"logit_bias": {"5": 101}}, "logit_bias.5"),
@@ -39,7 +43,9 @@ CHAT_BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     ],
 )
 def test_wrong_values_are_refused_by_name(endpoint, change, param):
-    base = {CHAT: CHAT_BODY, COMPLETION: {"model": "m", "prompt": "x"}, EMBEDDING: {"model": "m", "input": "x"}}[endpoint]
+    base = {CHAT: CHAT_BODY, COMPLETION: {"model": "m", "prompt": "x"}, EMBEDDING: {"model": "m", "input": "x"}}[
+        endpoint
+    ]
     with pytest.raises(InvalidRequest) as caught:
         parse_batch_body(endpoint, base | change)
     assert caught.value.status == 400
@@ -61,9 +67,13 @@ def test_unknown_fields_are_ignored_and_null_means_default():
 
 
 def test_prompt_forms():
-    prompts = [parse_payload(COMPLETION, {"model": "m", "prompt": p}).prompts for p in ("a", ["a", "b"], [1, 2], [[1], [2]])]
+    prompts = [
+        parse_payload(COMPLETION, {"model": "m", "prompt": p}).prompts for p in ("a", ["a", "b"], [1, 2], [[1], [2]])
+    ]
     assert prompts == [["a"], ["a", "b"], [[1, 2]], [[1], [2]]]
-    inputs = [parse_payload(EMBEDDING, {"model": "m", "input": p}).inputs for p in ("a", ["a", "b"], [1, 2], [[1], [2]])]
+    inputs = [
+        parse_payload(EMBEDDING, {"model": "m", "input": p}).inputs for p in ("a", ["a", "b"], [1, 2], [[1], [2]])
+    ]
     assert inputs == prompts
 
 

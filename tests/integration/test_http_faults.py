@@ -1,0 +1,373 @@
+"""Bad input over HTTP: the documented answer, never a 500, never FastAPI's `detail`, nothing else affected."""
+
+import socket
+import urllib.parse
+
+import httpx
+import pytest
+
+from tests.support.batches import CHAT, chat_lines, jsonl, submit, wait_for
+
+
+@pytest.fixture(scope="module")
+def http(stack, admin_key):
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {admin_key}"}, timeout=30) as client:
+        yield client
+
+
+def fault(response: httpx.Response, status: int, code: str | None = None) -> dict:
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["message"]
+    assert response.headers["x-request-id"].startswith("req_")
+    if code is not None:
+        assert error["code"] == code
+    return error
+
+
+def upload(http, content=b'{"a": 1}\n', purpose="batch", filename="x.jsonl", **more):
+    return http.post("/v1/files", data={"purpose": purpose} | more, files={"file": (filename, content)})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer lk-x-y"},
+        {"Authorization": "Basic abc"},
+        {"Authorization": "Bearer \u00e9".encode("latin-1").decode("latin-1")},
+        {"Authorization": "Bearer lk-" + "a" * 5000},
+    ],
+    ids=["none", "empty", "wrong", "basic", "not-ascii", "long"],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/files"),
+        ("POST", "/v1/files"),
+        ("GET", "/v1/batches"),
+        ("POST", "/v1/batches"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/jobs"),
+        ("POST", "/v1/keys"),
+        ("GET", "/v1/workers"),
+        ("POST", "/v1/tenants"),
+        ("DELETE", "/v1/keys/x"),
+    ],
+)
+def test_no_key_no_answer(stack, header, method, path):
+    encoded = {key: value.encode("latin-1") for key, value in header.items()}
+    fault(
+        httpx.request(method, stack.url + path, headers=encoded, json={} if method == "POST" else None),
+        401,
+        "invalid_api_key",
+    )
+
+
+def test_every_route_but_health_asks_for_a_key(stack):
+    from services.gateway.app import create_app
+
+    app = create_app(stack.settings("gateway"))
+    tried = 0
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            response = httpx.request(method, stack.url + path.replace("{", "").replace("}", ""))
+            expected = 200 if path in ("/healthz", "/readyz") else 401
+            assert response.status_code == expected, (method, path)
+            tried += 1
+    assert tried > 20
+
+
+def test_a_revoked_key_is_refused_at_once(http, stack):
+    key = http.post("/v1/keys", json={"scopes": ["read"]}).json()
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {key['key']}"}) as other:
+        assert other.get("/v1/models").status_code == 200
+        fault(other.post("/v1/batches", json={}), 403, "insufficient_scope")
+        assert http.delete(f"/v1/keys/{key['id']}").json()["deleted"]
+        fault(other.get("/v1/models"), 401, "invalid_api_key")
+    fault(http.delete(f"/v1/keys/{key['id']}"), 404)
+
+
+def test_a_tenant_never_learns_of_anothers_objects(http, stack, sdk):
+    batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+    assert http.post("/v1/tenants", json={"id": "other"}).status_code in (200, 409)
+    key = http.post("/v1/keys", json={"tenant": "other", "scopes": ["write"]}).json()["key"]
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {key}"}) as other:
+        for path in (
+            f"/v1/batches/{batch.id}",
+            f"/v1/jobs/{batch.id}",
+            f"/v1/jobs/{batch.id}/events",
+            f"/v1/jobs/{batch.id}/attempts",
+            f"/v1/files/{batch.input_file_id}",
+            f"/v1/files/{batch.output_file_id}/content",
+            f"/v1/files/{batch.output_file_id}",
+        ):
+            fault(other.get(path), 404)
+            unknown = path.replace(batch.id, "batch_" + "0" * 32)
+            assert other.get(unknown).json()["error"].keys() == other.get(path).json()["error"].keys()
+        fault(other.post(f"/v1/batches/{batch.id}/cancel"), 404)
+        fault(other.post(f"/v1/jobs/{batch.id}/pause"), 404)
+        fault(other.patch(f"/v1/jobs/{batch.id}", json={"priority": 1}), 404)
+        fault(other.delete(f"/v1/files/{batch.output_file_id}"), 404)
+        body = {"input_file_id": batch.input_file_id, "endpoint": CHAT, "completion_window": "24h"}
+        assert fault(other.post("/v1/batches", json=body), 400)["param"] == "input_file_id"
+        assert other.get("/v1/batches").json()["data"] == [] and other.get("/v1/files").json()["data"] == []
+        assert other.get("/v1/jobs", params={"tenant": "default"}).json()["data"] == []
+        fault(other.post("/v1/models", json={"name": "x", "source": "/"}), 403)
+        fault(other.get("/v1/keys"), 403)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"endpoint": "/v1/nope"}, "endpoint"),
+        ({"endpoint": None}, "endpoint"),
+        ({"input_file_id": "file-x"}, "input_file_id"),
+        ({"input_file_id": "file-" + "0" * 32}, "input_file_id"),
+        ({"input_file_id": 5}, "input_file_id"),
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"priority": 10}, "priority"),
+        ({"priority": "high"}, "priority"),
+        ({"deadline": "tomorrow"}, "deadline"),
+        ({"deadline": "2020-01-01T00:00:00Z"}, "deadline"),
+        ({"deadline": "2030-01-01T00:00:00"}, "deadline"),
+        ({"window": {"start": "22:00"}}, "window"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after"),
+    ],
+)
+def test_a_bad_batch_is_refused_by_name(http, change, param):
+    file_id = upload(http).json()["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"} | change
+    assert (fault(http.post("/v1/batches", json=body), 400)["param"] or "").startswith(param)
+
+
+def test_a_file_of_another_purpose_is_no_batch_input(http):
+    file_id = upload(http, purpose="fine-tune").json()["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    assert fault(http.post("/v1/batches", json=body), 400)["param"] == "input_file_id"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"null", b"[" * 100_000, b'{"a":' * 5000], ids=range(8)
+)
+def test_a_body_that_is_no_object(http, content):
+    fault(http.post("/v1/batches", content=content, headers={"Content-Type": "application/json"}), 400)
+
+
+def test_unknown_fields_are_refused_on_native_calls_and_ignored_on_openai_calls(http):
+    assert fault(http.post("/v1/keys", json={"skopes": ["read"]}), 400, "unknown_parameter")["param"] == "skopes"
+    file_id = upload(http, jsonl(chat_lines(1))).json()["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h", "brand_new": 1}
+    assert http.post("/v1/batches", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/nope", "/v1/batches/", "/v1/files/x/y", "/v2/models", "/docs", "//v1/models"]
+)
+def test_unknown_routes(http, path):
+    fault(http.get(path), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "/v1/batches"), ("DELETE", "/v1/batches"), ("PATCH", "/v1/files"), ("TRACE", "/v1/jobs")],
+)
+def test_unknown_methods(http, method, path):
+    fault(http.request(method, path), 405, "method_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "..\\..\\x", "a/b/c.jsonl", "\x00evil", "x" * 3000, "", "☃ 雪.jsonl", "a\r\nb: c"]
+)
+def test_path_tricks_in_filenames(http, stack, name):
+    boundary = "xyz"
+    quoted = name.replace("\r", "%0D").replace("\n", "%0A").encode()
+    body = (
+        b'--xyz\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--xyz\r\n'
+        b'Content-Disposition: form-data; name="file"; filename="' + quoted + b'"\r\n\r\n{}\n\r\n--xyz--\r\n'
+    )
+    response = http.post(
+        "/v1/files", content=body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    )
+    assert response.status_code == 200, response.text
+    shown = response.json()["filename"]
+    assert "/" not in shown and "\\" not in shown and "\x00" not in shown and 0 < len(shown) <= 255 and ".." != shown
+    assert http.get(f"/v1/files/{response.json()['id']}/content").content == b"{}\n"
+    assert not list(stack.directory.glob("store/*passwd*"))
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    ["../../etc/passwd", "%2e%2e%2f", "file-../x", "file-" + "z" * 32, "a" * 3000, "file-\x00", "' OR 1=1"],
+)
+def test_ids_that_are_none(http, identifier):
+    quoted = urllib.parse.quote(identifier, safe="")
+    fault(http.get(f"/v1/files/{quoted}"), 404)
+    fault(http.get(f"/v1/batches/{quoted}"), 404)
+    fault(http.get(f"/v1/jobs/{quoted}"), 404)
+    fault(http.get(f"/v1/models/{quoted}"), 404)
+    assert http.get("/v1/batches", params={"after": identifier}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "query"),
+    [
+        ("/v1/batches", {"limit": 0}),
+        ("/v1/batches", {"limit": 101}),
+        ("/v1/batches", {"limit": "x"}),
+        ("/v1/files", {"limit": 10_001}),
+        ("/v1/files", {"order": "up"}),
+        ("/v1/jobs", {"status": "happy"}),
+        ("/v1/jobs", {"kind": "dance"}),
+    ],
+)
+def test_bad_queries(http, path, query):
+    assert fault(http.get(path, params=query), 400)["param"] == next(iter(query))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"purpose": "party"}, "purpose"),
+        ({"purpose": "batch", "expires_after[anchor]": "never"}, "expires_after"),
+        ({"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "5"}, "expires_after"),
+        ({"purpose": "batch", "expires_after[anchor]": "created_at"}, "expires_after"),
+    ],
+)
+def test_bad_upload_fields(http, fields, param):
+    assert fault(http.post("/v1/files", data=fields, files={"file": ("x", b"{}")}), 400)["param"] == param
+
+
+def test_uploads_that_are_none(http):
+    assert fault(http.post("/v1/files", data={"purpose": "batch"}), 400)
+    assert fault(http.post("/v1/files", json={}), 400, "invalid_body")
+    fault(http.post("/v1/files", content=b"garbage", headers={"Content-Type": "multipart/form-data; boundary=b"}), 400)
+    fault(http.post("/v1/files", content=b"", headers={"Content-Type": "multipart/form-data; boundary=b"}), 400)
+
+
+def test_large_bodies_are_refused_before_they_are_read(http, stack, admin_key):
+    fault(http.post("/v1/batches", content=b"x" * (2**20 + 1)), 413)
+
+    def endless():
+        for _ in range(20):
+            yield b"x" * 100_000
+
+    fault(http.post("/v1/batches", content=endless()), 413)
+    # A length is believed before a byte of the body has come.
+    host = urllib.parse.urlsplit(stack.url)
+    with socket.create_connection((host.hostname, host.port), timeout=10) as raw:
+        raw.sendall(
+            f"POST /v1/files HTTP/1.1\r\nHost: {host.netloc}\r\nAuthorization: Bearer {admin_key}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99999999999\r\n\r\n".encode()
+        )
+        assert b"413" in raw.recv(200)
+
+
+def test_a_body_cut_off_in_the_middle_leaves_nothing_behind(http, stack, admin_key):
+    host = urllib.parse.urlsplit(stack.url)
+    before = {path for path in (stack.directory / "store").rglob("*") if path.suffix == ".part"}
+    count = len(http.get("/v1/files").json()["data"])
+    with socket.create_connection((host.hostname, host.port), timeout=10) as raw:
+        raw.sendall(
+            f"POST /v1/files HTTP/1.1\r\nHost: {host.netloc}\r\nAuthorization: Bearer {admin_key}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 100000\r\n\r\n"
+            '--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nhalf'.encode()
+        )
+    from tests.support.servers import wait_until
+
+    wait_until(lambda: {p for p in (stack.directory / "store").rglob("*") if p.suffix == ".part"} == before, 5)
+    assert len(http.get("/v1/files").json()["data"]) == count
+    assert http.get("/healthz").json() == {"status": "ok"}
+
+
+def test_idempotency(http):
+    file_id = upload(http, jsonl(chat_lines(1))).json()["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    headers = {"Idempotency-Key": "night-1"}
+    first = http.post("/v1/batches", json=body, headers=headers).json()
+    again = http.post("/v1/batches", json=dict(reversed(body.items())), headers=headers)
+    assert again.json() == first and again.headers["idempotent-replay"] == "true"
+    fault(http.post("/v1/batches", json=body | {"priority": 1}, headers=headers), 422, "idempotency_mismatch")
+    found = http.get("/v1/jobs", params={"idempotency_key": "night-1"}).json()["data"]
+    assert [job["id"] for job in found] == [first["id"]]
+    fault(http.post("/v1/batches", json=body, headers={"Idempotency-Key": "x" * 256}), 400)
+    uploads = [
+        http.post(
+            "/v1/files", data={"purpose": "batch"}, files={"file": ("a", b"{}")}, headers={"Idempotency-Key": "up"}
+        ).json()["id"]
+        for _ in range(2)
+    ]
+    assert uploads[0] == uploads[1]
+
+
+def test_a_key_in_flight_is_409_with_retry_after(http, stack):
+    import psycopg
+
+    file_id = upload(http, jsonl(chat_lines(1))).json()["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    with psycopg.connect(stack.database_url("gateway")) as other:
+        other.execute("SELECT pg_advisory_xact_lock(hashtextextended('default' || chr(10) || 'busy', 0))")
+        response = http.post("/v1/batches", json=body, headers={"Idempotency-Key": "busy"})
+        fault(response, 409, "idempotency_in_flight")
+        assert int(response.headers["retry-after"]) >= 1 and "x-should-retry" not in response.headers
+    assert http.post("/v1/batches", json=body, headers={"Idempotency-Key": "busy"}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a b", "", "x" * 300, "a;b"])
+def test_model_names_that_are_none(http, name, tiny_llama):
+    assert fault(http.post("/v1/models", json={"name": name, "source": str(tiny_llama)}), 400)["param"] == "name"
+
+
+def test_models_that_cannot_be_served_are_refused(http, scratch, tiny_llama):
+    import json
+    import shutil
+
+    assert fault(http.post("/v1/models", json={"name": "gone", "source": str(scratch / "gone")}), 400, "model_refused")
+    evil = scratch / "evil"
+    shutil.copytree(tiny_llama, evil, dirs_exist_ok=True)
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
+    assert "auto_map" in fault(http.post("/v1/models", json={"name": "evil", "source": str(evil)}), 400)["message"]
+    (evil / "config.json").write_text("{")
+    fault(http.post("/v1/models", json={"name": "evil", "source": str(evil)}), 400, "model_refused")
+
+
+def test_jobs_events_and_attempts(http, sdk):
+    batch = wait_for(sdk, submit(sdk, chat_lines(30, delay_ms=50)).id)
+    job = http.get(f"/v1/jobs/{batch.id}").json()
+    assert job["object"] == "job" and job["kind"] == "batch" and job["status"] == "succeeded"
+    assert (
+        job["progress"] == {"done": 30, "failed": 0, "total": 30, "unit": "lines"}
+        and job["usage"]["device_seconds"] > 0
+    )
+    attempts = http.get(f"/v1/jobs/{batch.id}/attempts").json()["data"]
+    assert {attempt["outcome"] for attempt in attempts} == {"done"} and attempts[0]["device"] == "cpu:0"
+    events = http.get(f"/v1/jobs/{batch.id}/events").json()["data"]
+    assert [event["data"]["status"] for event in events] == ["validating", "queued", "succeeded"]
+    with http.stream(
+        "GET", f"/v1/jobs/{batch.id}/events", headers={"Accept": "text/event-stream", "Last-Event-ID": events[0]["id"]}
+    ) as stream:
+        kinds = [line.removeprefix("event: ") for line in stream.iter_lines() if line.startswith("event: ")]
+    assert kinds == ["status", "status", "progress"]
+
+
+def test_pause_resume_and_priority(http, sdk):
+    batch = submit(sdk, chat_lines(3000, delay_ms=400))
+    while http.get(f"/v1/jobs/{batch.id}").json()["status"] != "running":
+        pass
+    assert http.post(f"/v1/jobs/{batch.id}/pause").json()["status"] == "paused"
+    assert http.get(f"/v1/jobs/{batch.id}").json()["waiting"]["reason"] == "paused"
+    import time
+
+    time.sleep(3)
+    done = http.get(f"/v1/jobs/{batch.id}").json()["progress"]["done"]
+    time.sleep(1.5)
+    assert http.get(f"/v1/jobs/{batch.id}").json()["progress"]["done"] == done < 3000
+    assert http.patch(f"/v1/jobs/{batch.id}", json={"priority": 8}).json()["priority"] == 8
+    assert http.post(f"/v1/jobs/{batch.id}/resume").json()["status"] in ("queued", "running")
+    assert wait_for(sdk, batch.id).request_counts.completed == 3000
+    fault(http.post(f"/v1/jobs/{batch.id}/resume"), 409)
