@@ -22,7 +22,7 @@ from shared.db.session import tenant_transaction
 from shared.db.slices import ClaimedSlice, RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.batch_file import batch_request_id, render_line
-from shared.domain.errors import ChildLost, InvalidRequest, LeaseLost, NotFound, RequestError
+from shared.domain.errors import ChildLost, InvalidRequest, LeaseGivenUp, LeaseLost, NotFound, RequestError
 from shared.domain.job import StopReason
 from shared.domain.payloads import (
     AnyPayload,
@@ -156,6 +156,8 @@ class SliceRunner:
             try:
                 with self._gate.enter(alone=must_run_alone(claimed.losses)):
                     self._run(lease)
+            except LeaseGivenUp:
+                log.warning("lease given up", extra={"slice_id": slice_id, "token": claimed.lease_token})
             except LeaseLost:
                 self.stale_writes += 1
                 log.warning("stale write rejected", extra={"slice_id": slice_id, "token": claimed.lease_token})
@@ -284,7 +286,7 @@ class SliceRunner:
 
     def _must_stop(self, lease: Lease) -> bool:
         if lease.lost.is_set():
-            raise LeaseLost
+            raise LeaseGivenUp
         return lease.stop_reason is not None or self.draining.is_set()
 
     def _flush(self, lease: Lease, buffer: RecordedLines) -> None:
@@ -326,7 +328,7 @@ class SliceRunner:
                 log.warning("cannot record yet", extra={"error": str(error).splitlines()[0]})
                 is_retry = True
                 if lease.lost.wait(OUTAGE_PAUSE_SECONDS):
-                    raise LeaseLost from None
+                    raise LeaseGivenUp from None
 
     def _find_model(self, claimed: ClaimedSlice, name: str) -> ModelSpec:
         """Return the model as the job's tenant sees it; raises NotFound."""

@@ -13,6 +13,7 @@ LamplighterError
 │   ├── QueueFull           429
 │   └── Unavailable         503
 ├── LeaseLost               a fenced write found no row: the work belongs to another
+│   └── LeaseGivenUp        the lease could not be kept; nothing more is written under it
 ├── ChildLost               an engine or trainer child died or hung
 └── ModelRefused            a model's files cannot be served
 
@@ -117,6 +118,10 @@ class Unavailable(RequestError):
 
 class LeaseLost(LamplighterError):
     """The lease on this slice belongs to another worker; the work is thrown away."""
+
+
+class LeaseGivenUp(LeaseLost):
+    """The lease could not be kept; what was not recorded under it is thrown away."""
 
 
 class ChildLost(LamplighterError):

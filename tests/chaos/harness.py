@@ -1,0 +1,282 @@
+"""Runs a batch while real processes are killed, then counts what was lost, doubled and recomputed.
+
+The audit reads a `result` table whose primary key was dropped first: what keeps lines single is the fence alone.
+"""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import psutil
+import psycopg
+
+from services.local.stack import Stack, StackOptions
+from shared.queueing.wake import connect_redis
+from tests.support.batches import chat_line, jsonl
+from tests.support.servers import ROOT, wait_until
+
+FAST = {
+    "LAMPLIGHTER_LEASE_SECONDS": "6",
+    "LAMPLIGHTER_HEARTBEAT_SECONDS": "1",
+    "LAMPLIGHTER_REAP_SECONDS": "0.5",
+    "LAMPLIGHTER_REDISPATCH_SECONDS": "5",
+    "LAMPLIGHTER_DISPATCH_SECONDS": "0.3",
+    "LAMPLIGHTER_EPOCH_SECONDS": "1",
+    "LAMPLIGHTER_AUDIT_SECONDS": "10",
+    "LAMPLIGHTER_HANG_SECONDS": "15",
+    "LAMPLIGHTER_SLOTS": "2",
+    "LAMPLIGHTER_SLICE_LINES": "50",
+    "LAMPLIGHTER_FLUSH_SECONDS": "0.2",
+    "LAMPLIGHTER_FLUSH_LINES": "32",
+    "LAMPLIGHTER_LOG_LEVEL": "WARNING",
+}
+
+
+@dataclass
+class Outcome:
+    """What a chaos run came to."""
+
+    name: str
+    seed: int
+    lines: int
+    kills: Counter = field(default_factory=Counter)
+    lost: int = 0
+    twice: int = 0
+    failed: int = 0
+    recomputed: int = 0
+    stale_writes: int = 0
+    findings: int = 0
+    seconds: float = 0.0
+    slowest: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        kills = ", ".join(f"{count}×{what}" for what, count in sorted(self.kills.items()))
+        slow = "".join(f", {what} ≤ {value:.1f} s" for what, value in self.slowest.items())
+        return (
+            f"{self.name} (seed {self.seed}): {kills} over {self.lines} lines in {self.seconds:.0f} s: {self.lost} lost,"
+            f" {self.twice} twice, {self.failed} failed, {self.recomputed} recomputed, {self.stale_writes} stale writes"
+            f" rejected, {self.findings} audit findings{slow}"
+        )
+
+
+class Chaos:
+    """A stack of two CPU workers with a batch on it, and the means to hurt it."""
+
+    def __init__(
+        self, directory: Path, *, seed: int, lines: int, longest_ms: int = 400, more: dict | None = None
+    ) -> None:
+        self.random = random.Random(seed)
+        self.outcome = Outcome("", seed, lines)
+        self.tally = directory / "tally"
+        environment = FAST | {"CHAOS_TALLY": str(self.tally), "PYTHONPATH": str(ROOT)}
+        environment |= more or {}
+        options = StackOptions(directory / "stack", workers="2", device="cpu", environment=environment)
+        options.modules = {"launcher": "tests.chaos.launcher"}
+        self.stack = Stack(options)
+        self.longest_ms = longest_ms
+        self.batch_id = ""
+
+    @contextmanager
+    def running(self):
+        """Start the stack and submit the batch; audit it and stop everything at the end."""
+        started = time.monotonic()
+        try:
+            self.stack.start()
+            self.drop_result_key()
+            self.submit()
+            yield self
+            self.finish()
+        finally:
+            self.stack.shut_down()
+            self.outcome.seconds = time.monotonic() - started
+
+    def superuser(self) -> psycopg.Connection:
+        return psycopg.connect(self.stack.database_url("superuser"), autocommit=True, connect_timeout=3)
+
+    def drop_result_key(self) -> None:
+        with self.superuser() as connection:
+            connection.execute("ALTER TABLE result DROP CONSTRAINT result_pkey")
+            connection.execute("CREATE INDEX result_chaos_idx ON result (created_on, job_id, line_no)")
+
+    @property
+    def sdk(self) -> openai.OpenAI:
+        key = (self.stack.directory / "admin.key").read_text().strip()
+        return openai.OpenAI(base_url=f"{self.stack.url}/v1", api_key=key, max_retries=8)
+
+    def submit(self) -> None:
+        lines = [
+            chat_line(f"line-{i}", f"line-{i}", delay_ms=self.random.randint(20, self.longest_ms))
+            for i in range(self.outcome.lines)
+        ]
+        with self.sdk as sdk:
+            uploaded = sdk.files.create(file=("chaos.jsonl", jsonl(lines)), purpose="batch")
+            batch = sdk.batches.create(
+                input_file_id=uploaded.id, endpoint="/v1/chat/completions", completion_window="24h"
+            )
+        self.batch_id = batch.id
+
+    def query(self, statement: str):
+        with self.superuser() as connection:
+            return connection.execute(statement).fetchall()
+
+    def running_slices(self) -> int:
+        try:
+            return self.query("SELECT count(*) FROM slice WHERE state = 'running'")[0][0]
+        except psycopg.OperationalError:
+            return 0
+
+    def is_over(self) -> bool:
+        try:
+            return self.query("SELECT count(*) FROM job WHERE ended_at IS NULL")[0][0] == 0
+        except psycopg.OperationalError:
+            return False
+
+    def wait_for_work(self, seconds: float = 60) -> bool:
+        """Wait until a slice runs; False when the job is over, and a kill would prove nothing."""
+        wait_until(lambda: self.running_slices() or self.is_over(), seconds, "a slice runs")
+        return not self.is_over()
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the Celery processes that live now."""
+        processes = []
+        launcher = self.stack.processes["launcher"].running
+        try:
+            children = psutil.Process(launcher.pid).children()
+        except psutil.Error:
+            return []
+        for process in children:
+            try:
+                if "tests.chaos.worker" in process.cmdline():
+                    processes.append(process)
+            except psutil.Error:
+                continue
+        return processes
+
+    def busy_workers(self) -> list[psutil.Process]:
+        """Return Celery processes that run a slice now."""
+        pids = {
+            row[0]
+            for row in self.query(
+                "SELECT DISTINCT pid FROM slice JOIN worker USING (worker_id) WHERE slice.state = 'running'"
+            )
+        }
+        return [process for process in self.workers() if process.pid in pids]
+
+    def kill_worker_process(self) -> bool:
+        """SIGKILL a Celery process, an engine child or the launcher, while a slice runs on it."""
+        busy = self.busy_workers()
+        if not busy:
+            return False
+        what = self.random.choices(["celery", "engine", "launcher"], weights=[5, 4, 1])[0]
+        victim = self.random.choice(busy)
+        if what == "engine":
+            children = victim.children()
+            if not children:
+                return False
+            victim = children[0]
+        elif what == "launcher":
+            victim = psutil.Process(self.stack.processes["launcher"].running.pid)
+        try:
+            victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            return False
+        self.outcome.kills[what] += 1
+        return True
+
+    def kill_service(self, name: str) -> None:
+        """SIGKILL a process of the stack; its supervisor starts it again."""
+        os.kill(self.stack.processes[name].running.pid, signal.SIGKILL)
+        self.outcome.kills[name] += 1
+
+    def kill_and_wipe_redis(self) -> float:
+        """Kill Redis, delete its data, and return how long it took until a slice was dispatched again."""
+        with self.stack._lock:  # the supervisor must not start it before it is empty
+            os.kill(self.stack.processes["valkey"].running.pid, signal.SIGKILL)
+            self.stack.processes["valkey"].running.wait()
+            directory = self.stack.directory / "valkey"
+            for path in sorted(directory.rglob("*"), reverse=True):
+                if path.name not in ("valkey.conf", "password"):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        self.outcome.kills["redis wiped"] += 1
+        before = self.query("SELECT coalesce(sum(dispatch_no), 0) FROM slice")[0][0]
+        wait_until(self._redis_answers, 30, "Redis is back")
+        started = time.monotonic()
+        wait_until(
+            lambda: (
+                self.is_over()
+                or self.query("SELECT coalesce(sum(dispatch_no), 0) FROM slice")[0][0] > before
+                or not self.query("SELECT 1 FROM slice WHERE state IN ('queued', 'dispatched') LIMIT 1")
+            ),
+            30,
+            "slices are dispatched again",
+        )
+        return self._note("re-dispatch after a wipe", time.monotonic() - started)
+
+    def _redis_answers(self) -> bool:
+        try:
+            return bool(connect_redis(self.stack.redis_url, timeout_seconds=1).ping())
+        except Exception:
+            return False
+
+    def kill_postgres(self) -> float:
+        """SIGKILL Postgres; return how long after its return the first result was recorded."""
+        self.kill_service("postgres")
+
+        def recorded():
+            try:
+                return self.query("SELECT coalesce(sum(completed), 0) FROM slice")[0][0]
+            except psycopg.OperationalError:
+                return None
+
+        time.sleep(0.3)
+        wait_until(lambda: recorded() is not None, 60, "Postgres is back")
+        before, started = recorded(), time.monotonic()
+        wait_until(lambda: self.is_over() or (recorded() or 0) > before, 60, "work resumes")
+        return self._note("work after Postgres is back", time.monotonic() - started)
+
+    def _note(self, what: str, seconds: float) -> float:
+        self.outcome.slowest[what] = max(seconds, self.outcome.slowest.get(what, 0.0))
+        return seconds
+
+    def stop_worker_beyond_its_lease(self) -> bool:
+        """SIGSTOP a Celery process until its lease is taken, then let it go on and try to write."""
+        busy = self.busy_workers()
+        if not busy:
+            return False
+        victim = self.random.choice(busy)
+        (worker_id,) = self.query(f"SELECT worker_id FROM worker WHERE pid = {victim.pid} AND state <> 'lost'")[0]
+        victim.send_signal(signal.SIGSTOP)
+        try:
+            wait_until(
+                lambda: (
+                    not self.query(f"SELECT 1 FROM slice WHERE worker_id = '{worker_id}' AND state = 'running' LIMIT 1")
+                ),
+                30,
+                "the lease is taken",
+            )
+        finally:
+            victim.send_signal(signal.SIGCONT)
+        self.outcome.kills["sigstop"] += 1
+        return True
+
+    def finish(self, seconds: float = 900) -> None:
+        """Wait for the end of the batch, then audit it."""
+        wait_until(self.is_over, seconds, "the batch ends")
+        time.sleep(1.5)  # zombies, if there are any, write now
+        job = f"'{self.batch_id.removeprefix('batch_')}'"
+        rows, lines, failed = self.query(
+            f"SELECT count(*), count(DISTINCT line_no), count(*) FILTER (WHERE status_code IS DISTINCT FROM 200) FROM result WHERE job_id = {job}"
+        )[0]
+        self.outcome.lost = self.outcome.lines - lines
+        self.outcome.twice = rows - lines
+        self.outcome.failed = failed
+        self.outcome.findings = self.query("SELECT count(*) FROM audit_finding")[0][0]
+        self.outcome.recomputed = len(self.tally.read_bytes().splitlines()) - self.outcome.lines
+        logs = (self.stack.log_directory / "launcher.log").read_text(errors="replace")
+        self.outcome.stale_writes = logs.count("stale write rejected")

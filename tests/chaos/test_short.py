@@ -1,0 +1,56 @@
+"""The short form of every fault run; `make chaos` has the long one."""
+
+import pytest
+
+from tests.chaos import scenarios
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def directory(scratch, request):
+    path = scratch / request.node.name[:40].replace("[", "-").replace("]", "")
+    path.mkdir()
+    return path
+
+
+def nothing_lost(outcome, kills):
+    print(outcome)
+    assert sum(outcome.kills.values()) >= kills, str(outcome)
+    assert (outcome.lost, outcome.twice, outcome.failed, outcome.findings) == (0, 0, 0, 0), str(outcome)
+
+
+def test_worker_processes_killed(directory):
+    outcome = scenarios.worker_kills(directory, seed=1, lines=1200, times=10)
+    nothing_lost(outcome, 8)
+    # A flush is 32 lines or 0.2 s of them, for each of the worker's two slices.
+    assert outcome.recomputed <= sum(outcome.kills.values()) * 2 * 50
+
+
+def test_redis_killed_and_wiped(directory):
+    outcome = scenarios.redis_wipes(directory, seed=2, lines=1200, times=4)
+    nothing_lost(outcome, 3)
+    assert outcome.slowest["re-dispatch after a wipe"] <= 5
+
+
+def test_postgres_killed(directory):
+    outcome = scenarios.postgres_kills(directory, seed=3, lines=1200, times=3)
+    nothing_lost(outcome, 3)
+    assert outcome.slowest["work after Postgres is back"] <= 15
+
+
+def test_scheduler_killed(directory):
+    nothing_lost(scenarios.scheduler_kills(directory, seed=4, lines=1500, times=3), 2)
+
+
+def test_zombies_are_thrown_out(directory):
+    outcome = scenarios.zombies(directory, seed=5, lines=1200, times=3)
+    nothing_lost(outcome, 2)
+    assert outcome.stale_writes > 0
+
+
+def test_the_control_without_the_fence_fails(directory):
+    """If this run is clean, the runs above prove nothing."""
+    outcome = scenarios.zombies(directory, seed=5, lines=1200, times=3, unfenced=True)
+    print(outcome)
+    assert outcome.twice > 0
