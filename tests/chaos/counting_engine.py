@@ -4,6 +4,7 @@ Run as the engine's module by `tests.chaos.worker`; the tally's path is the firs
 """
 
 import os
+import signal
 import sys
 
 from services.worker.engine import echo, process
@@ -16,6 +17,8 @@ class CountingEcho(echo.EchoEngine):
 
     def _answer(self, request):
         response = super()._answer(request)
+        if response.choices[0][0] == os.environ.get("CHAOS_POISON"):
+            os.kill(os.getpid(), signal.SIGKILL)
         os.write(self.tally, response.choices[0][0].encode() + b"\n")
         return response
 

@@ -1,9 +1,38 @@
 """The fault scenarios, each in a size of one's choice."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+import psutil
+
+from services.local.ports import free_port
+from services.local.stack import Stack, StackOptions
+from tests.chaos.gateway_failpoints import POINTS
 from tests.chaos.harness import Chaos, Outcome
+from tests.support.batches import chat_line, jsonl
+from tests.support.servers import ROOT, wait_until
+
+
+LONGEST_MS = 900
+
+
+def _chaos(directory: Path, name: str, *, seed: int, lines: int, seconds: float, more: dict | None = None) -> Chaos:
+    """Return a run whose lines would take about `seconds` undisturbed, so that every kill finds work under way.
+
+    Lines are held for 0.46 s on average and up to LONGEST_MS; a slice lasts as long as its slowest line.
+    """
+    at_once = max(4, round(lines / seconds * LONGEST_MS / 1000))
+    pace = {"LAMPLIGHTER_SLOTS": "1", "LAMPLIGHTER_SLICE_LINES": str(max(2, at_once // 2))}
+    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=LONGEST_MS, more=pace | (more or {}))
+    chaos.outcome.name = name
+    return chaos
 
 
 def _repeat(chaos: Chaos, times: int, act, pause: tuple[float, float]) -> None:
@@ -16,32 +45,28 @@ def _repeat(chaos: Chaos, times: int, act, pause: tuple[float, float]) -> None:
 
 
 def worker_kills(directory: Path, *, seed: int, lines: int, times: int) -> Outcome:
-    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900)
-    chaos.outcome.name = "worker processes killed"
+    chaos = _chaos(directory, "worker processes killed", seed=seed, lines=lines, seconds=1.8 * times)
     with chaos.running():
         _repeat(chaos, times, chaos.kill_worker_process, (0.3, 1.2))
     return chaos.outcome
 
 
 def redis_wipes(directory: Path, *, seed: int, lines: int, times: int) -> Outcome:
-    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900)
-    chaos.outcome.name = "Redis killed and wiped"
+    chaos = _chaos(directory, "Redis killed and wiped", seed=seed, lines=lines, seconds=2.5 * times)
     with chaos.running():
         _repeat(chaos, times, lambda: chaos.kill_and_wipe_redis() >= 0, (0.3, 1.5))
     return chaos.outcome
 
 
 def postgres_kills(directory: Path, *, seed: int, lines: int, times: int) -> Outcome:
-    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900)
-    chaos.outcome.name = "Postgres killed"
+    chaos = _chaos(directory, "Postgres killed", seed=seed, lines=lines, seconds=3.0 * times)
     with chaos.running():
         _repeat(chaos, times, lambda: chaos.kill_postgres() >= 0, (0.5, 1.5))
     return chaos.outcome
 
 
 def scheduler_kills(directory: Path, *, seed: int, lines: int, times: int) -> Outcome:
-    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900)
-    chaos.outcome.name = "scheduler killed"
+    chaos = _chaos(directory, "scheduler killed", seed=seed, lines=lines, seconds=3.5 * times)
     with chaos.running():
         _repeat(chaos, times, lambda: chaos.kill_service("scheduler"), (1.0, 3.0))
     return chaos.outcome
@@ -49,8 +74,134 @@ def scheduler_kills(directory: Path, *, seed: int, lines: int, times: int) -> Ou
 
 def zombies(directory: Path, *, seed: int, lines: int, times: int, unfenced: bool = False) -> Outcome:
     more = {"CHAOS_OBLIVIOUS": "1"} | ({"CHAOS_UNFENCED": "1"} if unfenced else {})
-    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900, more=more)
-    chaos.outcome.name = "workers stopped beyond their lease" + (" WITHOUT the fence (control)" if unfenced else "")
+    name = "workers stopped beyond their lease" + (" WITHOUT the fence (control)" if unfenced else "")
+    chaos = _chaos(directory, name, seed=seed, lines=lines, seconds=8.5 * times, more=more)
     with chaos.running():
         _repeat(chaos, times, chaos.stop_worker_beyond_its_lease, (0.3, 1.0))
+    return chaos.outcome
+
+
+@dataclass
+class GatewayOutcome:
+    """`unfound`: batches that a 2xx was given for and that are not there. `doubled`: keys with more than one job."""
+
+    kills: Counter = field(default_factory=Counter)
+    acknowledged: int = 0
+    unfound: int = 0
+    doubled: int = 0
+    missing: int = 0
+    survived: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"gateway killed: {sum(self.kills.values())} kills at {len(self.kills)} points in {self.seconds:.0f} s:"
+            f" {self.acknowledged} acknowledged, {self.unfound} of them not found, {self.doubled} keys with two jobs,"
+            f" {self.missing} without one after the retry, {self.survived} that did not die"
+        )
+
+
+def gateway_kills(directory: Path, *, times: int) -> GatewayOutcome:
+    """Kill a gateway at every named point around COMMIT, `times` times each; then retry under the same key."""
+    outcome, started = GatewayOutcome(), time.monotonic()
+    stack = Stack(StackOptions(directory / "stack", device="cpu"))
+    try:
+        stack.start()
+        key = (stack.directory / "admin.key").read_text().strip()
+        with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as healthy:
+            uploaded = healthy.post(
+                "/v1/files", data={"purpose": "batch"}, files={"file": ("x.jsonl", jsonl([chat_line("only")]))}
+            )
+            body = {"input_file_id": uploaded.json()["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+            forks = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.gateway_failpoints"], env=stack.environment("gateway"),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, stderr=subprocess.DEVNULL,
+            )
+            try:
+                for round_ in range(times):
+                    for point in POINTS:
+                        _kill_gateway_once(outcome, forks, healthy, body, point, f"{round_}-{point}")
+            finally:
+                forks.stdin.close()
+                forks.wait(30)
+    finally:
+        stack.shut_down()
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _kill_gateway_once(outcome, forks, healthy, body, point, key) -> None:
+    port = free_port()
+    forks.stdin.write(f"{port} {point}\n")
+    forks.stdin.flush()
+    pid = int(forks.stdout.readline())
+    url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: _answers(url), 30, "the doomed gateway is up")
+    headers = {"Idempotency-Key": key}
+    acknowledged = None
+    try:
+        response = httpx.post(f"{url}/v1/batches", json=body, headers=dict(healthy.headers) | headers, timeout=30)
+        acknowledged = response.json()["id"] if response.is_success else None
+    except (httpx.TransportError, ValueError):
+        pass  # the point of it all
+    if _is_alive(pid):
+        outcome.survived += 1
+        os.kill(pid, signal.SIGKILL)
+    outcome.kills[point] += 1
+    if acknowledged is not None:
+        outcome.acknowledged += 1
+        outcome.unfound += healthy.get(f"/v1/batches/{acknowledged}").status_code != 200
+    retried = wait_until(lambda: _retry(healthy, body, headers), 30, "the retry is accepted")
+    outcome.missing += retried is None
+    found = healthy.get("/v1/jobs", params={"idempotency_key": key}).json()["data"]
+    outcome.doubled += len(found) != 1
+
+
+def _retry(healthy, body, headers):
+    response = healthy.post("/v1/batches", json=body, headers=headers)
+    return response.json()["id"] if response.is_success else None
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def poison(directory: Path, *, seed: int, lines: int) -> Outcome:
+    """One line kills its engine child whenever it is computed: it is dead-lettered, all others succeed."""
+    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=60, more={"CHAOS_POISON": f"line-{lines // 3}"})
+    chaos.outcome.name = "one poison line"
+    with chaos.running():
+        chaos.wait_for_work()
+    chaos.outcome.kills["engine restarts"] = (chaos.stack.log_directory / "launcher.log").read_text().count("child ended")
+    return chaos.outcome
+
+
+def hung_child(directory: Path, *, seed: int, lines: int) -> Outcome:
+    """An engine child is stopped in the middle of its work: it is killed and replaced, and nothing else notices."""
+    chaos = Chaos(directory, seed=seed, lines=lines, longest_ms=900, more={"LAMPLIGHTER_HANG_SECONDS": "4"})
+    chaos.outcome.name = "hung engine child"
+    with chaos.running():
+        chaos.wait_for_work()
+        wait_until(lambda: chaos.busy_workers() and chaos.busy_workers()[0].children(), 20)
+        victim = chaos.busy_workers()[0].children()[0]
+        victim.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        wait_until(lambda: not _is_alive(victim.pid), 45, "the hung child is killed")
+        chaos._note("hung child killed", time.monotonic() - started)
+        chaos.outcome.kills["child stopped"] += 1
     return chaos.outcome

@@ -54,3 +54,22 @@ def test_the_control_without_the_fence_fails(directory):
     outcome = scenarios.zombies(directory, seed=5, lines=1200, times=3, unfenced=True)
     print(outcome)
     assert outcome.twice > 0
+
+
+def test_gateway_killed_around_commit(directory):
+    outcome = scenarios.gateway_kills(directory, times=1)
+    print(outcome)
+    assert len(outcome.kills) == 11 and outcome.survived == 0
+    assert (outcome.unfound, outcome.doubled, outcome.missing) == (0, 0, 0)
+
+
+def test_a_poison_line_is_given_up_alone(directory):
+    outcome = scenarios.poison(directory, seed=6, lines=400)
+    print(outcome)
+    assert (outcome.lost, outcome.twice, outcome.failed, outcome.findings) == (0, 0, 1, 0), str(outcome)
+
+
+def test_a_hung_child_is_killed_and_replaced(directory):
+    outcome = scenarios.hung_child(directory, seed=7, lines=600)
+    nothing_lost(outcome, 1)
+    assert outcome.slowest["hung child killed"] <= 15
