@@ -1,0 +1,201 @@
+"""The scheduler's loops on a real Postgres and a real Redis."""
+
+from datetime import date, timedelta
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from services.scheduler.auditor import INVARIANTS, Auditor
+from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.finalizer import Finalizer
+from services.scheduler.planner import Planner
+from services.scheduler.reaper import Reaper, RedisEpoch
+from services.scheduler.retention import Retention
+from shared.db import slices, workers
+from shared.db.workers import WorkerIdentity
+from shared.queueing.celery_app import create_app
+from shared.queueing.names import CANARY_KEY, worker_queue
+from shared.queueing.wake import connect_redis
+from tests.support.batches import chat_line, chat_lines, make_job, rows, scalar
+
+
+@pytest.fixture
+def redis_client(redis_server):
+    client = connect_redis(redis_server.url)
+    client.flushall()
+    yield client
+    client.close()
+
+
+def register(database, slots=2):
+    worker = WorkerIdentity(uuid4(), "w", "h", 1, f"cpu:{uuid4().hex[:4]}", slots)
+    with database.engine("worker").begin() as connection:
+        workers.register(connection, worker, 60)
+    return worker
+
+
+def planned(database, store, count=100, **settings):
+    job = make_job(database.engine("gateway"), store, chat_lines(count))
+    Planner(database.engine("scheduler"), database.settings("scheduler", **settings)).tick()
+    return job
+
+
+def dispatcher(database, redis_server, **settings):
+    settings = database.settings("scheduler", redis_url=redis_server.url, **settings)
+    return Dispatcher(database.engine("scheduler"), create_app(redis_server.url), settings)
+
+
+def test_the_window_in_redis_is_thin_and_messages_carry_ids_only(database, store, redis_server, redis_client):
+    worker = register(database, slots=2)
+    planned(database, store, 1000, slice_lines=20)
+    ring = dispatcher(database, redis_server, queue_window=2)
+    assert ring.tick() == 4 and ring.tick() == 0
+    queue = worker_queue(worker.worker_id)
+    assert redis_client.llen(queue) == 4
+    message = redis_client.lindex(queue, 0)
+    assert b"hello" not in message and b"generate[echo]" in message
+
+
+def test_a_slice_for_nobody_waits_in_postgres(database, store, redis_server, redis_client):
+    planned(database, store)
+    assert dispatcher(database, redis_server).tick() == 0
+    assert {row.state for row in rows(database.engine("scheduler"), "SELECT state FROM slice")} == {"queued"}
+
+
+def test_redis_away_puts_slices_back(database, store):
+    register(database)
+    planned(database, store)
+    ring = Dispatcher(database.engine("scheduler"), create_app("redis://127.0.0.1:1/0"), database.settings("scheduler"))
+    ring.tick()
+    assert {row.state for row in rows(database.engine("scheduler"), "SELECT state FROM slice")} == {"queued"}
+
+
+@pytest.mark.parametrize("loss", ["flushed", "canary"])
+def test_a_redis_that_lost_its_data_is_noticed(database, store, redis_server, redis_client, loss):
+    register(database)
+    planned(database, store)
+    epoch = RedisEpoch(database.engine("scheduler"), redis_client)
+    assert epoch.tick() and not epoch.tick()
+    dispatcher(database, redis_server).tick()
+    redis_client.flushall() if loss == "flushed" else redis_client.delete(CANARY_KEY)
+    assert epoch.tick() and not epoch.tick()
+    assert scalar(database.engine("scheduler"), "SELECT count(*) FROM slice WHERE state = 'dispatched'") == 0
+
+
+def test_the_reaper_takes_back_what_is_overdue(database, store, redis_server, redis_client):
+    worker = register(database)
+    planned(database, store, slice_lines=50)
+    dispatcher(database, redis_server).tick()
+    reaper = Reaper(database.engine("scheduler"), database.settings("scheduler"))
+    assert reaper.tick() == 0
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE slice SET dispatched_at = now() - interval '2 minutes'"))
+        connection.execute(text("UPDATE worker SET heartbeat_at = now() - interval '2 minutes'"))
+    assert reaper.tick() == 0  # the silent worker's dispatches went with it
+    assert {row.state for row in rows(database.engine("scheduler"), "SELECT state FROM slice")} == {"queued"}
+    assert scalar(database.engine("scheduler"), "SELECT state FROM worker") == "lost"
+    with database.engine("worker").begin() as connection:
+        beat = workers.heartbeat(connection, worker.worker_id, state="idle", models=[], stats={}, lease_seconds=60)
+    assert not beat  # one that was declared lost does not come back under its name
+
+
+def test_expiry_names_every_line_that_did_not_run(database, store):
+    job = planned(database, store, 40, slice_lines=20)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET expires_at = now() - interval '1 second'"))
+    Finalizer(database.engine("scheduler"), store).tick()
+    (row,) = rows(database.engine("scheduler"), "SELECT state, completed, failed, error_file_id FROM job")
+    assert (row.state, row.completed, row.failed) == ("expired", 0, 40) and row.error_file_id
+    assert scalar(database.engine("scheduler"), "SELECT count(DISTINCT custom_id) FROM result WHERE job_id = :j", j=job) == 40
+    assert scalar(database.engine("scheduler"), "SELECT requests FROM usage") == 40
+
+
+def test_results_past_retention_go_by_the_day_and_open_jobs_keep_theirs(database, store):
+    old, recent = date.today() - timedelta(days=40), date.today() - timedelta(days=5)
+    with database.engine("scheduler").begin() as connection:
+        for day in (old, recent):
+            connection.execute(text("SELECT ensure_result_partition(:d)"), {"d": day})
+    job = planned(database, store)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET created_on = :d"), {"d": old})
+    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
+
+    def partitions():
+        found = rows(database.engine("scheduler"), "SELECT relid::regclass::text FROM pg_partition_tree('result') WHERE isleaf")
+        return {row[0] for row in found}
+
+    retention.tick()
+    assert f"result_{old:%Y%m%d}" in partitions()
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'succeeded' WHERE job_id = :j"), {"j": job})
+    retention.tick()
+    assert f"result_{old:%Y%m%d}" not in partitions() and f"result_{recent:%Y%m%d}" in partitions()
+    assert f"result_{date.today() + timedelta(days=2):%Y%m%d}" in partitions()
+
+
+def test_deleted_files_leave_the_store_once_nobody_reads_them(database, store, tmp_path):
+    job = planned(database, store)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE file SET expires_at = now() - interval '1 second'"))
+    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
+    retention.tick()
+    assert len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 2
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'failed' WHERE job_id = :j"), {"j": job})
+    retention.tick()
+    assert not [p for p in (tmp_path / "store").rglob("*") if p.is_file()]
+
+
+BREAKS = {
+    "slices tile the job's lines": "UPDATE job SET total = total + 1",
+    "slices do not overlap": "UPDATE slice SET lo = lo - 1 WHERE lo > 0; UPDATE job SET total = total + 1",
+    "a succeeded job has a result for every line": "UPDATE job SET state = 'succeeded', ended_at = now()",
+    "no line is recorded twice": """
+        ALTER TABLE result DROP CONSTRAINT result_pkey;
+        INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, input_tokens, output_tokens)
+        SELECT created_on, job_id, 1, tenant_id, 1, 1, 'x', 0, 0 FROM job, generate_series(1, 2)""",
+    "counters equal results": "UPDATE job SET state = 'cancelled', ended_at = now(), completed = 3",
+    "a running slice has a lease": "UPDATE slice SET state = 'running'",
+    "an ended job has no open slice": "UPDATE job SET state = 'failed', ended_at = now()",
+}
+
+
+@pytest.mark.parametrize("invariant", INVARIANTS)
+def test_the_auditor_finds_what_is_broken(database, store, invariant):
+    planned(database, store, 100, slice_lines=50)
+    auditor = Auditor(database.engine("scheduler"))
+    assert auditor.tick() == []
+    with database.engine("migration").begin() as connection:
+        for statement in BREAKS[invariant].split(";"):
+            connection.execute(text(statement))
+    assert any(finding.startswith(invariant) for finding in auditor.tick())
+    assert scalar(database.engine("scheduler"), "SELECT count(*) FROM audit_finding WHERE invariant = :i", i=invariant) == 1
+
+
+def test_two_planners_plan_a_job_once(database, store):
+    import threading
+
+    for _ in range(6):
+        make_job(database.engine("gateway"), store, chat_lines(30))
+    planners = [Planner(database.engine("scheduler"), database.settings("scheduler")) for _ in range(3)]
+    threads = [threading.Thread(target=planner.tick) for planner in planners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for planner in planners:
+        planner.tick()
+    assert Auditor(database.engine("scheduler")).tick() == []
+    assert scalar(database.engine("scheduler"), "SELECT count(*) FROM job WHERE state = 'queued'") == 6
+
+
+def test_a_tenant_with_a_long_queue_does_not_keep_another_waiting(database, store, redis_server, redis_client):
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("INSERT INTO tenant (tenant_id, name) VALUES ('small', 'Small')"))
+    register(database, slots=4)
+    planned(database, store, 5000, slice_lines=16)
+    job = make_job(database.engine("gateway"), store, [chat_line("only")], tenant_id="small")
+    Planner(database.engine("scheduler"), database.settings("scheduler")).tick()
+    dispatcher(database, redis_server).tick()
+    assert scalar(database.engine("scheduler"), "SELECT state FROM slice WHERE job_id = :j", j=job) == "dispatched"
