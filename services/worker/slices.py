@@ -310,7 +310,7 @@ class SliceRunner:
         self._write(lease, buffer, end)
 
     def _write(self, lease: Lease, buffer: RecordedLines, then: Callable[[Connection], None]) -> None:
-        """Record lines and do `then` in one transaction. While Postgres is away, wait for it as long as the lease lives.
+        """Record lines and do `then` in one transaction; while Postgres is away, wait as long as the lease lives.
 
         A connection that broke during a commit leaves open whether it happened: the next try looks first.
         """
@@ -323,12 +323,13 @@ class SliceRunner:
                     if len(lines):
                         slices.record(connection, claimed.slice_id, claimed.lease_token, lines, self._record_statement)
                     then(connection)
-                return
             except OperationalError as error:
                 log.warning("cannot record yet", extra={"error": str(error).splitlines()[0]})
                 is_retry = True
                 if lease.lost.wait(OUTAGE_PAUSE_SECONDS):
                     raise LeaseGivenUp from None
+            else:
+                return
 
     def _find_model(self, claimed: ClaimedSlice, name: str) -> ModelSpec:
         """Return the model as the job's tenant sees it; raises NotFound."""

@@ -21,7 +21,9 @@ class Table:
     def holds(self) -> bool:
         return all(row["holds"] for row in self.rows)
 
-    def add(self, identifier: str, what: str, value: float, unit: str, bar: str, holds: bool, samples: list | None = None) -> None:
+    def add(
+        self, identifier: str, what: str, value: float, unit: str, bar: str, holds: bool, samples: list | None = None
+    ) -> None:
         """Add a row; `samples` are what was measured, in order."""
         row = {"id": identifier, "what": what, "value": value, "unit": unit, "bar": bar, "holds": bool(holds)}
         self.rows.append(row | {"samples": samples or [value], "command": self.command})
@@ -33,7 +35,9 @@ class Table:
         for column in ("id", "what", "value", "bar", "holds"):
             view.add_column(column, overflow="fold")
         for row in self.rows:
-            view.add_row(row["id"], row["what"], f"{row['value']:.4g} {row['unit']}", row["bar"], "yes" if row["holds"] else "NO")
+            view.add_row(
+                row["id"], row["what"], f"{row['value']:.4g} {row['unit']}", row["bar"], "yes" if row["holds"] else "NO"
+            )
         Console(width=150).print(view)
         path = Path("build/bench") / f"{self.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,5 +58,8 @@ def machine() -> dict:
         torch = version("torch")
     except ImportError:
         torch = None
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
     return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch, "threads": os.cpu_count()}

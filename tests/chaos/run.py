@@ -26,7 +26,9 @@ def main() -> int:
         "scheduler": lambda d: scenarios.scheduler_kills(d, seed=seed, lines=lines, times=20 // share),
         "gateway": lambda d: scenarios.gateway_kills(d, times=50 // share),
         "zombies": lambda d: scenarios.zombies(d, seed=seed, lines=lines, times=50 // share),
-        "control": lambda d: scenarios.zombies(d, seed=seed, lines=lines // 2, times=10 // min(share, 3), unfenced=True),
+        "control": lambda d: scenarios.zombies(
+            d, seed=seed, lines=lines // 2, times=10 // min(share, 3), unfenced=True
+        ),
         "poison": lambda d: scenarios.poison(d, seed=seed, lines=lines),
         "hung": lambda d: scenarios.hung_child(d, seed=seed, lines=lines // 10),
     }
@@ -55,10 +57,24 @@ def _add_rows(table: Table, name: str, outcome) -> None:
     clean = (outcome.lost, outcome.twice, outcome.failed, outcome.findings) == (0, 0, allowed, 0)
     table.add(f"chaos-{name}", str(outcome), outcome.lost + outcome.twice, "lines lost or twice", "= 0", clean)
     if name == "zombies":
-        table.add(f"chaos-{name}-seen", "stale writes seen and rejected", outcome.stale_writes, "writes", "> 0", outcome.stale_writes > 0)
+        table.add(
+            f"chaos-{name}-seen",
+            "stale writes seen and rejected",
+            outcome.stale_writes,
+            "writes",
+            "> 0",
+            outcome.stale_writes > 0,
+        )
     if name == "workers":
         kills = sum(outcome.kills.values())
-        table.add(f"chaos-{name}-recomputed", "lines recomputed a kill", outcome.recomputed / max(1, kills), "lines", "≤ 64 (one flush of each slice)", outcome.recomputed <= 64 * kills)
+        table.add(
+            f"chaos-{name}-recomputed",
+            "lines recomputed a kill",
+            outcome.recomputed / max(1, kills),
+            "lines",
+            "≤ 64 (one flush of each slice)",
+            outcome.recomputed <= 64 * kills,
+        )
     for what, seconds in outcome.slowest.items():
         bar = {"re-dispatch after a wipe": 5, "work after Postgres is back": 15}.get(what, 45)
         table.add(f"chaos-{name}-time", what, round(seconds, 2), "s", f"≤ {bar}", seconds <= bar)

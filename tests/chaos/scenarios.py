@@ -112,10 +112,19 @@ def gateway_kills(directory: Path, *, times: int) -> GatewayOutcome:
             uploaded = healthy.post(
                 "/v1/files", data={"purpose": "batch"}, files={"file": ("x.jsonl", jsonl([chat_line("only")]))}
             )
-            body = {"input_file_id": uploaded.json()["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+            body = {
+                "input_file_id": uploaded.json()["id"],
+                "endpoint": "/v1/chat/completions",
+                "completion_window": "24h",
+            }
             forks = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.gateway_failpoints"], env=stack.environment("gateway"),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, stderr=subprocess.DEVNULL,
+                [sys.executable, "-m", "tests.chaos.gateway_failpoints"],
+                env=stack.environment("gateway"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                stderr=subprocess.DEVNULL,
             )
             try:
                 for round_ in range(times):
@@ -187,7 +196,9 @@ def poison(directory: Path, *, seed: int, lines: int) -> Outcome:
     chaos.outcome.name = "one poison line"
     with chaos.running():
         chaos.wait_for_work()
-    chaos.outcome.kills["engine restarts"] = (chaos.stack.log_directory / "launcher.log").read_text().count("child ended")
+    chaos.outcome.kills["engine restarts"] = (
+        (chaos.stack.log_directory / "launcher.log").read_text().count("child ended")
+    )
     return chaos.outcome
 
 

@@ -41,18 +41,26 @@ def test_greedy_tokens_equal_generate_alone(llama, tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     texts = prompts(24)
     answers = run(
-        llama, [Request(i, "complete", prompts=[text], params=SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)) for i, text in enumerate(texts)]
+        llama,
+        [
+            Request(i, "complete", prompts=[text], params=SamplingParams(max_tokens=16, temperature=0, ignore_eos=True))
+            for i, text in enumerate(texts)
+        ],
     )
     for i, text in enumerate(texts):
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.inference_mode():
-            out = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
+            out = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)[
+                0, ids.shape[1] :
+            ]
         assert answers[i].choices[0][0] == tokenizer.decode(out, skip_special_tokens=True), i
         assert answers[i].completion_tokens == 16 and answers[i].prompt_tokens == ids.shape[1]
 
 
 def sampled(i, text, seed):
-    return Request(i, "complete", prompts=[text], params=SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=seed, n=2))
+    return Request(
+        i, "complete", prompts=[text], params=SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, seed=seed, n=2)
+    )
 
 
 def test_a_seeded_answer_does_not_depend_on_the_batch(llama):
@@ -64,11 +72,26 @@ def test_a_seeded_answer_does_not_depend_on_the_batch(llama):
 
 
 def test_stop_strings_and_limits(llama):
-    (free,) = run(llama, [Request(1, "complete", prompts=["x y z"], params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))]).values()
+    (free,) = run(
+        llama,
+        [
+            Request(
+                1, "complete", prompts=["x y z"], params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+            )
+        ],
+    ).values()
     text = free.choices[0][0]
     stop = text[5:7]
     (cut,) = run(
-        llama, [Request(2, "complete", prompts=["x y z"], params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, stop=(stop,)))]
+        llama,
+        [
+            Request(
+                2,
+                "complete",
+                prompts=["x y z"],
+                params=SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, stop=(stop,)),
+            )
+        ],
     ).values()
     assert cut.choices[0] == (text[: text.find(stop)], "stop") and free.choices[0][1] == "length"
 
@@ -89,10 +112,14 @@ def test_what_cannot_be_served_is_refused_by_name(llama, request_, code):
 
 
 def test_aborted_requests_free_their_place(llama):
-    llama.add(Request(5, "complete", prompts=["a"], params=SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)))
+    llama.add(
+        Request(5, "complete", prompts=["a"], params=SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
+    )
     llama.abort(5)
     assert llama.wait_seconds() is None
-    assert run(llama, [Request(6, "complete", prompts=["b"], params=SamplingParams(max_tokens=2, temperature=0))])[6].choices
+    assert run(llama, [Request(6, "complete", prompts=["b"], params=SamplingParams(max_tokens=2, temperature=0))])[
+        6
+    ].choices
 
 
 def test_sampling_follows_the_filtered_softmax():

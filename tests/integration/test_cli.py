@@ -72,7 +72,13 @@ def test_keys_models_and_doctor(cli, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["watch", "batch_0"], 1), (["submit", "missing.jsonl", "--endpoint", "/x"], 2), (["dance"], 2), (["up", "--device", "tpu"], 2)]
+    ("arguments", "code"),
+    [
+        (["watch", "batch_0"], 1),
+        (["submit", "missing.jsonl", "--endpoint", "/x"], 2),
+        (["dance"], 2),
+        (["up", "--device", "tpu"], 2),
+    ],
 )
 def test_exit_codes(cli, arguments, code):
     cli(*arguments, code=code)
@@ -91,12 +97,17 @@ def test_up_and_down_leave_nothing_behind(scratch):
     assert stat.S_IMODE((data / "admin.key").stat().st_mode) == 0o600
     state = json.loads((data / "stack.json").read_text())
     pids = [state["pid"], *state["processes"].values()]
-    tree = {child for pid in pids for child in psutil.Process(pid).children(recursive=True)} | {psutil.Process(pid) for pid in pids}
+    tree = {child for pid in pids for child in psutil.Process(pid).children(recursive=True)} | {
+        psutil.Process(pid) for pid in pids
+    }
     again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 1 and "already" in again.stderr
     key = (data / "admin.key").read_text().strip()
     listed = subprocess.run(
-        [*CLI, "models"], env=environment | {"LAMPLIGHTER_URL": state["url"], "LAMPLIGHTER_API_KEY": key}, capture_output=True, text=True
+        [*CLI, "models"],
+        env=environment | {"LAMPLIGHTER_URL": state["url"], "LAMPLIGHTER_API_KEY": key},
+        capture_output=True,
+        text=True,
     )
     assert "echo" in listed.stdout
     # The supervisor killed, its processes orphaned: `down` still ends them all.
@@ -104,7 +115,10 @@ def test_up_and_down_leave_nothing_behind(scratch):
     down = [*CLI, "down", "--data", str(data)]
     assert subprocess.run(down, env=environment, cwd=ROOT, timeout=120).returncode == 0
     deadline = time.monotonic() + 10
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in tree) and time.monotonic() < deadline:
+    while (
+        any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in tree)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert subprocess.run(down, env=environment, cwd=ROOT, timeout=60).returncode == 0

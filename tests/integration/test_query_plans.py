@@ -46,7 +46,9 @@ def explain(database, statement, role="scheduler", **parameters):
     """Run a statement under EXPLAIN ANALYZE, roll it back, and return (tables scanned in sequence, rows read, ms)."""
     with database.engine(role).connect() as connection, connection.begin() as transaction:
         if role == "gateway":
-            connection.execute(text("SELECT set_config('lamplighter.tenant_id', :t, true)"), {"t": parameters.get("tenant_id", "t1")})
+            connection.execute(
+                text("SELECT set_config('lamplighter.tenant_id', :t, true)"), {"t": parameters.get("tenant_id", "t1")}
+            )
         plan = connection.execute(text("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement), parameters).scalar_one()
         transaction.rollback()
     plan = plan if isinstance(plan, list) else json.loads(plan)
@@ -84,7 +86,14 @@ def test_marking_dispatched_slices_reads_just_them(seeded):
 
 def test_a_claim_reads_one_slice_one_job_one_file(seeded):
     slice_id = one(seeded, "SELECT slice_id FROM slice OFFSET 50000 LIMIT 1")[0]
-    parameters = {"slice_id": slice_id, "worker_id": uuid4(), "worker": "w", "device": "d", "task_id": "t", "lease_seconds": 60.0}
+    parameters = {
+        "slice_id": slice_id,
+        "worker_id": uuid4(),
+        "worker": "w",
+        "device": "d",
+        "task_id": "t",
+        "lease_seconds": 60.0,
+    }
     sequential, read, _ = explain(seeded, slices._CLAIM.text, "worker", **parameters)
     assert sequential == [] and read <= 12
 

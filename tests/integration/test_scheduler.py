@@ -107,7 +107,10 @@ def test_expiry_names_every_line_that_did_not_run(database, store):
     Finalizer(database.engine("scheduler"), store).tick()
     (row,) = rows(database.engine("scheduler"), "SELECT state, completed, failed, error_file_id FROM job")
     assert (row.state, row.completed, row.failed) == ("expired", 0, 40) and row.error_file_id
-    assert scalar(database.engine("scheduler"), "SELECT count(DISTINCT custom_id) FROM result WHERE job_id = :j", j=job) == 40
+    assert (
+        scalar(database.engine("scheduler"), "SELECT count(DISTINCT custom_id) FROM result WHERE job_id = :j", j=job)
+        == 40
+    )
     assert scalar(database.engine("scheduler"), "SELECT requests FROM usage") == 40
 
 
@@ -122,7 +125,9 @@ def test_results_past_retention_go_by_the_day_and_open_jobs_keep_theirs(database
     retention = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
 
     def partitions():
-        found = rows(database.engine("scheduler"), "SELECT relid::regclass::text FROM pg_partition_tree('result') WHERE isleaf")
+        found = rows(
+            database.engine("scheduler"), "SELECT relid::regclass::text FROM pg_partition_tree('result') WHERE isleaf"
+        )
         return {row[0] for row in found}
 
     retention.tick()
@@ -170,7 +175,10 @@ def test_the_auditor_finds_what_is_broken(database, store, invariant):
         for statement in BREAKS[invariant].split(";"):
             connection.execute(text(statement))
     assert any(finding.startswith(invariant) for finding in auditor.tick())
-    assert scalar(database.engine("scheduler"), "SELECT count(*) FROM audit_finding WHERE invariant = :i", i=invariant) == 1
+    assert (
+        scalar(database.engine("scheduler"), "SELECT count(*) FROM audit_finding WHERE invariant = :i", i=invariant)
+        == 1
+    )
 
 
 def test_two_planners_plan_a_job_once(database, store):

@@ -41,8 +41,13 @@ def test_a_pooled_connection_does_not_remember_a_tenant(two_tenants):
 
 
 def test_rows_of_another_tenant_cannot_be_written(two_tenants):
-    with pytest.raises(ProgrammingError, match="row-level security"), tenant_transaction(two_tenants.engine("gateway"), "other") as c:
-        c.execute(text("INSERT INTO api_key (tenant_id, key_id, digest, name, scopes) VALUES ('default', 'k', '', '', '[]')"))
+    with (
+        pytest.raises(ProgrammingError, match="row-level security"),
+        tenant_transaction(two_tenants.engine("gateway"), "other") as c,
+    ):
+        c.execute(
+            text("INSERT INTO api_key (tenant_id, key_id, digest, name, scopes) VALUES ('default', 'k', '', '', '[]')")
+        )
     with tenant_transaction(two_tenants.engine("gateway"), "other") as connection:
         assert connection.execute(text("UPDATE job SET priority = 9 WHERE tenant_id = 'default'")).rowcount == 0
 
@@ -50,13 +55,25 @@ def test_rows_of_another_tenant_cannot_be_written(two_tenants):
 @pytest.mark.parametrize(
     ("role", "statement"),
     [
-        ("gateway", "UPDATE result SET body = ''"), ("worker", "UPDATE result SET body = ''"), ("scheduler", "DELETE FROM result"),
-        ("gateway", "INSERT INTO result SELECT * FROM result"), ("worker", "SELECT * FROM api_key"), ("scheduler", "SELECT * FROM api_key"),
-        ("worker", "DELETE FROM slice"), ("scheduler", "DROP TABLE result"), ("gateway", "SELECT ensure_result_partition(current_date)"),
-        ("worker", "SELECT drop_result_partition(current_date)"), ("worker", "INSERT INTO model SELECT * FROM model"),
-        ("worker", "SELECT find_api_key('x')"), ("scheduler", "SET ROLE lamplighter_migration"), ("gateway", "SET ROLE lamplighter_worker"),
+        ("gateway", "UPDATE result SET body = ''"),
+        ("worker", "UPDATE result SET body = ''"),
+        ("scheduler", "DELETE FROM result"),
+        ("gateway", "INSERT INTO result SELECT * FROM result"),
+        ("worker", "SELECT * FROM api_key"),
+        ("scheduler", "SELECT * FROM api_key"),
+        ("worker", "DELETE FROM slice"),
+        ("scheduler", "DROP TABLE result"),
+        ("gateway", "SELECT ensure_result_partition(current_date)"),
+        ("worker", "SELECT drop_result_partition(current_date)"),
+        ("worker", "INSERT INTO model SELECT * FROM model"),
+        ("worker", "SELECT find_api_key('x')"),
+        ("scheduler", "SET ROLE lamplighter_migration"),
+        ("gateway", "SET ROLE lamplighter_worker"),
     ],
 )
 def test_roles_may_do_their_own_work_only(two_tenants, role, statement):
-    with pytest.raises(ProgrammingError, match="permission denied|must be owner"), two_tenants.engine(role).begin() as connection:
+    with (
+        pytest.raises(ProgrammingError, match="permission denied|must be owner"),
+        two_tenants.engine(role).begin() as connection,
+    ):
         connection.execute(text(statement))

@@ -28,7 +28,11 @@ def run(engine, action, *arguments):
 
 def relations(engine):
     with engine.begin() as connection:
-        return set(connection.execute(text("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")).scalars())
+        return set(
+            connection.execute(
+                text("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")
+            ).scalars()
+        )
 
 
 def test_up_down_up_and_check(empty):
@@ -52,8 +56,10 @@ def test_check_is_clean_with_partitions_there(empty):
 def test_every_table_has_a_tenant_and_forced_row_security(database):
     with database.engine("migration").begin() as connection:
         rows = connection.execute(
-            text("SELECT relname, relrowsecurity AND relforcerowsecurity FROM pg_class WHERE relkind IN ('r', 'p')"
-                 " AND relnamespace = 'public'::regnamespace AND relname <> 'alembic_version'")
+            text(
+                "SELECT relname, relrowsecurity AND relforcerowsecurity FROM pg_class WHERE relkind IN ('r', 'p')"
+                " AND relnamespace = 'public'::regnamespace AND relname <> 'alembic_version'"
+            )
         ).all()
     assert {name for name, _ in rows} == set(Base.metadata.tables)
     assert all(is_forced for _, is_forced in rows)
