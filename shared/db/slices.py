@@ -22,7 +22,14 @@ from sqlalchemy import Connection, Row, text
 
 from shared.db import events
 from shared.domain.errors import LeaseLost
-from shared.domain.slice import AttemptOutcome, LossAction, SliceState, decide_after_loss
+from shared.domain.slice import (
+    ENGINE_DEATH,
+    PROCESS_DEATH,
+    AttemptOutcome,
+    LossAction,
+    SliceState,
+    decide_after_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -322,12 +329,14 @@ _BY_TOKEN = text(f"""
 
 def lose_expired(connection: Connection) -> int:
     """Take back slices whose lease ran out; return how many. The lock re-checks the lease (River #1302)."""
-    return _lose(connection, connection.execute(_EXPIRED).all(), "lease expired")
+    return _lose(connection, connection.execute(_EXPIRED).all(), "lease expired", PROCESS_DEATH)
 
 
 def lose_of_worker(connection: Connection, worker_id: UUID) -> int:
     """Take back everything of a worker process that is known to be dead; return how many slices ran on it."""
-    lost = _lose(connection, connection.execute(_OF_WORKER, {"worker_id": worker_id}).all(), "worker process died")
+    lost = _lose(
+        connection, connection.execute(_OF_WORKER, {"worker_id": worker_id}).all(), "worker process died", PROCESS_DEATH
+    )
     requeue_dispatched(connection, worker_id=worker_id)
     return lost
 
@@ -337,7 +346,7 @@ def lose(connection: Connection, slice_id: int, lease_token: int, error: str) ->
     rows = connection.execute(_BY_TOKEN, {"slice_id": slice_id, "lease_token": lease_token}).all()
     if not rows:
         raise LeaseLost
-    _lose(connection, rows, error)
+    _lose(connection, rows, error, ENGINE_DEATH)
 
 
 _AFTER_LOSS = text("""
@@ -358,10 +367,10 @@ _ADD_PART = text("""
 """)
 
 
-def _lose(connection: Connection, rows: Sequence[Row[Any]], error: str) -> int:
+def _lose(connection: Connection, rows: Sequence[Row[Any]], error: str, suspicion: int) -> int:
     """Apply `decide_after_loss` to slices whose rows are locked."""
     for row in rows:
-        decision = decide_after_loss(row.lo, row.hi, row.losses, progressed=row.progressed)
+        decision = decide_after_loss(row.lo, row.hi, row.losses, progressed=row.progressed, suspicion=suspicion)
         # A split keeps the first part in the row itself: the parts of a job always tile its lines exactly.
         lo, hi = decision.parts[0] if decision.parts else (row.lo, row.hi)
         parameters = {"slice_id": row.slice_id, "lo": lo, "hi": hi, "losses": decision.losses, "error": error}

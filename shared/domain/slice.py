@@ -5,9 +5,14 @@ from enum import StrEnum
 from itertools import pairwise
 
 SPLIT_WAYS = 8
-"""A poison slice of 512 lines is down to one line after three more losses (halves would take nine)."""
-SPLIT_AFTER_LOSSES = 2
-DEAD_AFTER_LOSSES = 3
+"""A poison slice of 512 lines is down to one line after three splits (halves would take nine)."""
+
+# A slice's `losses` are points of suspicion. The death of the engine that was computing it says much; that of a worker
+# process, a launcher or a host says little, but a line that brings those down must be found in the end too.
+ENGINE_DEATH = 3
+PROCESS_DEATH = 1
+SPLIT_AT = 2 * ENGINE_DEATH
+DEAD_AT = 5 * ENGINE_DEATH
 
 
 class SliceState(StrEnum):
@@ -48,31 +53,32 @@ class LossDecision:
     parts: tuple[tuple[int, int], ...] = ()
 
 
-def decide_after_loss(lo: int, hi: int, losses: int, *, progressed: bool) -> LossDecision:
-    """Decide what becomes of slice `[lo, hi)` when its worker died or hung.
+def decide_after_loss(lo: int, hi: int, losses: int, *, progressed: bool, suspicion: int) -> LossDecision:
+    """Decide what becomes of slice `[lo, hi)` when what ran it died or hung.
 
-    Only losses in a row *without any recorded line in between* count: a machine that is killed every second must not
-    look like a poison line, and a poison line is always among those that are never recorded. After two such losses
-    the slice is split; parts start one loss short of being split again. A single line is dead-lettered at its third.
+    `suspicion` is ENGINE_DEATH or PROCESS_DEATH. Only losses in a row *without any recorded line in between* count: a
+    machine that is killed every second must not look like a poison line, and a poison line is always among those that
+    are never recorded. After two engine deaths the slice is split, and its parts start one engine death short of being
+    split again; a single line is dead-lettered only after five.
     """
-    losses = 0 if progressed else losses + 1
-    if losses < SPLIT_AFTER_LOSSES:
+    losses = 0 if progressed else losses + suspicion
+    if losses < SPLIT_AT:
         return LossDecision(LossAction.REQUEUE, losses)
     if hi - lo > 1:
-        return LossDecision(LossAction.SPLIT, SPLIT_AFTER_LOSSES - 1, split(lo, hi, SPLIT_WAYS))
-    if losses < DEAD_AFTER_LOSSES:
+        return LossDecision(LossAction.SPLIT, SPLIT_AT - ENGINE_DEATH, split(lo, hi, SPLIT_WAYS))
+    if losses < DEAD_AT:
         return LossDecision(LossAction.REQUEUE, losses)
     return LossDecision(LossAction.DEAD_LETTER, losses)
 
 
 def must_run_alone(losses: int) -> bool:
     """A suspect runs alone in its engine child, so that no innocent slice is blamed for what it does."""
-    return losses > 0
+    return losses >= ENGINE_DEATH
 
 
 def is_dead_letter(lo: int, hi: int, losses: int) -> bool:
     """Whether the next worker that claims this slice records its one line as failed instead of running it."""
-    return hi - lo == 1 and losses >= DEAD_AFTER_LOSSES
+    return hi - lo == 1 and losses >= DEAD_AT
 
 
 def split(lo: int, hi: int, ways: int) -> tuple[tuple[int, int], ...]:

@@ -2,7 +2,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.domain.slice import (
-    DEAD_AFTER_LOSSES,
+    DEAD_AT,
+    ENGINE_DEATH,
+    PROCESS_DEATH,
     LossAction,
     decide_after_loss,
     is_dead_letter,
@@ -41,9 +43,22 @@ def test_a_large_batch_gives_every_slot_some_of_it():
 
 
 def test_losses_count_only_without_progress():
-    assert decide_after_loss(0, 100, 5, progressed=True).losses == 0
-    assert decide_after_loss(0, 100, 0, progressed=False).action is LossAction.REQUEUE
-    assert decide_after_loss(0, 100, 1, progressed=False).action is LossAction.SPLIT
+    assert decide_after_loss(0, 100, 5, progressed=True, suspicion=ENGINE_DEATH).losses == 0
+    first = decide_after_loss(0, 100, 0, progressed=False, suspicion=ENGINE_DEATH)
+    assert first.action is LossAction.REQUEUE
+    assert decide_after_loss(0, 100, first.losses, progressed=False, suspicion=ENGINE_DEATH).action is LossAction.SPLIT
+
+
+def test_the_death_of_a_worker_process_is_weak_evidence():
+    losses = 0
+    for _ in range(5):
+        decision = decide_after_loss(7, 8, losses, progressed=False, suspicion=PROCESS_DEATH)
+        assert decision.action is LossAction.REQUEUE and not must_run_alone(1)
+        losses = decision.losses
+    while decision.action is not LossAction.DEAD_LETTER:  # but it adds up
+        decision = decide_after_loss(7, 8, losses, progressed=False, suspicion=PROCESS_DEATH)
+        losses = decision.losses
+    assert losses == DEAD_AT
 
 
 def test_a_poison_line_is_found_in_few_losses_and_nothing_else_is_given_up():
@@ -55,14 +70,14 @@ def test_a_poison_line_is_found_in_few_losses_and_nothing_else_is_given_up():
             dead.append(lo)
         elif lo <= poison < hi:
             losses_in_all += 1
-            decision = decide_after_loss(lo, hi, losses, progressed=False)
+            decision = decide_after_loss(lo, hi, losses, progressed=False, suspicion=ENGINE_DEATH)
             parts = decision.parts or ((lo, hi),)
             covers(parts, lo, hi)
             waiting += [(a, b, decision.losses) for a, b in parts]
     assert dead == [poison]
-    assert losses_in_all <= 6
+    assert losses_in_all <= 8
 
 
 def test_suspects_run_alone():
     assert not must_run_alone(0)
-    assert all(must_run_alone(losses) for losses in range(1, DEAD_AFTER_LOSSES + 1))
+    assert all(must_run_alone(losses) for losses in range(ENGINE_DEATH, DEAD_AT + 1))
