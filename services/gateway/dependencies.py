@@ -98,12 +98,19 @@ def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
 
 
 def answer_once(
-    parts: Parts, caller: Caller, key: str | None, digest: str, make: Callable[[Connection], dict[str, Any]]
+    parts: Parts,
+    caller: Caller,
+    key: str | None,
+    digest: str,
+    make: Callable[[Connection], dict[str, Any]],
+    *,
+    as_admin: bool = False,
 ) -> JSONResponse:
     """Do what `make` does and answer with what it returns, in one transaction; a key's second request gets the first
-    answer again. Raises IdempotencyMismatch, Conflict.
+    answer again. With `as_admin`, an admin's transaction sees all tenants. Raises IdempotencyMismatch, Conflict.
     """
-    with parts.own_transaction(caller) as connection:
+    transaction = parts.transaction(caller) if as_admin else parts.own_transaction(caller)
+    with transaction as connection:
         if key is not None:
             first = idempotency.begin(connection, caller.tenant_id, key, digest)
             if first is not None:

@@ -33,7 +33,10 @@ class Batch:
             while True:
                 arrived = self.inbox.get(timeout=timeout_seconds) if not answers else self.inbox.get_nowait()
                 if arrived is None:
-                    raise ChildLost
+                    if not answers:
+                        raise ChildLost
+                    self.inbox.put(None)  # told again at the next call: what has come is not thrown away
+                    return answers
                 answers += arrived
         except queue.Empty:
             return answers

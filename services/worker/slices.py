@@ -267,6 +267,10 @@ class SliceRunner:
         waiting = {request.id: line for request, line in zip(requests, lines, strict=True)}
         try:
             self._collect(lease, batch, waiting, buffer)
+        except ChildLost:
+            if len(buffer):  # what the child had answered is kept, and says that the slice moves on
+                self._flush(lease, buffer)
+            raise
         finally:
             if waiting:
                 self._child.abort(batch)

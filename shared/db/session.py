@@ -31,6 +31,8 @@ def connect_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
         max_overflow=pool_size,
         pool_pre_ping=True,
         pool_timeout=5,
+        # An error's text would otherwise carry the statement's values, prompts and answers among them, into the logs.
+        hide_parameters=True,
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
         connect_args={

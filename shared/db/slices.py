@@ -68,11 +68,15 @@ class RecordedLines:
         return len(self.line_nos)
 
     def without(self, done: set[int]) -> "RecordedLines":
-        """Return the lines that are not in `done`, with the sizes of all: a size is only ever kept for all or none."""
-        kept = [index for index, line_no in enumerate(self.line_nos) if line_no not in done]
-        if len(kept) == len(self):
+        """Return these lines if none is in `done`, and no lines if all are: a flush happens as a whole or not at all.
+
+        Raises LeaseLost when some are: then another has recorded them.
+        """
+        recorded = sum(line_no in done for line_no in self.line_nos)
+        if recorded == 0:
             return self
-        assert not kept, "a flush is one transaction: all of it was recorded, or nothing"
+        if recorded < len(self):
+            raise LeaseLost
         return RecordedLines()
 
     def add(

@@ -216,3 +216,22 @@ def hung_child(directory: Path, *, seed: int, lines: int) -> Outcome:
         chaos._note("hung child killed", time.monotonic() - started)
         chaos.outcome.kills["child stopped"] += 1
     return chaos.outcome
+
+
+def drains(directory: Path, *, seed: int, lines: int, times: int) -> tuple[Outcome, Counter, int]:
+    """Ask the launcher to leave with SIGTERM while slices run; return the outcome, attempts by outcome, and losses."""
+    directory.mkdir(exist_ok=True)
+    chaos = _chaos(directory, "workers drained", seed=seed, lines=lines, seconds=4.0 * times)
+
+    def drain():
+        launcher = chaos.stack.processes["launcher"].running
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(45)
+        chaos.outcome.kills["SIGTERM"] += 1
+
+    with chaos.running():
+        _repeat(chaos, times, drain, (0.5, 1.0))
+        chaos.finish()
+        attempts = Counter(dict(chaos.query("SELECT outcome, count(*) FROM attempt GROUP BY outcome")))
+        losses = chaos.query("SELECT coalesce(sum(losses), 0) FROM slice")[0][0]
+    return chaos.outcome, attempts, int(losses)

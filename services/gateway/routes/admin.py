@@ -3,8 +3,10 @@
 from typing import Any
 
 from fastapi import APIRouter
+from sqlalchemy import Connection
+from starlette.responses import Response
 
-from services.gateway.dependencies import Admin, PartsDependency, Reader
+from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once, body_digest
 from services.gateway.schemas import KeyCreate, TenantCreate, list_page
 from shared.db import tenants, workers
 
@@ -12,10 +14,12 @@ router = APIRouter(prefix="/v1")
 
 
 @router.post("/tenants")
-def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
-    with parts.transaction(caller) as connection:
+def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
+    def create(connection: Connection) -> dict[str, Any]:
         tenants.create_tenant(connection, body.id, body.name or body.id)
-    return {"id": body.id, "object": "tenant", "name": body.name or body.id}
+        return {"id": body.id, "object": "tenant", "name": body.name or body.id}
+
+    return answer_once(parts, caller, key, body_digest("tenant", body), create, as_admin=True)
 
 
 @router.get("/tenants")
@@ -30,7 +34,8 @@ def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin) -> dict[s
     tenant_id = body.tenant or caller.tenant_id
     with parts.transaction(caller) as connection:
         key_id, key = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
-    # The only time that the key itself is shown.
+    # The only time that the key itself is shown. It is not kept for an Idempotency-Key either: a repeated call makes
+    # another key, and the one whose answer was lost is revoked by its id.
     return {"id": key_id, "object": "api_key", "key": key, "tenant": tenant_id, "scopes": body.scopes}
 
 

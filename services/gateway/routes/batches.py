@@ -82,8 +82,12 @@ def retrieve_batch(batch_id: str, parts: PartsDependency, caller: Reader) -> dic
 
 
 @router.post("/{batch_id}/cancel")
-def cancel_batch(batch_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
-    with parts.own_transaction(caller) as connection:
-        answer = batch_object(jobs.cancel(connection, parse_job_id(batch_id, JobKind.BATCH), JobKind.BATCH))
+def cancel_batch(batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    row_id = parse_job_id(batch_id, JobKind.BATCH)
+
+    def cancel(connection: Connection) -> dict[str, Any]:
+        return batch_object(jobs.cancel(connection, row_id, JobKind.BATCH))
+
+    answer = answer_once(parts, caller, key, body_digest("cancel batch", {"batch": row_id.hex}), cancel)
     parts.wake()
     return answer

@@ -11,7 +11,15 @@ from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from services.gateway.dependencies import Parts, PartsDependency, Reader, Writer
+from services.gateway.dependencies import (
+    IdempotencyKey,
+    Parts,
+    PartsDependency,
+    Reader,
+    Writer,
+    answer_once,
+    body_digest,
+)
 from services.gateway.schemas import JobPatch, job_object, list_page, unix
 from shared.db import events, jobs
 from shared.db.jobs import JobView
@@ -72,29 +80,40 @@ def _waiting(connection: Connection, job: JobView) -> dict[str, Any] | None:
 
 
 @router.patch("/{job_id}")
-def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writer) -> Response:
     return _change(parts, caller, job_id, lambda c, j: jobs.set_priority(c, j, body.priority))
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
-    return _change(parts, caller, job_id, jobs.cancel)
+def cancel_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    return _change(parts, caller, job_id, jobs.cancel, key)
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
-    return _change(parts, caller, job_id, jobs.pause)
+def pause_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    return _change(parts, caller, job_id, jobs.pause, key)
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
-    return _change(parts, caller, job_id, jobs.resume)
+def resume_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    return _change(parts, caller, job_id, jobs.resume, key)
 
 
-def _change(parts: Parts, caller: Caller, job_id: str, change: Callable[[Connection, UUID], JobView]) -> dict[str, Any]:
-    with parts.transaction(caller) as connection:
-        job = change(connection, parse_job_id(job_id))
-        answer = job_object(job, _waiting(connection, job))
+def _change(
+    parts: Parts,
+    caller: Caller,
+    job_id: str,
+    change: Callable[[Connection, UUID], JobView],
+    key: str | None = None,
+) -> Response:
+    row_id = parse_job_id(job_id)
+
+    def make(connection: Connection) -> dict[str, Any]:
+        job = change(connection, row_id)
+        return job_object(job, _waiting(connection, job))
+
+    digest = body_digest(change.__name__, {"job": row_id.hex})
+    answer = answer_once(parts, caller, key, digest, make, as_admin=True)
     parts.wake()
     return answer
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 from fastapi import APIRouter
+from sqlalchemy import Connection
+from starlette.responses import Response
 
-from services.gateway.dependencies import Admin, PartsDependency, Reader
+from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once, body_digest
 from services.gateway.schemas import ModelCreate, model_object
 from shared.db import model_registry
 from shared.db.models import SYSTEM_TENANT
@@ -22,13 +24,14 @@ def list_models(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
 
 
 @router.post("")
-def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
     try:
         described = describe_model(body.source, body.revision)
     except ModelRefused as error:
         raise InvalidRequest(error.message, param="source", code="model_refused") from None
     dtype = described.dtype if body.dtype == "auto" else body.dtype
-    with parts.transaction(caller) as connection:
+
+    def add(connection: Connection) -> dict[str, Any]:
         model = model_registry.add(
             connection,
             tenant_id=SYSTEM_TENANT,
@@ -40,7 +43,9 @@ def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin) -> dict[
             context_length=described.context_length,
             weight_bytes=described.weight_bytes,
         )
-    return model_object(model) | {"kind": model.kind, "dtype": model.dtype, "context_length": model.context_length}
+        return model_object(model) | {"kind": model.kind, "dtype": model.dtype, "context_length": model.context_length}
+
+    return answer_once(parts, caller, key, body_digest("model", body), add, as_admin=True)
 
 
 # Ids may contain slashes, percent-encoded by clients or not.
