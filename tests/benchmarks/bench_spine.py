@@ -161,7 +161,8 @@ def bench_engine_share(table: Table, rounds: int) -> None:
                 through.append(batch.usage.output_tokens / seconds)
                 print(f"  direct {alone[-1]:.1f} tokens/s, through the stack {through[-1]:.1f}", flush=True)
         direct.stdin.close()
-        direct.wait(60)
+        direct.kill()
+        direct.wait()
     ratio = statistics.median(through) / statistics.median(alone)
     what = "tokens/s through the stack ÷ engine driven directly, 192 requests"
     table.add(

@@ -31,6 +31,7 @@ def main() -> None:
                 tokens += response.completion_tokens
             time.sleep(engine.wait_seconds() or 0)
         print(tokens / (time.perf_counter() - started), flush=True)
+    engine.close()
 
 
 if __name__ == "__main__":

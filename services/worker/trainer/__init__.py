@@ -1,0 +1,1 @@
+"""The trainer child, under the same supervisor and protocol as the engine child."""
