@@ -34,7 +34,8 @@ class Scheduler:
         self.stop = threading.Event()
         self._settings = settings
         self._redis = connect_redis(settings.redis_url.get_secret_value())
-        engine = connect_engine(settings)
+        # Expiring a batch reads its file within a transaction.
+        engine = connect_engine(settings, idle_seconds=60)
         store = Store(settings.store_url)
         self._planner = Planner(engine, settings)
         self._finalizer = Finalizer(engine, store)

@@ -16,13 +16,16 @@ _SET_TENANT = text(
 )
 
 
-def connect_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
+def connect_engine(settings: Settings, *, pool_size: int = 8, idle_seconds: float | None = None) -> Engine:
     """Return a pooled engine whose connections notice a dead Postgres within seconds.
 
     `pre_ping` replaces connections that a restart of Postgres has cut; TCP settings bound the wait on a host that
-    vanished without closing.
+    vanished without closing. A process that stops in the middle of a transaction keeps its row locks, and nobody could
+    take its slices, until Postgres ends the transaction after `idle_seconds` (by default well within a lease).
     """
-    options = "-c statement_timeout=60000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000"
+    idle = idle_seconds if idle_seconds is not None else min(10.0, settings.lease_seconds / 2)
+    options = "-c statement_timeout=60000 -c lock_timeout=10000"
+    options += f" -c idle_in_transaction_session_timeout={max(1000, int(idle * 1000))}"
     if settings.database_role:
         options += f" -c role={settings.database_role}"
     return create_engine(

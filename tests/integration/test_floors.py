@@ -50,8 +50,24 @@ def test_an_older_postgres_with_one_login_for_all(scratch):
     if user is not None:
         shutil.chown(directory, user)
     binaries = POSTGRES[0].parent
-    subprocess.run([binaries / "initdb", "-D", directory, "-U", "owner", "--auth=trust"], check=True, user=user, cwd="/", capture_output=True)
-    command = [str(POSTGRES[0]), "-D", str(directory), "-c", f"port={port}", "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+    subprocess.run(
+        [binaries / "initdb", "-D", directory, "-U", "owner", "--auth=trust"],
+        check=True,
+        user=user,
+        cwd="/",
+        capture_output=True,
+    )
+    command = [
+        str(POSTGRES[0]),
+        "-D",
+        str(directory),
+        "-c",
+        f"port={port}",
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        "unix_socket_directories=",
+    ]
     url = f"postgresql://owner@127.0.0.1:{port}/postgres"
 
     def connects():

@@ -13,7 +13,11 @@ def test_the_sdk_example_runs(stack, admin_key, tmp_path):
     (tmp_path / "lamplighter-data" / "admin.key").write_text(admin_key)
     assert "http://127.0.0.1:8000" in code
     done = subprocess.run(
-        [sys.executable, "-c", code.replace("http://127.0.0.1:8000", stack.url)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code.replace("http://127.0.0.1:8000", stack.url)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Good evening") == 3

@@ -59,13 +59,28 @@ def test_nothing_imports_pickle():
     for root in ("services", "shared", "client", "migrations"):
         for path in (ROOT / root).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {n.split(".")[0] for n in names}, path
+                names = (
+                    [a.name for a in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
+                assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {n.split(".")[0] for n in names}, (
+                    path
+                )
 
 
 def test_torch_free_modules_import_without_torch():
     import subprocess
 
-    modules = ["services.gateway.app", "services.scheduler.main", "services.worker.worker", "services.worker.launcher", "services.worker.engine.process", "lamplighter.cli"]
+    modules = [
+        "services.gateway.app",
+        "services.scheduler.main",
+        "services.worker.worker",
+        "services.worker.launcher",
+        "services.worker.engine.process",
+        "lamplighter.cli",
+    ]
     code = "import sys; " + "; ".join(f"import {m}" for m in modules) + "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
