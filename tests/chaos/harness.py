@@ -250,7 +250,10 @@ class Chaos:
         if not busy:
             return False
         victim = self.random.choice(busy)
-        (worker_id,) = self.query(f"SELECT worker_id FROM worker WHERE pid = {victim.pid} AND state <> 'lost'")[0]
+        found = self.query(f"SELECT worker_id FROM worker WHERE pid = {victim.pid} AND state <> 'lost'")
+        if not found:
+            return False
+        (worker_id,) = found[0]
         victim.send_signal(signal.SIGSTOP)
         try:
             wait_until(

@@ -1,6 +1,7 @@
 """The worker, wired for chaos runs: a tallying engine, and (as a control that must fail) without the fence."""
 
 import os
+import time
 
 from services.worker import worker
 from services.worker.children import ChildSupervisor
@@ -42,5 +43,13 @@ def build(settings, identity, cache_bytes, engine):
     return runner(engine, Store(settings.store_url), child, identity, settings, record_statement=statement)
 
 
+def leave_late(heart, why, leave=worker.Heart._leave):
+    """Give the zombie's late writes time to be tried before it learns that it was declared lost."""
+    time.sleep(2)
+    leave(heart, why)
+
+
 if __name__ == "__main__":
+    if os.environ.get("CHAOS_OBLIVIOUS"):
+        worker.Heart._leave = leave_late
     worker.main(build)

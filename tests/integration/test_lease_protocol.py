@@ -284,3 +284,23 @@ def test_parts_split_off_during_a_cancel_do_not_keep_the_job_open(database, job_
     with database.engine("scheduler").begin() as connection:
         connection.execute(text("UPDATE slice SET state = 'queued'"))
         assert slices.cancel_strays(connection) == 2
+
+
+def test_a_worker_stopped_in_a_transaction_blocks_its_slice_only_briefly(database, job_id):
+    """Its row locks are set free by Postgres; the reaper skips locked rows and would wait for ever."""
+    import time
+
+    from shared.db.session import connect_engine
+
+    slice_id = slice_ids(database)[0]
+    claim(database, slice_id, lease=0.0)
+    stopped = connect_engine(database.settings("worker", lease_seconds=2))
+    connection = stopped.connect()
+    connection.execute(text("UPDATE slice SET progress_at = now() WHERE slice_id = :s"), {"s": slice_id})
+    started, taken = time.monotonic(), 0
+    while not taken:
+        assert time.monotonic() - started < 5
+        with database.engine("scheduler").begin() as scheduler:
+            taken = slices.lose_expired(scheduler)
+    connection.invalidate()
+    stopped.dispose()
