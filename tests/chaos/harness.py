@@ -256,17 +256,16 @@ class Chaos:
         (worker_id,) = found[0]
         victim.send_signal(signal.SIGSTOP)
         try:
-            wait_until(
-                lambda: (
-                    not self.query(f"SELECT 1 FROM slice WHERE worker_id = '{worker_id}' AND state = 'running' LIMIT 1")
-                ),
-                30,
-                "the lease is taken",
-            )
+            held = self.query(f"SELECT slice_id FROM slice WHERE worker_id = '{worker_id}' AND state = 'running'")
+            # Only a zombie whose lines another has recorded meanwhile can record them twice.
+            wait_until(lambda: all(self._is_done(slice_id) for (slice_id,) in held), 60, "an heir finishes the slices")
         finally:
             victim.send_signal(signal.SIGCONT)
         self.outcome.kills["sigstop"] += 1
-        return True
+        return bool(held)
+
+    def _is_done(self, slice_id: int) -> bool:
+        return self.query(f"SELECT state FROM slice WHERE slice_id = {slice_id}")[0][0] == "done"
 
     def finish(self, seconds: float = 900) -> None:
         """Wait for the end of the batch, then audit it."""
