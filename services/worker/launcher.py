@@ -74,6 +74,7 @@ class Launcher:
         cache_bytes = self._settings.cache_bytes or slot.device.memory_bytes
         command = [sys.executable, "-m", self._module, "--worker-id", str(slot.worker_id), "--name", slot.name]
         command += ["--device", slot.device.name, "--cache-bytes", str(cache_bytes)]
+        command += ["--launcher-pid", str(os.getpid())]
         pinned = slot.device.environment(len(self._slots), self._settings.torch_threads)
         # A session of its own: what is left of it, its engine child above all, is killed as a group.
         slot.process = subprocess.Popen(command, env={**os.environ, **pinned}, start_new_session=True)

@@ -164,9 +164,14 @@ def _announce(heart: Heart, settings: Settings) -> None:
     wake_dispatcher(connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=1))
 
 
-def die_with_parent() -> None:
-    """Have the kernel end this process when the launcher dies: an orphan would work on under a lease it cannot keep."""
+def die_with_parent(launcher_pid: int) -> None:
+    """Have the kernel end this process when the launcher dies: an orphan would keep the device from its successor.
+
+    Raises SystemExit when the launcher died before the kernel could be asked.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher_pid:
+        raise SystemExit(EXIT_LOST)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -175,13 +180,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--cache-bytes", type=int, required=True)
+    parser.add_argument("--launcher-pid", type=int, required=True)
     return parser.parse_args()
 
 
 def main(build: Any = build_runner) -> None:
     """Register, serve, leave. `build` makes the slice runner."""
-    die_with_parent()
     arguments = parse_arguments()
+    die_with_parent(arguments.launcher_pid)
     settings = load_settings()
     configure_logging("worker", settings.log_level)
     identity = WorkerIdentity(
