@@ -1,4 +1,4 @@
-"""Supervises a child process: starts it, hands it requests, notices when it dies or hangs, and replaces it."""
+"""Supervises child processes of every kind: starts one, notices when it dies or hangs, and replaces it."""
 
 import logging
 import os
@@ -10,8 +10,22 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from services.worker.protocol import Abort, Channel, ModelSpec, Ping, Pong, Request, Response, Responses, Stop, Submit
+from services.worker.protocol import (
+    Abort,
+    Channel,
+    FromChild,
+    ModelSpec,
+    Output,
+    Ping,
+    Pong,
+    Request,
+    Response,
+    Stop,
+    Submit,
+    ToChild,
+)
 from shared.domain.errors import ChildLost
 
 log = logging.getLogger(__name__)
@@ -20,11 +34,169 @@ PING_SECONDS = 1.0
 
 
 @dataclass
+class Life:
+    """One life of a child process."""
+
+    process: "subprocess.Popen[bytes]"
+    channel: Channel
+    pong: Pong | None = None
+    moved_at: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while sending."""
+
+    def send(self, message: ToChild) -> bool:
+        """Send a message; False when the child is gone."""
+        with self.lock:
+            try:
+                self.channel.send(message)
+            except OSError:
+                return False
+        return True
+
+
+class ChildSupervisor:
+    """Owns one child. Every method may be called from any thread.
+
+    The child is started when it is first needed and again when it is needed after its death. Subclasses give and take
+    messages: `_receive` for what a child says, `_end` once it is gone, at once and not after a time-out.
+    """
+
+    def __init__(
+        self, module: str, arguments: list[str], *, hang_seconds: float, environment: dict[str, str] | None = None
+    ) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._environment = {**os.environ, **(environment or {})}
+        self._hang_seconds = hang_seconds
+        self._lock = threading.Lock()
+        self._life: Life | None = None
+        self._closed = threading.Event()
+        self.restarts = 0
+        threading.Thread(target=self._watch, name="child watch", daemon=True).start()
+
+    def _receive(self, _life: Life, message: FromChild) -> None:
+        """Take what a child says; called from its reader thread."""
+        raise NotImplementedError
+
+    def _end(self, life: Life) -> None:
+        """Tell those who wait for this life that it is over; called once, when nothing more can come from it."""
+        raise NotImplementedError
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the living child."""
+        life = self._life
+        return life.process.pid if life else None
+
+    @property
+    def status(self) -> Pong | None:
+        """What the child last said of itself; None when there is none."""
+        life = self._life
+        return life.pong if life else None
+
+    def kill(self) -> None:
+        """End the child with SIGKILL; everybody who waits for it learns of it."""
+        life = self._life
+        if life is not None:
+            life.process.kill()
+
+    def close(self) -> None:
+        """End the child and start no other."""
+        self._closed.set()
+        life = self._life
+        if life is None:
+            return
+        life.send(Stop())
+        try:
+            life.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            life.process.kill()
+            life.process.wait()
+
+    def _living(self) -> Life:
+        """Return the child, started if there is none; the caller holds the lock. Raises ChildLost when closed."""
+        if self._life is not None:
+            return self._life
+        if self._closed.is_set():
+            raise ChildLost("The worker is ending.")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [*self._command, "--channel", str(theirs.fileno())]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment)
+        life = self._life = Life(process, Channel(ours))
+        threading.Thread(target=self._read, args=(life,), name="child reader", daemon=True).start()
+        log.info("child started", extra={"pid": process.pid})
+        return life
+
+    def _read(self, life: Life) -> None:
+        """Pass on what the child says until it is gone."""
+        while (message := life.channel.receive_in_worker()) is not None:
+            if isinstance(message, Pong):
+                self._note(life, message)
+            else:
+                self._receive(life, message)
+        with self._lock:
+            if self._life is life:
+                self._life = None
+                self.restarts += 1
+        life.process.kill()
+        code = life.process.wait()
+        life.channel.close()
+        level = logging.INFO if self._closed.is_set() else logging.ERROR
+        log.log(level, "child ended", extra={"pid": life.process.pid, "code": code})
+        self._end(life)
+
+    def _note(self, life: Life, pong: Pong) -> None:
+        before = life.pong
+        # A child with nothing to do does not move, and need not.
+        if before is None or pong.progress != before.progress or pong.in_flight == 0:
+            life.moved_at = time.monotonic()
+        life.pong = pong
+
+    def _watch(self) -> None:
+        """Ask the child how it fares; kill one that has not moved for `hang_seconds`."""
+        while not self._closed.wait(PING_SECONDS):
+            life = self._life
+            if life is None:
+                continue
+            if time.monotonic() - life.moved_at > self._hang_seconds:
+                log.error("child hangs", extra={"pid": life.process.pid, "seconds": self._hang_seconds})
+                # A stopped process dies of SIGKILL too, without being continued first.
+                life.process.send_signal(signal.SIGKILL)
+                continue
+            # A full socket buffer means that the child does not read: the clock above is running.
+            if life.lock.acquire(timeout=PING_SECONDS):
+                try:
+                    life.channel.send(Ping())
+                except OSError:
+                    log.debug("ping found the child gone")
+                finally:
+                    life.lock.release()
+
+
+class Listener(Protocol):
+    """Who has handed requests to an engine child. Called from the child's reader thread: be quick."""
+
+    def deliver(self, output: Output) -> None:
+        """Take answers, and pieces of streamed ones, of this listener's requests."""
+        ...
+
+    def lose(self, request_ids: list[int]) -> None:
+        """Learn that the child died before it answered these."""
+        ...
+
+
+@dataclass
 class Batch:
     """Requests that one slice has handed over. Answers arrive in `inbox` in lists; `None` there: the child is lost."""
 
     ids: set[int] = field(default_factory=set)
     inbox: "queue.SimpleQueue[list[Response] | None]" = field(default_factory=queue.SimpleQueue)
+
+    def deliver(self, output: Output) -> None:
+        self.inbox.put(output.responses)
+
+    def lose(self, request_ids: list[int]) -> None:  # noqa: ARG002  # a slice tries all that it has no answer to
+        self.inbox.put(None)
 
     def collect(self, timeout_seconds: float) -> list[Response]:
         """Return the answers that have arrived, after waiting for the first; empty on time-out. Raises ChildLost."""
@@ -42,174 +214,73 @@ class Batch:
             return answers
 
 
-@dataclass
-class _Child:
-    """One life of the child process."""
-
-    process: "subprocess.Popen[bytes]"
-    channel: Channel
-    batches: dict[int, Batch] = field(default_factory=dict)
-    pong: Pong | None = None
-    moved_at: float = field(default_factory=time.monotonic)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class ChildSupervisor:
-    """Owns one child. Every method may be called from any thread.
-
-    The child is started by the first request and again by the first one after its death; what it had not answered when
-    it died is reported to those who wait for it, at once and not after a time-out.
-    """
+class EngineChild(ChildSupervisor):
+    """An engine child: requests go in, answers come to the listener that asked."""
 
     def __init__(
         self, module: str, arguments: list[str], *, hang_seconds: float, environment: dict[str, str] | None = None
     ) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
-        self._environment = {**os.environ, **(environment or {})}
-        self._hang_seconds = hang_seconds
-        self._lock = threading.Lock()
-        self._child: _Child | None = None
+        super().__init__(module, arguments, hang_seconds=hang_seconds, environment=environment)
         self._next_id = 0
-        self._closed = threading.Event()
-        self.restarts = 0
-        threading.Thread(target=self._watch, name="child watch", daemon=True).start()
-
-    @property
-    def pid(self) -> int | None:
-        """The process id of the living child."""
-        child = self._child
-        return child.process.pid if child else None
-
-    @property
-    def status(self) -> Pong | None:
-        """What the child last said of itself; None when there is none."""
-        child = self._child
-        return child.pong if child else None
+        self._book_lock = threading.Lock()
+        self._waiting: dict[int, tuple[Life, Listener]] = {}
 
     def submit(self, model: ModelSpec, requests: list[Request]) -> Batch:
         """Hand requests to the child and give each its id; answers arrive in the returned batch."""
+        batch = Batch()
+        batch.ids.update(self.submit_for(batch, model, requests))
+        return batch
+
+    def submit_for(self, listener: Listener, model: ModelSpec, requests: list[Request]) -> list[int]:
+        """Hand requests to the child, give each its id and return these; `listener` may be called before this returns.
+
+        Raises ChildLost when the worker is ending.
+        """
         with self._lock:
-            child = self._child or self._start()
+            life = self._living()
             for request in requests:
                 self._next_id += 1
                 request.id = self._next_id
-        batch = Batch({request.id for request in requests})
-        with child.lock:
-            for request in requests:
-                child.batches[request.id] = batch
-            try:
-                child.channel.send(Submit(model, requests))
-            except OSError:
-                batch.inbox.put(None)
-        return batch
+        ids = [request.id for request in requests]
+        with self._book_lock:
+            self._waiting.update(dict.fromkeys(ids, (life, listener)))
+        if not life.send(Submit(model, requests)):
+            self._end(life)
+        return ids
 
     def abort(self, batch: Batch) -> None:
         """Drop what a batch still waits for; the child forgets it at its next step."""
-        child = self._child
-        if child is None:
-            return
-        with child.lock:
-            ids = [identifier for identifier in batch.ids if child.batches.pop(identifier, None) is not None]
-            try:
-                child.channel.send(Abort(ids))
-            except OSError:
-                log.debug("abort came too late: the child is gone")
+        self.abort_ids(batch.ids)
 
-    def kill(self) -> None:
-        """End the child with SIGKILL; everybody who waits for it learns of it."""
-        child = self._child
-        if child is not None:
-            child.process.kill()
+    def abort_ids(self, ids: set[int]) -> None:
+        """Drop requests; those that were answered already are ignored."""
+        with self._book_lock:
+            known = [identifier for identifier in ids if self._waiting.pop(identifier, None) is not None]
+        life = self._life
+        if known and life is not None:
+            life.send(Abort(known))
 
-    def close(self) -> None:
-        """End the child and start no other."""
-        self._closed.set()
-        child = self._child
-        if child is None:
-            return
-        with child.lock:
-            try:
-                child.channel.send(Stop())
-            except OSError:
-                log.debug("the child was gone already")
-        try:
-            child.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            child.process.kill()
-            child.process.wait()
+    def _receive(self, _life: Life, message: FromChild) -> None:
+        assert isinstance(message, Output)  # pongs never come here, and nothing else is said by engines
+        outputs: dict[int, tuple[Listener, Output]] = {}
+        with self._book_lock:
+            for delta in message.deltas:
+                known = self._waiting.get(delta.id)
+                if known is not None:  # None: aborted before the answer came
+                    outputs.setdefault(id(known[1]), (known[1], Output([], [])))[1].deltas.append(delta)
+            for response in message.responses:
+                known = self._waiting.pop(response.id, None)
+                if known is not None:
+                    outputs.setdefault(id(known[1]), (known[1], Output([], [])))[1].responses.append(response)
+        for listener, output in outputs.values():
+            listener.deliver(output)
 
-    def _start(self) -> _Child:
-        """Start a child; the caller holds the lock."""
-        if self._closed.is_set():
-            raise ChildLost("The worker is ending.")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [*self._command, "--channel", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment)
-        child = _Child(process, Channel(ours))
-        self._child = child
-        threading.Thread(target=self._read, args=(child,), name="child reader", daemon=True).start()
-        log.info("child started", extra={"pid": process.pid})
-        return child
-
-    def _read(self, child: _Child) -> None:
-        """Pass the child's answers on until it is gone."""
-        while (message := child.channel.receive_in_worker()) is not None:
-            if isinstance(message, Responses):
-                self._deliver(child, message.responses)
-            else:
-                self._note(child, message)
-        with self._lock:
-            if self._child is child:
-                self._child = None
-                self.restarts += 1
-        child.process.kill()
-        code = child.process.wait()
-        child.channel.close()
-        with child.lock:
-            waiting = {id(batch): batch for batch in child.batches.values()}
-            child.batches.clear()
-        for batch in waiting.values():
-            batch.inbox.put(None)
-        log.log(
-            logging.INFO if self._closed.is_set() else logging.ERROR,
-            "child ended",
-            extra={"pid": child.process.pid, "code": code, "batches": len(waiting)},
-        )
-
-    def _deliver(self, child: _Child, responses: list[Response]) -> None:
-        by_batch: dict[int, tuple[Batch, list[Response]]] = {}
-        with child.lock:
-            for response in responses:
-                batch = child.batches.pop(response.id, None)
-                if batch is not None:  # None: aborted before the answer came
-                    by_batch.setdefault(id(batch), (batch, []))[1].append(response)
-        for batch, answers in by_batch.values():
-            batch.inbox.put(answers)
-
-    def _note(self, child: _Child, pong: Pong) -> None:
-        before = child.pong
-        # A child with nothing to do does not move, and need not.
-        if before is None or pong.progress != before.progress or pong.in_flight == 0:
-            child.moved_at = time.monotonic()
-        child.pong = pong
-
-    def _watch(self) -> None:
-        """Ask the child how it fares; kill one that has not moved for `hang_seconds`."""
-        while not self._closed.wait(PING_SECONDS):
-            child = self._child
-            if child is None:
-                continue
-            if time.monotonic() - child.moved_at > self._hang_seconds:
-                log.error("child hangs", extra={"pid": child.process.pid, "seconds": self._hang_seconds})
-                # A stopped process dies of SIGKILL too, without being continued first.
-                child.process.send_signal(signal.SIGKILL)
-                continue
-            # A full socket buffer means that the child does not read: the clock above is running.
-            if child.lock.acquire(timeout=PING_SECONDS):
-                try:
-                    child.channel.send(Ping())
-                except OSError:
-                    log.debug("ping found the child gone")
-                finally:
-                    child.lock.release()
+    def _end(self, life: Life) -> None:
+        lost: dict[int, tuple[Listener, list[int]]] = {}
+        with self._book_lock:
+            for identifier, (whose, listener) in list(self._waiting.items()):
+                if whose is life:
+                    del self._waiting[identifier]
+                    lost.setdefault(id(listener), (listener, []))[1].append(identifier)
+        for listener, ids in lost.values():
+            listener.lose(ids)

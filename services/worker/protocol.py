@@ -1,6 +1,6 @@
 """What a worker process and its children say to each other: length-prefixed msgpack over a socket pair.
 
-Never pickle, and no library of either side: the same messages serve the engine child and, later, the trainer child.
+Never pickle, and no library of either side: one supervisor serves every kind of child (`services.worker.children`).
 """
 
 import contextlib
@@ -45,7 +45,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, omit_defaults=True):
-    """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings."""
+    """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings.
+
+    `is_online`: somebody waits for it, so it goes before batches. `is_streamed`: its text is sent in deltas too.
+    """
 
     id: int
     task: Literal["chat", "complete", "embed"]
@@ -53,6 +56,8 @@ class Request(msgspec.Struct, omit_defaults=True):
     prompts: list[str | list[int]] = []
     params: SamplingParams = SamplingParams()
     delay_ms: int = 0
+    is_online: bool = False
+    is_streamed: bool = False
 
 
 class RequestFault(msgspec.Struct):
@@ -75,6 +80,14 @@ class Response(msgspec.Struct, omit_defaults=True):
     fault: RequestFault | None = None
 
 
+class Delta(msgspec.Struct, omit_defaults=True):
+    """The next piece of text of a streamed request's choice `index`; the whole is what its response says."""
+
+    id: int
+    index: int
+    text: str
+
+
 class Submit(msgspec.Struct, tag="submit"):
     model: ModelSpec
     requests: list[Request]
@@ -92,8 +105,14 @@ class Stop(msgspec.Struct, tag="stop"):
     pass
 
 
-class Responses(msgspec.Struct, tag="responses"):
-    responses: list[Response]
+class Output(msgspec.Struct, tag="output"):
+    """What one step of an engine brought forth. Deltas belong before responses: a response ends its request."""
+
+    responses: list[Response] = []
+    deltas: list[Delta] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.responses or self.deltas)
 
 
 class Pong(msgspec.Struct, tag="pong"):
@@ -108,7 +127,7 @@ class Pong(msgspec.Struct, tag="pong"):
 
 
 ToChild = Submit | Abort | Ping | Stop
-FromChild = Responses | Pong
+FromChild = Output | Pong
 
 _TO_CHILD = msgspec.msgpack.Decoder(ToChild)
 _FROM_CHILD = msgspec.msgpack.Decoder(FromChild)

@@ -15,7 +15,7 @@ import orjson
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
-from services.worker.children import Batch, ChildSupervisor
+from services.worker.children import Batch, EngineChild
 from services.worker.protocol import ModelSpec, Request, Response, SamplingParams
 from shared.db import model_registry, slices
 from shared.db.session import tenant_transaction
@@ -131,7 +131,7 @@ class SliceRunner:
         self,
         engine: Engine,
         store: Store,
-        child: ChildSupervisor,
+        child: EngineChild,
         identity: WorkerIdentity,
         settings: Settings,
         *,

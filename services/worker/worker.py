@@ -15,7 +15,7 @@ from celery import Celery, signals
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.worker.children import ChildSupervisor
+from services.worker.children import EngineChild
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
 from shared.db import slices, workers
@@ -41,7 +41,7 @@ PR_SET_PDEATHSIG = 1
 class Heart:
     """Renews leases and tells Postgres that this worker lives; the only thread whose delay would cost work."""
 
-    def __init__(self, engine: Engine, runner: SliceRunner, child: ChildSupervisor, identity: WorkerIdentity) -> None:
+    def __init__(self, engine: Engine, runner: SliceRunner, child: EngineChild, identity: WorkerIdentity) -> None:
         self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
         self.stop = threading.Event()
 
@@ -122,7 +122,7 @@ _STOPS = text("""
 
 def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int, engine: Engine) -> SliceRunner:
     """Return the slice runner with its engine child, as this worker uses it."""
-    child = ChildSupervisor(
+    child = EngineChild(
         "services.worker.engine.process",
         ["--device", identity.device, "--cache-bytes", str(cache_bytes)],
         hang_seconds=settings.hang_seconds,

@@ -12,7 +12,7 @@ SPLIT_WAYS = 8
 ENGINE_DEATH = 3
 PROCESS_DEATH = 1
 SPLIT_AT = 2 * ENGINE_DEATH
-DEAD_AT = 5 * ENGINE_DEATH
+DEAD_AT = 10 * ENGINE_DEATH
 
 
 class SliceState(StrEnum):
@@ -59,7 +59,7 @@ def decide_after_loss(lo: int, hi: int, losses: int, *, progressed: bool, suspic
     `suspicion` is ENGINE_DEATH or PROCESS_DEATH. Only losses in a row *without any recorded line in between* count: a
     machine that is killed every second must not look like a poison line, and a poison line is always among those that
     are never recorded. After two engine deaths the slice is split, and its parts start one engine death short of being
-    split again; a single line is dead-lettered only after five.
+    split again; a single line is dead-lettered only after ten.
     """
     losses = 0 if progressed else losses + suspicion
     if losses < SPLIT_AT:

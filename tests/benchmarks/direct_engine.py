@@ -26,7 +26,7 @@ def main() -> None:
             engine.add(Request(index, "complete", prompts=[body["prompt"]], params=params))
         done, tokens = 0, 0
         while done < len(bodies):
-            for response in engine.step():
+            for response in engine.step().responses:
                 done += 1
                 tokens += response.completion_tokens
             time.sleep(engine.wait_seconds() or 0)

@@ -4,7 +4,7 @@ import os
 import time
 
 from services.worker import worker
-from services.worker.children import ChildSupervisor
+from services.worker.children import EngineChild
 from services.worker.slices import SliceRunner
 from shared.db import slices
 from shared.store import Store
@@ -37,7 +37,7 @@ class ObliviousRunner(SliceRunner):
 
 def build(settings, identity, cache_bytes, engine):
     arguments = ["--device", identity.device, "--cache-bytes", str(cache_bytes), "--tally", os.environ["CHAOS_TALLY"]]
-    child = ChildSupervisor("tests.chaos.counting_engine", arguments, hang_seconds=settings.hang_seconds)
+    child = EngineChild("tests.chaos.counting_engine", arguments, hang_seconds=settings.hang_seconds)
     statement = UNFENCED if os.environ.get("CHAOS_UNFENCED") else slices.RECORD
     runner = ObliviousRunner if os.environ.get("CHAOS_OBLIVIOUS") else SliceRunner
     return runner(engine, Store(settings.store_url), child, identity, settings, record_statement=statement)

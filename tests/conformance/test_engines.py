@@ -16,7 +16,7 @@ def run(engine, requests):
     for request in requests:
         engine.add(request)
     answers = {}
-    wait_until(lambda: answers.update({r.id: r for r in engine.step()}) or len(answers) == len(requests), 120)
+    wait_until(lambda: answers.update({r.id: r for r in engine.step().responses}) or len(answers) == len(requests), 120)
     return answers
 
 
@@ -162,3 +162,92 @@ def test_embeddings_equal_sentence_transformers(minilm):
 def test_an_input_beyond_the_encoders_context_is_refused(minilm):
     (answer,) = run(minilm[0], [Request(1, "embed", prompts=["ok", "word " * 300])]).values()
     assert (answer.fault.status, answer.fault.code) == (400, "context_length_exceeded")
+
+
+def stream(engine, requests):
+    """Run requests; return responses by id, and what the deltas of each (id, choice) say when joined."""
+    for request in requests:
+        engine.add(request)
+    answers, texts, pieces = {}, {}, 0
+
+    def collect():
+        nonlocal pieces
+        output = engine.step()
+        for delta in output.deltas:
+            texts[delta.id, delta.index] = texts.get((delta.id, delta.index), "") + delta.text
+            pieces += 1
+        answers.update({response.id: response for response in output.responses})
+        return len(answers) == len(requests)
+
+    wait_until(collect, 120)
+    return answers, texts, pieces
+
+
+def test_deltas_join_to_the_answer(llama):
+    params = SamplingParams(max_tokens=24, temperature=0.9, seed=5, n=2, ignore_eos=True)
+    requests = [
+        Request(i, "complete", prompts=[text], params=params, is_streamed=True) for i, text in enumerate(prompts(6))
+    ]
+    answers, texts, pieces = stream(llama, requests)
+    for i in range(6):
+        assert [texts.get((i, index), "") for index in range(2)] == [text for text, _ in answers[i].choices]
+    assert pieces > 12 * 4  # they came piece by piece, not at the end
+
+
+def test_a_stop_string_is_never_streamed(llama):
+    free = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    (text, _), *_ = run(llama, [Request(1, "complete", prompts=["x y z"], params=free)])[1].choices
+    stops = (text[8:12],)
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop=stops)
+    answers, texts, _ = stream(llama, [Request(2, "complete", prompts=["x y z"], params=params, is_streamed=True)])
+    assert answers[2].choices[0] == (text[: text.find(stops[0])], "stop")
+    assert texts[2, 0] == answers[2].choices[0][0]
+
+
+def test_online_requests_pass_the_queue_of_batches(llama):
+    from services.worker.engine.continuous import MAX_SEQUENCES
+
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    for i in range(3 * MAX_SEQUENCES):
+        llama.add(Request(100 + i, "complete", prompts=[f"batch {i}"], params=params))
+    llama.step()
+    llama.add(Request(1, "complete", prompts=["online"], params=params, is_online=True))
+    order = []
+    wait_until(lambda: order.extend(r.id for r in llama.step().responses) or len(order) > 3 * MAX_SEQUENCES, 120)
+    assert order.index(1) < 2 * MAX_SEQUENCES
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_answer(llama, monkeypatch):
+    """The third forward pass of a full batch runs out of memory, as a GPU would say it."""
+    import torch
+
+    requests = [sampled(2000 + i, text, i) for i, text in enumerate(prompts(12))]
+    expected = {i: answer.choices for i, answer in run(llama, requests).items()}
+    forward, calls = llama._model.forward, []
+
+    def forward_that_runs_out(*args, **kwargs):
+        calls.append(kwargs["input_ids"].shape[-1] if "input_ids" in kwargs else 0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llama._model, "forward", forward_that_runs_out)
+    before = llama._batch_tokens
+    again = [sampled(2000 + i, text, i) for i, text in enumerate(prompts(12))]
+    for request in again:
+        request.is_streamed = True
+    answers, texts, _ = stream(llama, again)
+    assert llama._batch_tokens == before // 2 and len(calls) > 3
+    assert {i: answer.choices for i, answer in answers.items()} == expected
+    assert all(texts.get((i, 0), "") == answer.choices[0][0] for i, answer in answers.items())
+
+
+def test_streamed_text_holds_back_what_may_change():
+    from services.worker.engine.streaming import StreamedText
+
+    raw = "Grüße 雪 END of it".encode()
+    text = StreamedText(lambda tokens: bytes(tokens).decode(errors="replace"), ("END",))
+    pieces = [text.grow(list(raw[:end])) for end in range(1, len(raw) + 1)]
+    assert "".join(pieces) == "Grüße 雪 " and text.finish("Grüße 雪 ") == ""
+    late = StreamedText(lambda tokens: bytes(tokens).decode(errors="replace"), ("END",))
+    assert [late.grow(list(b"an EN")), late.finish("an EN")] == ["an ", "EN"]

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from services.worker.children import ChildSupervisor
+from services.worker.children import ChildSupervisor, EngineChild
 from services.worker.protocol import ModelSpec, Request, SamplingParams
 from shared.domain.errors import ChildLost
 from tests.support.servers import wait_until
@@ -15,7 +15,7 @@ ECHO = ModelSpec("echo", "echo", "built-in")
 
 @pytest.fixture
 def child():
-    supervisor = ChildSupervisor(
+    supervisor = EngineChild(
         "services.worker.engine.process", ["--device", "cpu:0", "--cache-bytes", "1000000"], hang_seconds=3
     )
     yield supervisor
@@ -69,3 +69,36 @@ def test_aborted_requests_are_forgotten(child):
     collect_all(child.submit(ECHO, [ask()]), 1)
     wait_until(lambda: child.status and child.status.in_flight == 0, 5)
     assert slow.collect(0.1) == []
+
+
+class PongCounter(ChildSupervisor):
+    """Another kind of child behind the same supervisor: it is given no requests and only says how far it is."""
+
+    def __init__(self, hang_seconds):
+        super().__init__("tests.support.stepping_child", [], hang_seconds=hang_seconds)
+        self.ended = []
+
+    def start(self):
+        with self._lock:
+            return self._living()
+
+    def _receive(self, life, message):
+        raise AssertionError("this child only pongs")
+
+    def _end(self, life):
+        self.ended.append(life.process.pid)
+
+
+def test_one_supervisor_serves_every_kind_of_child():
+    """A child that steps, as a trainer does: seen moving, told of its death, replaced, and killed when it stands still."""
+    stepper = PongCounter(hang_seconds=3)
+    first = stepper.start().process.pid
+    wait_until(lambda: stepper.status and stepper.status.progress > 2, 10)
+    assert stepper.status.in_flight == 1
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: stepper.ended == [first], 10)
+    second = stepper.start().process.pid
+    assert second != first and stepper.restarts == 1
+    os.kill(second, signal.SIGUSR1)  # it goes on answering pings, but steps no more
+    wait_until(lambda: stepper.ended == [first, second], 20)
+    stepper.close()

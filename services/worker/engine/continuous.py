@@ -4,7 +4,9 @@ It serves until the project's own engine replaces it; what it cannot do is refus
 (`services.worker.slices`).
 """
 
+import logging
 import queue
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +16,18 @@ from transformers.generation import ContinuousBatchingConfig
 
 from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
 from services.worker.engine.sampler import SeededSampler
-from services.worker.protocol import ModelSpec, Request, RequestFault, Response
+from services.worker.engine.streaming import StreamedText
+from services.worker.protocol import Delta, ModelSpec, Output, Request, RequestFault, Response
+
+log = logging.getLogger(__name__)
 
 PAGE_TOKENS = 32
 KV_TOKENS = 32_768
 BATCH_TOKENS = 512
+"""Tokens of one forward pass; halved when memory runs out."""
+MIN_BATCH_TOKENS = 32
+MAX_SEQUENCES = 128
+"""Sequences that the manager has at once; it serves them in their order, so an online one never queues behind more."""
 POLL_SECONDS = 0.01
 NO_EOS = -1
 
@@ -38,13 +47,25 @@ def kv_bytes_per_token(config: dict[str, Any], width: int) -> int:
 
 
 @dataclass
+class _Sequence:
+    """One answer to be generated: `n` of them for each prompt of a request. `text` collects a streamed one's."""
+
+    key: str
+    prompt: list[int]
+    limit: int
+    seed: int
+    text: StreamedText | None
+    done: tuple[str, str, int] | None = None
+    """(text, finish reason, tokens)"""
+
+
+@dataclass
 class _Running:
-    """A request and its sequences: `n` for each prompt. `done` holds (text, finish reason, tokens) by sequence."""
+    """A request and its sequences."""
 
     request: Request
     prompt_tokens: int
-    sequences: list[str]
-    done: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    sequences: list[_Sequence] = field(default_factory=list)
 
 
 class ContinuousEngine:
@@ -57,6 +78,9 @@ class ContinuousEngine:
         self._context = int(spec.context_length or getattr(config, "max_position_embeddings", None) or 2048)
         self._eos = _eos_ids(model, tokenizer)
         self._running: dict[int, _Running] = {}
+        self._queue: deque[tuple[_Running, _Sequence]] = deque()
+        self._given: dict[str, tuple[_Running, _Sequence]] = {}
+        self._batch_tokens = BATCH_TOKENS
         self._refused: list[Response] = []
         self._tokens = 0
         self._kv_tokens = kv_tokens(spec.context_length)
@@ -69,7 +93,7 @@ class ContinuousEngine:
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=-(-self._kv_tokens // PAGE_TOKENS),
-                max_batch_tokens=BATCH_TOKENS,
+                max_batch_tokens=self._batch_tokens,
                 # Prompts of different tenants must never share blocks, and the manager knows no tenants.
                 allow_block_sharing=False,
                 use_async_batching=False,
@@ -107,21 +131,48 @@ class ContinuousEngine:
         if fault is not None:
             self._refused.append(Response(request.id, fault=fault))
             return
-        count = len(prompts) * request.params.n
-        sequences = [f"{request.id}:{index}" for index in range(count)]
-        self._running[request.id] = _Running(request, sum(map(len, prompts)), sequences)
-        for index, sequence in enumerate(sequences):
+        running = self._running[request.id] = _Running(request, sum(map(len, prompts)))
+        for index in range(len(prompts) * request.params.n):
             prompt = prompts[index // request.params.n]
-            self._submit(sequence, prompt, limit or self._context - len(prompt), request, index)
+            text = StreamedText(self._text, request.params.stop) if request.is_streamed else None
+            seed = request.params.seed + index
+            running.sequences.append(
+                _Sequence(f"{request.id}:{index}", prompt, limit or self._context - len(prompt), seed, text)
+            )
+        waiting = [(running, sequence) for sequence in running.sequences]
+        if request.is_online:
+            # Before every batch; among themselves online requests keep their order, as `_first_offline` shows.
+            for position, entry in enumerate(waiting, self._first_offline()):
+                self._queue.insert(position, entry)
+        else:
+            self._queue.extend(waiting)
 
-    def _submit(self, sequence: str, prompt: list[int], limit: int, request: Request, index: int) -> None:
+    def _first_offline(self) -> int:
+        """Return the place in the queue where the requests of batches begin."""
+        places = (place for place, (running, _) in enumerate(self._queue) if not running.request.is_online)
+        return next(places, len(self._queue))
+
+    def _feed(self) -> None:
+        """Hand the manager sequences from the queue, as many as it may have at once."""
+        while self._queue and len(self._given) < MAX_SEQUENCES:
+            running, sequence = self._queue.popleft()
+            self._given[sequence.key] = (running, sequence)
+            self._submit(running.request, sequence)
+
+    def _submit(self, request: Request, sequence: _Sequence) -> None:
         params = request.params
-        sampling: dict[str, Any] = {"temperature": float(params.temperature), "seed": params.seed + index}
+        sampling: dict[str, Any] = {"temperature": float(params.temperature), "seed": sequence.seed}
         sampling |= {"top_p": float(params.top_p), "top_k": params.top_k, "min_p": float(params.min_p)}
         if params.min_tokens and self._eos:
-            sampling |= {"min_length": len(prompt) + params.min_tokens, "eos": tuple(self._eos)}
-        eos = NO_EOS if params.ignore_eos or not self._eos else self._eos
-        self._manager.add_request(prompt, request_id=sequence, max_new_tokens=limit, eos_token_id=eos, **sampling)
+            sampling |= {"min_length": len(sequence.prompt) + params.min_tokens, "eos": tuple(self._eos)}
+        self._manager.add_request(
+            sequence.prompt,
+            request_id=sequence.key,
+            max_new_tokens=sequence.limit,
+            eos_token_id=NO_EOS if params.ignore_eos or not self._eos else self._eos,
+            streaming=request.is_streamed,
+            **sampling,
+        )
 
     def _encode(self, request: Request) -> list[list[int]]:
         if request.messages is None:
@@ -150,51 +201,88 @@ class ContinuousEngine:
     def abort(self, request_id: int) -> None:
         running = self._running.pop(request_id, None)
         if running is not None:
+            self._queue = deque(entry for entry in self._queue if entry[0] is not running)
             for sequence in running.sequences:
-                if sequence not in running.done:
-                    self._manager.cancel_request(sequence)
+                if self._given.pop(sequence.key, None) is not None:
+                    self._manager.cancel_request(sequence.key)
 
     def wait_seconds(self) -> float | None:
         if self._refused:
             return 0.0
         return POLL_SECONDS if self._running else None
 
-    def step(self) -> list[Response]:
-        """Collect what the manager's thread has finished. Raises RuntimeError when that thread died."""
-        responses, self._refused = self._refused, []
-        while (output := self._next_output()) is not None:
-            running = self._running.get(int(output.request_id.partition(":")[0]))
-            if running is None:  # aborted
-                continue
-            if output.error is not None:
-                raise RuntimeError(f"generation failed: {output.error}")
-            running.done[output.request_id] = self._decode(running.request, output.generated_tokens)
-            self._tokens += len(output.generated_tokens)
-            if len(running.done) == len(running.sequences):
-                responses.append(self._respond(running))
+    def step(self) -> Output:
+        """Collect what the manager's thread has generated. Raises RuntimeError when that thread died."""
+        output = Output(self._refused)
+        self._refused = []
+        self._feed()
+        while (generated := self._next_generated()) is not None:
+            entry = self._given.get(generated.request_id)
+            if generated.error is not None:
+                self._recover(generated.error)
+                break
+            if entry is not None:  # None: aborted
+                self._take(*entry, generated, output)
         if self._running and not self._manager.is_running():
-            # A CUDA error poisons the whole process: it ends, its requests are tried again in a fresh one.
-            raise RuntimeError(f"the generation thread died: {self._manager.background_thread_status.fatal_error}")
-        return responses
+            self._recover("the generation thread ended")
+        return output
 
-    def _next_output(self) -> Any:
+    def _next_generated(self) -> Any:
         try:
             return self._manager.output_router.output_queue.get_nowait()
         except queue.Empty:
             return None
 
+    def _take(self, running: _Running, sequence: _Sequence, generated: Any, output: Output) -> None:
+        """Note what a sequence has become, and answer its request when that was the last one."""
+        request_id, tokens = running.request.id, list(generated.generated_tokens)
+        if not generated.is_finished():
+            if sequence.text is not None and (piece := sequence.text.grow(tokens)):
+                output.deltas.append(Delta(request_id, running.sequences.index(sequence), piece))
+            return
+        del self._given[sequence.key]
+        sequence.done = self._decode(running.request, tokens)
+        if sequence.text is not None and (piece := sequence.text.finish(sequence.done[0])):
+            output.deltas.append(Delta(request_id, running.sequences.index(sequence), piece))
+        self._tokens += len(tokens)
+        if all(other.done for other in running.sequences):
+            output.responses.append(self._respond(running))
+
+    def _recover(self, error: str) -> None:
+        """Start again with half the batch when memory ran out; raises RuntimeError for every other end.
+
+        A CUDA error poisons the whole process: it ends, and its requests are tried again in a fresh one.
+        """
+        self._manager.stop(block=True, timeout=10, hard_stop=True)
+        cause = self._manager.background_thread_status.fatal_error
+        if not is_out_of_memory(cause) or self._batch_tokens <= MIN_BATCH_TOKENS:
+            raise RuntimeError(f"generation failed: {cause or error}")
+        self._batch_tokens //= 2
+        log.warning("out of memory: smaller batches from now on", extra={"batch_tokens": self._batch_tokens})
+        self._manager = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._manager = self._start_manager()
+        # A sequence's random stream is its own, so that it draws the same tokens again; deltas go on where they were.
+        self._queue.extendleft(reversed(self._given.values()))
+        self._given.clear()
+
     def _decode(self, request: Request, tokens: list[int]) -> tuple[str, str, int]:
         """Return (text, finish reason, number of tokens) of one finished sequence."""
         ended = bool(tokens) and tokens[-1] in self._eos and not request.params.ignore_eos
-        text: str = self._tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+        text = self._text(tokens[:-1] if ended else tokens)
         cuts = [position for stop in request.params.stop if (position := text.find(stop)) >= 0]
         if cuts:
             return text[: min(cuts)], "stop", len(tokens)
         return text, "stop" if ended else "length", len(tokens)
 
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
     def _respond(self, running: _Running) -> Response:
         del self._running[running.request.id]
-        answers = [running.done[sequence] for sequence in running.sequences]
+        answers = [sequence.done for sequence in running.sequences if sequence.done]
         return Response(
             running.request.id,
             choices=[(text, reason) for text, reason, _ in answers],
@@ -207,6 +295,11 @@ class ContinuousEngine:
         self._manager = self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, on a GPU or (as torch says it there) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

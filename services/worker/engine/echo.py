@@ -2,12 +2,14 @@
 
 import hashlib
 import heapq
+import re
 import struct
 import time
 
-from services.worker.protocol import Request, Response
+from services.worker.protocol import Delta, Output, Request, Response
 
 EMBEDDING_FLOATS = 8
+_WORD = re.compile(r"\s*\S+\s*$|\s*\S+|\s+$")
 
 
 class EchoEngine:
@@ -37,19 +39,22 @@ class EchoEngine:
     def abort(self, request_id: int) -> None:
         self._aborted.add(request_id)
 
-    def step(self) -> list[Response]:
+    def step(self) -> Output:
         self._steps += 1
         now = time.monotonic()
-        responses = []
+        output = Output()
         while self._due and self._due[0][0] <= now:
             _, request_id, request = heapq.heappop(self._due)
             if request_id in self._aborted:
                 self._aborted.discard(request_id)
                 continue
-            responses.append(self._answer(request))
+            response = self._answer(request)
+            output.responses.append(response)
+            if request.is_streamed:
+                output.deltas += word_deltas(response)
         if not self._due:
             self._aborted.clear()
-        return responses
+        return output
 
     def wait_seconds(self) -> float | None:
         return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
@@ -81,6 +86,15 @@ def cut(text: str, max_tokens: int | None) -> tuple[str, str]:
     if max_tokens is None or len(words) <= max_tokens:
         return text, "stop"
     return " ".join(words[:max_tokens]), "length"
+
+
+def word_deltas(response: Response) -> list[Delta]:
+    """Return a delta for each word of each choice, with the space that leads to it."""
+    return [
+        Delta(response.id, index, word)
+        for index, (text, _) in enumerate(response.choices)
+        for word in _WORD.findall(text)
+    ]
 
 
 def embed(text: str) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from services.worker.protocol import Request, RequestFault, Response
+from services.worker.protocol import Output, Request, RequestFault, Response
 
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; halved when memory runs out."""
@@ -35,8 +35,9 @@ class _Pending:
 
 @dataclass(order=True)
 class _Row:
-    """One input: `ids` are its tokens; sorted by length."""
+    """One input: `ids` are its tokens. Batches are taken from the end of the order: online first, then the longest."""
 
+    is_online: bool
     length: int
     request_id: int
     index: int
@@ -82,7 +83,7 @@ class EncoderEngine:
             self._refuse(request.id, "A token id is beyond the model's vocabulary.", "input", "invalid_value")
             return
         self._pending[request.id] = _Pending(request, [None] * len(ids), sum(map(len, ids)))
-        self._rows += [_Row(len(row), request.id, index, row) for index, row in enumerate(ids)]
+        self._rows += [_Row(request.is_online, len(row), request.id, index, row) for index, row in enumerate(ids)]
         self._unsorted = True
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
@@ -101,12 +102,16 @@ class EncoderEngine:
     def wait_seconds(self) -> float | None:
         return 0.0 if self._rows or self._refused else None
 
-    def step(self) -> list[Response]:
+    def step(self) -> Output:
         self._steps += 1
         responses, self._refused = self._refused, []
         batch = self._take_batch()
-        if not batch:
-            return responses
+        if batch:
+            self._run(batch, responses)
+        return Output(responses)
+
+    def _run(self, batch: list[_Row], responses: list[Response]) -> None:
+        """Embed a batch and add the requests that it completes; out of memory halves the batches from now on."""
         try:
             vectors = self._forward(batch)
         except torch.OutOfMemoryError:
@@ -116,23 +121,27 @@ class EncoderEngine:
                 raise
             self._batch_tokens = max(self._settings.max_tokens, self._batch_tokens // 2)
             torch.cuda.empty_cache()
-            return responses
+            return
         for row, vector in zip(batch, vectors, strict=True):
             pending = self._pending[row.request_id]
             pending.vectors[row.index] = vector.tobytes()
             self._tokens += row.length
             if pending.is_done:
                 responses.append(self._respond(pending))
-        return responses
 
     def _take_batch(self) -> list[_Row]:
-        """Take the longest rows, as many as fit when padded to the first one's length."""
+        """Take the last rows of the order, as many as fit when padded to the longest of them."""
         if self._unsorted:
             self._rows.sort()
             self._unsorted = False
         if not self._rows:
             return []
-        count = max(1, min(BATCH_ROWS, self._batch_tokens // self._rows[-1].length))
+        width = count = 0
+        for row in reversed(self._rows):
+            width = max(width, row.length)
+            if count and (count == BATCH_ROWS or (count + 1) * width > self._batch_tokens):
+                break
+            count += 1
         batch = self._rows[-count:]
         del self._rows[-count:]
         return batch

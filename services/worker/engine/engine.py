@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from services.worker.protocol import Request, Response
+from services.worker.protocol import Output, Request
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions."""
@@ -34,8 +34,8 @@ class Engine(Protocol):
         """Forget a request; unknown ones are ignored."""
         ...
 
-    def step(self) -> list[Response]:
-        """Do some work and return the requests that it finished or refused."""
+    def step(self) -> Output:
+        """Do some work and return the requests that it finished or refused, and what it has of streamed ones."""
         ...
 
     def wait_seconds(self) -> float | None:

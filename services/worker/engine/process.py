@@ -17,12 +17,12 @@ from services.worker.protocol import (
     Abort,
     Channel,
     ModelSpec,
+    Output,
     Ping,
     Pong,
     Request,
     RequestFault,
     Response,
-    Responses,
     Stop,
     Submit,
     ToChild,
@@ -51,11 +51,10 @@ class EngineProcess:
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         while self._handle(self._messages()):
             self._turns += 1
-            responses = self._place_waiting()
+            self._send(Output(self._place_waiting()))
             for engine in self._cache.engines():
                 if engine.wait_seconds() is not None:
-                    responses += engine.step()
-            self._send(responses)
+                    self._send(engine.step())
 
     def _read(self) -> None:
         while (message := self._channel.receive_in_child()) is not None:
@@ -125,11 +124,11 @@ class EngineProcess:
             refused += [Response(request.id, fault=fault) for request in requests]
         return refused
 
-    def _send(self, responses: list[Response]) -> None:
-        if responses:
-            for response in responses:
+    def _send(self, output: Output) -> None:
+        if output:
+            for response in output.responses:
                 self._owner.pop(response.id, None)
-            self._channel.send(Responses(responses))
+            self._channel.send(output)
 
     def _pong(self) -> None:
         engines = self._cache.engines()
