@@ -7,8 +7,6 @@ from typing import Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-DatabaseRole = Literal["migration", "gateway", "worker", "scheduler"]
-
 
 class Settings(BaseSettings):
     """Settings shared by all services; every field is the variable `LAMPLIGHTER_<NAME>`."""
@@ -23,6 +21,20 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: list[str] = ["*"]
+
+    max_queued_lines: int = Field(10_000_000, ge=1, description="Unfinished batch lines that the system accepts")
+    max_queued_lines_per_tenant: int = Field(2_000_000, ge=1)
+    online_limit: int = Field(512, ge=1, description="Online calls in flight on one worker")
+    online_limit_per_tenant: int = Field(384, ge=1, description="Online calls in flight of one tenant, at each gateway")
+    online_timeout_seconds: float = Field(
+        600.0, gt=0, description="An online call that brought nothing for so long ends"
+    )
+    requests_per_minute: int = Field(
+        0, ge=0, description="Requests that a tenant may make at each gateway; 0: no limit"
+    )
+    tenant_cache_seconds: float = Field(
+        1.0, ge=0, description="How long a gateway trusts a key or a model name that it has looked up"
+    )
 
     lease_seconds: float = Field(60.0, gt=0, description="A slice whose lease ran out is given to another worker")
     heartbeat_seconds: float = Field(10.0, gt=0)

@@ -1,13 +1,19 @@
 """The gateway's wiring."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from services.gateway import errors
 from services.gateway.dependencies import Parts
+from services.gateway.limits import RateLimit
+from services.gateway.lookups import Lookups
 from services.gateway.middleware import BodyLimit, RequestId
-from services.gateway.routes import admin, batches, files, health, jobs, models
+from services.gateway.online import OnlineCalls
+from services.gateway.routes import admin, batches, files, generation, health, jobs, models
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.wake import connect_redis
@@ -20,18 +26,37 @@ WAKE_SECONDS = 0.25
 
 def create_app(settings: Settings) -> FastAPI:
     """Return the application; connections are made when the first request needs them."""
-    app = FastAPI(title="Lamplighter", version="0.1.0", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.parts = Parts(
+    engine = connect_engine(settings, pool_size=POOL_SIZE)
+    parts = Parts(
         settings=settings,
-        engine=connect_engine(settings, pool_size=POOL_SIZE),
+        engine=engine,
         store=Store(settings.store_url),
         redis=connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=WAKE_SECONDS),
+        lookups=Lookups(engine, settings.tenant_cache_seconds),
+        online=OnlineCalls(settings, engine),
+        rate_limit=RateLimit(settings.requests_per_minute),
     )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await parts.online.start()
+        yield
+        await parts.online.stop()
+
+    app = FastAPI(
+        title="Lamplighter",
+        version="0.1.0",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.parts = parts
     errors.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)
-    for module in (health, files, batches, jobs, models, admin):
+    for module in (health, files, batches, generation, jobs, models, admin):
         app.include_router(module.router)
     return app
 

@@ -1,7 +1,7 @@
 """What routes ask for: the process's parts, and who is calling. Every route but health names a scope."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,7 +13,10 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, Engine
 from starlette.responses import JSONResponse
 
-from shared.db import idempotency, tenants
+from services.gateway.limits import RateLimit
+from services.gateway.lookups import Lookups
+from services.gateway.online import OnlineCalls
+from shared.db import idempotency
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import AuthenticationFailed, InvalidRequest, PermissionDenied
@@ -32,6 +35,9 @@ class Parts:
     engine: Engine
     store: Store
     redis: "redis.Redis"
+    lookups: Lookups
+    online: OnlineCalls
+    rate_limit: RateLimit
 
     @contextmanager
     def transaction(self, caller: Caller) -> Iterator[Connection]:
@@ -58,17 +64,17 @@ def get_parts(request: Request) -> Parts:
 PartsDependency = Annotated[Parts, Depends(get_parts)]
 
 
-def require(scope: str) -> Callable[..., Caller]:
+def require(scope: str) -> Callable[..., Awaitable[Caller]]:
     """Return a dependency that lets in callers whose key has `scope`."""
 
-    def authenticated(parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:
+    async def authenticated(parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise AuthenticationFailed
-        with parts.engine.begin() as connection:
-            caller = tenants.authenticate(connection, key.strip())
+        caller = await parts.lookups.caller(key.strip())
         if not caller.may(scope):
             raise PermissionDenied(f"This needs a key with the scope '{scope}'.")
+        parts.rate_limit.spend(caller.tenant_id)
         return caller
 
     return authenticated

@@ -10,6 +10,8 @@ from services.gateway.streaming import MAX_FILE_BYTES
 from shared.domain.errors import BodyTooLarge
 
 MAX_JSON_BYTES = 2**20
+MAX_CALL_BYTES = 4 * 2**20
+CALL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 MULTIPART_MARGIN_BYTES = 2**20
 
 
@@ -43,13 +45,18 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_upload = scope["path"] == "/v1/files"
-        limit = MAX_FILE_BYTES + MULTIPART_MARGIN_BYTES if is_upload else MAX_JSON_BYTES
+        limit = _limit_bytes(scope["path"])
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             await error_response(BodyTooLarge(f"The body is larger than {limit} bytes."))(scope, receive, send)
             return
         await self._app(scope, *_limited(scope, receive, send, limit))
+
+
+def _limit_bytes(path: str) -> int:
+    if path == "/v1/files":
+        return MAX_FILE_BYTES + MULTIPART_MARGIN_BYTES
+    return MAX_CALL_BYTES if path in CALL_PATHS else MAX_JSON_BYTES
 
 
 def _limited(scope: Scope, receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:

@@ -82,6 +82,10 @@ def prepare(directory: Path) -> PostgresCluster:
     secrets_file = directory.parent / "postgres.json"
     if secrets_file.exists() and (directory / "PG_VERSION").exists():
         passwords = orjson.loads(secrets_file.read_bytes())
+        missing = {role: secrets.token_urlsafe(24) for role in ROLES if role not in passwords}
+        if missing:  # a role that a newer version brought
+            passwords |= missing
+            write_secret(secrets_file, orjson.dumps(passwords))
     else:
         passwords = {role: secrets.token_urlsafe(24) for role in ("superuser", *ROLES)}
         _initialise(directory, passwords["superuser"])

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine, text
 
-from shared.db import files
+from shared.db import files, online
 from shared.settings import Settings
 from shared.store import Store
 
@@ -24,6 +24,7 @@ class Retention:
                 day = today + timedelta(days=ahead)
                 connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": day})
             files.expire_due(connection)
+            online.close_days(connection)
         self._drop_partitions()
         while paths := self._take_removable():
             for path in paths:

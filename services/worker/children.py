@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -231,10 +232,17 @@ class EngineChild(ChildSupervisor):
         batch.ids.update(self.submit_for(batch, model, requests))
         return batch
 
-    def submit_for(self, listener: Listener, model: ModelSpec, requests: list[Request]) -> list[int]:
-        """Hand requests to the child, give each its id and return these; `listener` may be called before this returns.
+    def submit_for(
+        self,
+        listener: Listener,
+        model: ModelSpec,
+        requests: list[Request],
+        before_send: Callable[[list[int]], None] = lambda _: None,
+    ) -> list[int]:
+        """Hand requests to the child, give each its id and return these.
 
-        Raises ChildLost when the worker is ending.
+        `listener` may be called before this returns; `before_send` gets the ids before that can happen. Raises
+        ChildLost when the worker is ending.
         """
         with self._lock:
             life = self._living()
@@ -242,6 +250,7 @@ class EngineChild(ChildSupervisor):
                 self._next_id += 1
                 request.id = self._next_id
         ids = [request.id for request in requests]
+        before_send(ids)
         with self._book_lock:
             self._waiting.update(dict.fromkeys(ids, (life, listener)))
         if not life.send(Submit(model, requests)):

@@ -1,6 +1,5 @@
 """Runs one slice under its lease: reads its lines, has the engine answer them, records them as they come."""
 
-import base64
 import hashlib
 import logging
 import threading
@@ -8,33 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import orjson
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
 from services.worker.children import Batch, EngineChild
-from services.worker.protocol import ModelSpec, Request, Response, SamplingParams
-from shared.db import model_registry, slices
-from shared.db.session import tenant_transaction
+from services.worker.protocol import Response
+from services.worker.translation import ModelDirectory, answer, engine_request
+from shared.db import slices
 from shared.db.slices import ClaimedSlice, RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.batch_file import batch_request_id, render_line
 from shared.domain.errors import ChildLost, InvalidRequest, LeaseGivenUp, LeaseLost, NotFound, RequestError
 from shared.domain.job import StopReason
-from shared.domain.payloads import (
-    AnyPayload,
-    ChatPayload,
-    CompletionPayload,
-    EmbeddingPayload,
-    chat_body,
-    completion_body,
-    embedding_body,
-    parse_batch_body,
-    unsupported_parameter,
-)
+from shared.domain.payloads import AnyPayload, parse_batch_body, refuse_unsupported
 from shared.domain.retry import backoff_seconds
 from shared.domain.slice import AttemptOutcome, SliceState, is_dead_letter, must_run_alone
 from shared.settings import Settings
@@ -134,6 +122,7 @@ class SliceRunner:
         child: EngineChild,
         identity: WorkerIdentity,
         settings: Settings,
+        models: ModelDirectory,
         *,
         record_statement: str = slices.RECORD,
     ) -> None:
@@ -141,6 +130,7 @@ class SliceRunner:
         self._identity, self._settings = identity, settings
         self._record_statement = record_statement
         self._gate = AloneGate()
+        self.models = models
         self.leases = Leases()
         self.draining = threading.Event()
         self.stale_writes = 0
@@ -253,16 +243,17 @@ class SliceRunner:
         """Have the child answer the lines; flush what arrives, until all is there or the slice must stop."""
         claimed = lease.claimed
         try:
-            spec = self._find_model(claimed, lines[0].payload.model)
+            spec = self.models.find(claimed.tenant_id, lines[0].payload.model, claimed.endpoint)
         except NotFound as error:
             for line in lines:
                 _add_error(buffer, claimed, line.line_no, line.custom_id, error.status, error.body())
             return
         if spec.kind != "echo":
-            lines = [line for line in lines if not _refuse_unsupported(buffer, claimed, line)]
+            lines = [line for line in lines if not _is_refused(buffer, claimed, line)]
         if not lines:
             return
-        requests = [_request(claimed, line) for line in lines]
+        # Without a seed of its own a line has one by its place, so that a second try draws the same tokens.
+        requests = [engine_request(line.payload, _line_seed(claimed, line.line_no)) for line in lines]
         batch = self._child.submit(spec, requests)
         waiting = {request.id: line for request, line in zip(requests, lines, strict=True)}
         try:
@@ -280,8 +271,6 @@ class SliceRunner:
         while waiting and not self._must_stop(lease):
             for response in batch.collect(self._settings.flush_seconds):
                 line = waiting.pop(response.id)
-                if response.fault is not None and response.fault.status is None:
-                    raise RuntimeError(response.fault.message)
                 _add_response(buffer, lease.claimed, line, response)
             age = time.monotonic() - flushed_at
             if len(buffer) >= self._settings.flush_lines or (len(buffer) and age >= self._settings.flush_seconds):
@@ -335,49 +324,15 @@ class SliceRunner:
             else:
                 return
 
-    def _find_model(self, claimed: ClaimedSlice, name: str) -> ModelSpec:
-        """Return the model as the job's tenant sees it; raises NotFound."""
-        with tenant_transaction(self._engine, claimed.tenant_id) as connection:
-            model = model_registry.find(connection, claimed.tenant_id, name)
-        wanted = "encoder" if claimed.endpoint == "/v1/embeddings" else "causal_lm"
-        if model.kind not in (wanted, "echo"):
-            message = f"The model {name!r} does not serve {claimed.endpoint}."
-            raise NotFound(message, param="model", code="model_not_supported")
-        kind: Literal["echo", "causal_lm", "encoder"] = model.kind  # type: ignore[assignment]  # checked above
-        return ModelSpec(model.name, kind, model.source, model.revision, model.dtype, model.context_length)
 
-
-def _request(claimed: ClaimedSlice, line: _Line) -> Request:
-    """Return the engine's form of a line."""
-    payload = line.payload
-    if isinstance(payload, EmbeddingPayload):
-        return Request(0, "embed", prompts=payload.inputs, delay_ms=payload.delay_ms)
-    params = SamplingParams(
-        max_tokens=payload.token_limit,
-        temperature=payload.temperature,
-        top_p=payload.top_p,
-        top_k=payload.top_k,
-        min_p=payload.min_p,
-        stop=payload.stops,
-        # Without a seed of its own a line has one by its place, so that a second try draws the same tokens.
-        seed=payload.seed if payload.seed is not None else _line_seed(claimed, line.line_no),
-        n=payload.n,
-        min_tokens=payload.min_tokens,
-        ignore_eos=payload.ignore_eos,
-    )
-    if isinstance(payload, ChatPayload):
-        messages = [{"role": message.role, "content": message.text} for message in payload.messages]
-        return Request(0, "chat", messages=messages, params=params, delay_ms=payload.delay_ms)
-    return Request(0, "complete", prompts=payload.prompts, params=params, delay_ms=payload.delay_ms)
-
-
-def _refuse_unsupported(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line) -> bool:
-    """Record a line as refused when it asks for what the engine cannot do yet: better no answer than a wrong one."""
-    param = unsupported_parameter(line.payload)
-    if param is not None:
-        error = InvalidRequest(f"{param} is not supported in this version.", param=param, code="unsupported_parameter")
+def _is_refused(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line) -> bool:
+    """Record a line as refused when it asks for what the engine cannot do yet."""
+    try:
+        refuse_unsupported(line.payload)
+    except InvalidRequest as error:
         _add_error(buffer, claimed, line.line_no, line.custom_id, error.status, error.body())
-    return param is not None
+        return True
+    return False
 
 
 def _line_seed(claimed: ClaimedSlice, line_no: int) -> int:
@@ -386,29 +341,12 @@ def _line_seed(claimed: ClaimedSlice, line_no: int) -> int:
 
 
 def _add_response(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line, response: Response) -> None:
-    """Add an answer, or the refusal that only the engine could know of, to the lines to be recorded."""
-    fault = response.fault
-    if fault is not None:
-        type_ = "invalid_request_error" if fault.status != 500 else "server_error"
-        error = {"error": {"message": fault.message, "type": type_, "param": fault.param, "code": fault.code}}
-        _add_error(buffer, claimed, line.line_no, line.custom_id, fault.status, error)
-        return
-    payload, request_id = line.payload, batch_request_id(claimed.job_id.hex, line.line_no)
-    tokens = (response.prompt_tokens, response.completion_tokens)
-    if isinstance(payload, EmbeddingPayload):
-        body = embedding_body(payload.model, _vectors(payload, response.embeddings), response.prompt_tokens)
-    else:
-        render = completion_body if isinstance(payload, CompletionPayload) else chat_body
-        body = render(request_id, claimed.job_created, payload.model, response.choices, *tokens)
-    text = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-    size = len(render_line(request_id, line.custom_id, 200, text, None))
-    buffer.add(line.line_no, line.custom_id, 200, text, None, size, tokens)
-
-
-def _vectors(payload: EmbeddingPayload, embeddings: list[bytes]) -> list[Any]:
-    if payload.encoding_format == "base64":
-        return [base64.b64encode(raw).decode() for raw in embeddings]
-    return [np.frombuffer(raw, dtype="<f4") for raw in embeddings]
+    """Add an answer to the lines to be recorded."""
+    request_id = batch_request_id(claimed.job_id.hex, line.line_no)
+    done = answer(line.payload, response, request_id, claimed.job_created)
+    size = len(render_line(request_id, line.custom_id, done.status_code, done.body, None))
+    tokens = (done.input_tokens, done.output_tokens)
+    buffer.add(line.line_no, line.custom_id, done.status_code, done.body, None, size, tokens)
 
 
 def _add_error(

@@ -16,8 +16,10 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
+from services.worker.online import OnlineServer
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
+from services.worker.translation import ModelDirectory
 from shared.db import slices, workers
 from shared.db.session import connect_engine
 from shared.db.workers import WorkerIdentity
@@ -41,8 +43,16 @@ PR_SET_PDEATHSIG = 1
 class Heart:
     """Renews leases and tells Postgres that this worker lives; the only thread whose delay would cost work."""
 
-    def __init__(self, engine: Engine, runner: SliceRunner, child: EngineChild, identity: WorkerIdentity) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        runner: SliceRunner,
+        child: EngineChild,
+        online_server: OnlineServer,
+        identity: WorkerIdentity,
+    ) -> None:
         self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
+        self._online = online_server
         self.stop = threading.Event()
 
     def run(self, settings: Settings) -> None:
@@ -66,10 +76,11 @@ class Heart:
             pairs = [(lease.claimed.slice_id, lease.claimed.lease_token) for lease in leases]
             ours = slices.renew(connection, pairs, settings.lease_seconds)
             status = self._child.status
+            is_busy = bool(leases or self._online.in_flight)
             is_welcome = workers.heartbeat(
                 connection,
                 self._identity.worker_id,
-                state="draining" if self._runner.draining.is_set() else "busy" if leases else "idle",
+                state="draining" if self._runner.draining.is_set() else "busy" if is_busy else "idle",
                 models=status.models if status else [],
                 stats=self._stats(),
                 lease_seconds=settings.lease_seconds,
@@ -89,6 +100,7 @@ class Heart:
     def _stats(self) -> dict[str, Any]:
         status = self._child.status
         stats: dict[str, Any] = {"stale_writes": self._runner.stale_writes, "child_restarts": self._child.restarts}
+        stats["online"] = self._online.in_flight
         if status is not None:
             stats |= {"model_loads": status.model_loads, "cache_bytes": status.cache_bytes, "tokens": status.tokens}
             stats |= {"in_flight": status.in_flight}
@@ -129,13 +141,14 @@ def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int,
         # Weights come from registered directories; a child that reached for a hub would be a fault.
         environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
-    return SliceRunner(engine, Store(settings.store_url), child, identity, settings)
+    return SliceRunner(engine, Store(settings.store_url), child, identity, settings, ModelDirectory(engine))
 
 
 def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIdentity, settings: Settings) -> None:
     """Consume this worker's queue until SIGTERM, then flush what runs, give it back and leave."""
     child = runner._child  # noqa: SLF001  # wiring
-    heart = Heart(engine, runner, child, identity)
+    online_server = OnlineServer(engine, settings.redis_url.get_secret_value(), child, runner.models, identity)
+    heart = Heart(engine, runner, child, online_server, identity)
     heart_thread = threading.Thread(target=heart.run, args=(settings,), name="heart", daemon=True)
     heart_thread.start()
     signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
@@ -151,7 +164,9 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     )
     # Ready before the first message can come: the dispatcher is told only now that there is somebody to ring.
     signals.worker_ready.connect(lambda **_: _announce(heart, settings), weak=False)
-    celery_worker.start()
+    # A warm shutdown of Celery returns once the slices are given back; online calls are answered after it.
+    with online_server.serving(settings.drain_seconds):
+        celery_worker.start()
     heart.stop.set()
     heart_thread.join()
     child.close()
@@ -198,7 +213,7 @@ def main(build: Any = build_runner) -> None:
         device=arguments.device,
         slots=settings.slots,
     )
-    engine = connect_engine(settings, pool_size=settings.slots + 3)
+    engine = connect_engine(settings, pool_size=settings.slots + 5)
     with engine.begin() as connection:
         if not workers.register(connection, identity, settings.lease_seconds):
             log.error("device is owned by another worker", extra={"device": identity.device})

@@ -87,6 +87,7 @@ PAGE = (
     + """
     WHERE (cast(:kind AS text) IS NULL OR job.kind = :kind)
         AND (cast(:tenant_id AS text) IS NULL OR job.tenant_id = :tenant_id)
+        AND job.kind <> 'online'
         AND (cast(:state AS text[]) IS NULL OR job.state = ANY(:state))
         AND (cast(:key AS text) IS NULL OR job.idempotency_key = :key)
         AND (cast(:after AS uuid) IS NULL OR (job.created_at, job.job_id) <
@@ -167,6 +168,33 @@ def accept_batch(connection: Connection, batch: NewBatch) -> UUID:
     connection.execute(_ACCEPT, parameters)
     _status_event(connection, batch.tenant_id, job_id, JobState.VALIDATING)
     return job_id
+
+
+_UNFINISHED = text("""
+    SELECT coalesce(sum(file.lines), 0)::bigint AS mine, unfinished_lines() AS everybody FROM job
+    JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
+    WHERE job.tenant_id = :tenant_id AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+""")
+
+
+def unfinished_lines(connection: Connection, tenant_id: str) -> tuple[int, int]:
+    """Return how many lines the open jobs of a tenant, and of all, have. Locks the tenant's submissions till commit."""
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('queue:' || :tenant_id, 0))")
+    connection.execute(lock, {"tenant_id": tenant_id})
+    row = connection.execute(_UNFINISHED, {"tenant_id": tenant_id}).one()
+    return row.mine, row.everybody
+
+
+def lines_per_second(connection: Connection, over_seconds: float = 300.0) -> float:
+    """Return how many of the tenant's lines were finished a second, over its jobs that ended lately or run."""
+    statement = text("""
+        SELECT coalesce(sum(slice.completed + slice.failed), 0) / :seconds FROM slice
+        JOIN job ON job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id
+        WHERE slice.progress_at > now() - make_interval(secs => :seconds)
+            AND coalesce(job.ended_at, now()) > now() - make_interval(secs => :seconds)
+    """)
+    rate = connection.execute(statement, {"seconds": over_seconds}).scalar_one()
+    return float(rate)
 
 
 @dataclass(frozen=True)

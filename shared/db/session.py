@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 
 from shared.settings import Settings
 
-ROLES = ("migration", "gateway", "worker", "scheduler")
+ROLES = ("migration", "gateway", "preprocessor", "worker", "scheduler")
 ROLE_PREFIX = "lamplighter_"
 
 _SET_TENANT = text(

@@ -118,6 +118,8 @@ class WorkerLoad:
     models: frozenset[str]
     occupied: int
     """Slices that run on it or wait for it in Redis."""
+    is_open: bool = True
+    """Whether it takes new work; one that drains only finishes what it has."""
 
 
 LOADS = """
@@ -134,6 +136,16 @@ def loads(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     """Return the workers that may be given work."""
     rows = connection.execute(text(LOADS), {"age": heartbeat_within_seconds})
     return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied) for r in rows]
+
+
+def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[WorkerLoad]:
+    """Return the workers that live, draining ones too; what waits for them is not counted."""
+    statement = text("""
+        SELECT worker_id, name, slots, models, state FROM worker
+        WHERE state <> 'lost' AND heartbeat_at > now() - make_interval(secs => :age) ORDER BY name, worker_id
+    """)
+    rows = connection.execute(statement, {"age": heartbeat_within_seconds})
+    return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), 0, r.state in ("idle", "busy")) for r in rows]
 
 
 def listing(connection: Connection) -> list[dict[str, Any]]:

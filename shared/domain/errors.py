@@ -11,6 +11,7 @@ LamplighterError
 │   ├── BodyTooLarge        413
 │   ├── IdempotencyMismatch 422
 │   ├── QueueFull           429
+│   ├── RateLimited         429
 │   └── Unavailable         503
 ├── LeaseLost               a fenced write found no row: the work belongs to another
 │   └── LeaseGivenUp        the lease could not be kept; nothing more is written under it
@@ -108,6 +109,12 @@ class QueueFull(RequestError):
     """The queue is full. Try again later."""
 
     status, type, default_code = 429, "rate_limit_error", "queue_full"
+
+
+class RateLimited(RequestError):
+    """This tenant sends more requests a minute than it may."""
+
+    status, type, default_code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
 class Unavailable(RequestError):

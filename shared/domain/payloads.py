@@ -6,9 +6,9 @@ Unknown fields are ignored, as OpenAI's SDKs send new ones; wrong values of know
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shared.domain.errors import InvalidRequest, RequestError
+from shared.domain.errors import InvalidRequest, NotFound, RequestError
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 BATCH_ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -26,6 +26,12 @@ class Payload(BaseModel):
     model: str = Field(min_length=1, max_length=400)
 
 
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    include_usage: bool = False
+
+
 class GenerationPayload(Payload):
     """Sampling fields that chat and completions share; ranges are OpenAI's, extensions are design §5's."""
 
@@ -38,6 +44,7 @@ class GenerationPayload(Payload):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     user: str | None = None
 
     min_tokens: int = Field(0, ge=0)
@@ -52,6 +59,12 @@ class GenerationPayload(Payload):
         """The stop strings, none of them empty."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -174,17 +187,17 @@ class EmbeddingPayload(Payload):
 
 AnyPayload = ChatPayload | CompletionPayload | EmbeddingPayload
 
-_ADAPTERS: dict[str, TypeAdapter[Any]] = {
-    "/v1/chat/completions": TypeAdapter(ChatPayload),
-    "/v1/completions": TypeAdapter(CompletionPayload),
-    "/v1/embeddings": TypeAdapter(EmbeddingPayload),
+_MODELS: dict[str, type[AnyPayload]] = {
+    "/v1/chat/completions": ChatPayload,
+    "/v1/completions": CompletionPayload,
+    "/v1/embeddings": EmbeddingPayload,
 }
 
 
 def parse_payload(endpoint: str, body: Any) -> AnyPayload:
     """Return the checked body of a call to `endpoint`; raises InvalidRequest that names the first wrong field."""
     try:
-        payload: AnyPayload = _ADAPTERS[endpoint].validate_python(body)
+        payload: AnyPayload = _MODELS[endpoint].model_validate(body)
     except ValidationError as error:
         raise invalid_request(error) from None
     return payload
@@ -215,6 +228,27 @@ def unsupported_parameter(payload: AnyPayload) -> str | None:
         asked |= {"logprobs": payload.logprobs is not None, "echo": payload.echo, "suffix": bool(payload.suffix)}
         asked |= {"best_of": payload.best_of not in (None, payload.n)}
     return next((name for name, is_asked in asked.items() if is_asked), None)
+
+
+def refuse_unsupported(payload: AnyPayload) -> None:
+    """Raise InvalidRequest for what the engine cannot do yet: better no answer than a wrong one. `echo` takes all."""
+    param = unsupported_parameter(payload)
+    if param is not None:
+        raise InvalidRequest(f"{param} is not supported in this version.", param=param, code="unsupported_parameter")
+
+
+def refuse_wrong_model(kind: str, name: str, endpoint: str) -> None:
+    """Raise NotFound when a model of this kind does not serve `endpoint`."""
+    wanted = "encoder" if endpoint == "/v1/embeddings" else "causal_lm"
+    if kind not in (wanted, "echo"):
+        message = f"The model {name[:200]!r} does not serve {endpoint}."
+        raise NotFound(message, param="model", code="model_not_supported")
+
+
+def unknown_fields(endpoint: str, body: dict[str, Any]) -> list[str]:
+    """Return the fields of a call that nobody here knows; they are ignored."""
+    known = _MODELS[endpoint].model_fields
+    return [name for name in body if name not in known]
 
 
 def invalid_request(error: ValidationError) -> RequestError:
@@ -278,6 +312,33 @@ def completion_body(
             for index, (text, reason) in enumerate(choices)
         ],
         "usage": token_usage(prompt_tokens, completion_tokens),
+    }
+
+
+def chat_chunk(
+    request_id: str, created: int, model: str, index: int, delta: dict[str, Any], finish_reason: str | None = None
+) -> dict[str, Any]:
+    """Return a `chat.completion.chunk` with one choice."""
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion.chunk",
+        "created": created,
+        "model": model,
+        "choices": [choice],
+    }
+
+
+def completion_chunk(
+    request_id: str, created: int, model: str, index: int, text: str, finish_reason: str | None = None
+) -> dict[str, Any]:
+    """Return a streamed `text_completion` with one choice."""
+    return {
+        "id": f"cmpl-{request_id}",
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": [{"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}],
     }
 
 

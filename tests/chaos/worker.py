@@ -6,6 +6,7 @@ import time
 from services.worker import worker
 from services.worker.children import EngineChild
 from services.worker.slices import SliceRunner
+from services.worker.translation import ModelDirectory
 from shared.db import slices
 from shared.store import Store
 
@@ -40,7 +41,9 @@ def build(settings, identity, cache_bytes, engine):
     child = EngineChild("tests.chaos.counting_engine", arguments, hang_seconds=settings.hang_seconds)
     statement = UNFENCED if os.environ.get("CHAOS_UNFENCED") else slices.RECORD
     runner = ObliviousRunner if os.environ.get("CHAOS_OBLIVIOUS") else SliceRunner
-    return runner(engine, Store(settings.store_url), child, identity, settings, record_statement=statement)
+    return runner(
+        engine, Store(settings.store_url), child, identity, settings, ModelDirectory(engine), record_statement=statement
+    )
 
 
 def leave_late(heart, why, leave=worker.Heart._leave):

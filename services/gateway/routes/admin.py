@@ -51,6 +51,7 @@ def list_keys(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
 def revoke_key(key_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         tenants.revoke_key(connection, key_id)
+    parts.lookups.forget()
     return {"id": key_id, "object": "api_key", "deleted": True}
 
 

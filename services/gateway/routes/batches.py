@@ -15,6 +15,7 @@ from services.gateway.dependencies import (
     answer_once,
     body_digest,
 )
+from services.gateway.limits import check_queue
 from services.gateway.schemas import BatchCreate, batch_object, list_page
 from shared.db import files, jobs
 from shared.db.files import FileView
@@ -30,6 +31,7 @@ router = APIRouter(prefix="/v1/batches")
 def create_batch(body: BatchCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey) -> Response:
     def accept(connection: Connection) -> dict[str, Any]:
         file = _input_file(connection, body.input_file_id)
+        check_queue(connection, parts.settings, caller.tenant_id, file.lines or 0)
         expiry = body.output_expires_after
         batch = NewBatch(
             tenant_id=caller.tenant_id,

@@ -45,7 +45,9 @@ def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin, key: Ide
         )
         return model_object(model) | {"kind": model.kind, "dtype": model.dtype, "context_length": model.context_length}
 
-    return answer_once(parts, caller, key, body_digest("model", body), add, as_admin=True)
+    answer = answer_once(parts, caller, key, body_digest("model", body), add, as_admin=True)
+    parts.lookups.forget()
+    return answer
 
 
 # Ids may contain slashes, percent-encoded by clients or not.
@@ -59,4 +61,5 @@ def retrieve_model(name: str, parts: PartsDependency, caller: Reader) -> dict[st
 def delete_model(name: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         model_registry.remove(connection, name)
+    parts.lookups.forget()
     return {"id": name, "object": "model", "deleted": True}

@@ -8,7 +8,7 @@ so that one large batch spreads over all workers.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import UUID
 
 
@@ -105,3 +105,29 @@ def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int]) 
         return (not has_slot, waiting.model not in worker.models, -space, worker.worker_id.hex)
 
     return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference)
+
+
+class OnlineHost(Host, Protocol):
+    """A worker as online calls see it; `is_open` says whether it takes new ones."""
+
+    @property
+    def is_open(self) -> bool: ...
+
+
+_OnlineHost = TypeVar("_OnlineHost", bound=OnlineHost)
+
+
+def place_online(
+    model: str, workers: Sequence[_OnlineHost], in_flight: Mapping[UUID, int], limit: int
+) -> _OnlineHost | None:
+    """Return the worker for an online call: the one with the model warm, then with the fewest calls in flight.
+
+    A warm worker is left for a cold one only once it has `limit` calls; None when all have.
+    """
+    free = [worker for worker in workers if worker.is_open and in_flight.get(worker.worker_id, 0) < limit]
+
+    def preference(worker: _OnlineHost) -> tuple[bool, int, int, str]:
+        calls = in_flight.get(worker.worker_id, 0)
+        return (model not in worker.models, calls, worker.occupied, worker.worker_id.hex)
+
+    return min(free, key=preference, default=None)

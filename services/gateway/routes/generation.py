@@ -1,0 +1,234 @@
+"""OpenAI's online calls: chat, completions and embeddings, whole or streamed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Depends
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, body_digest, require
+from services.gateway.errors import error_response
+from services.gateway.idempotency import OnlineKey
+from services.gateway.online import OnlineCall
+from services.gateway.warnings import warn_of_unknown
+from shared.db.tenants import Caller
+from shared.domain.errors import InvalidRequest, RequestError
+from shared.domain.payloads import (
+    AnyPayload,
+    ChatPayload,
+    EmbeddingPayload,
+    chat_chunk,
+    completion_chunk,
+    parse_payload,
+    refuse_unsupported,
+    refuse_wrong_model,
+    unknown_fields,
+)
+from shared.queueing.online import Done, Piece, Refused, ToGateway
+
+router = APIRouter(prefix="/v1")
+
+PING_SECONDS = 15.0
+"""A stream in which nothing comes for so long gets a comment, so that no proxy takes it for dead."""
+
+Generator = Annotated[Caller, Depends(require("write"))]
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+
+
+@router.post("/chat/completions")
+async def chat(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    return await _serve(request, parts, caller, key, "/v1/chat/completions")
+
+
+@router.post("/completions")
+async def complete(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    return await _serve(request, parts, caller, key, "/v1/completions")
+
+
+@router.post("/embeddings")
+async def embed(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    return await _serve(request, parts, caller, key, "/v1/embeddings")
+
+
+async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None, endpoint: Endpoint) -> Response:
+    """Check a call as the worker would, have it answered, and answer with what was recorded."""
+    raw = await request.body()
+    body = _parse(raw)
+    payload = parse_payload(endpoint, body)
+    model = await parts.lookups.model(caller.tenant_id, payload.model)
+    refuse_wrong_model(model.kind, payload.model, endpoint)
+    if model.kind != "echo":
+        refuse_unsupported(payload)
+    is_streamed = not isinstance(payload, EmbeddingPayload) and bool(payload.stream)
+    headers = warn_of_unknown(unknown_fields(endpoint, body))
+    if is_streamed:
+        if key is not None:
+            message = "A streamed call is not replayed; send it without an Idempotency-Key."
+            raise InvalidRequest(message, param="Idempotency-Key", code="invalid_value")
+        call = await parts.online.open(caller, endpoint, raw, payload.model, is_streamed=True)
+        return await _stream(_Line(request, parts, call), call, payload, headers)
+    async with OnlineKey(parts, caller, key, body_digest(endpoint, body)) as once:
+        if once.first is not None:
+            return JSONResponse(once.first.body, once.first.status, {"Idempotent-Replay": "true"})
+        call = await parts.online.open(caller, endpoint, raw, payload.model, is_streamed=False)
+        line = _Line(request, parts, call)
+        try:
+            reply = await line.end()
+        finally:
+            line.close()
+        if isinstance(reply, Refused):
+            return error_response(refusal(reply))
+        await once.keep(reply.body)
+        return Response(reply.body, headers=headers, media_type="application/json")
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_value")
+    return body
+
+
+def refusal(reply: Refused) -> RequestError:
+    """Return the error that a worker's refusal stands for, with its own status."""
+    error = RequestError(reply.message, param=reply.param, code=reply.code)
+    error.status, error.type = reply.status, reply.error_type  # type: ignore[misc]  # classes fix these; here they travelled
+    if reply.status == 503:
+        error.retry_after_seconds = 1
+    return error
+
+
+class _Line:
+    """A call and its client: what comes of the one, and whether the other is still there."""
+
+    def __init__(self, request: Request, parts: Parts, call: OnlineCall) -> None:
+        self._parts, self._call = parts, call
+        self._leaving = asyncio.ensure_future(_until_left(request))
+        self._is_finished = False
+
+    async def next(self, timeout_seconds: float | None = None) -> ToGateway | None:
+        """Return what comes next, None on time-out; raises ClientDisconnect when the client leaves first."""
+        if not self._call.replies.empty():
+            return self._note(self._call.replies.get_nowait())
+        replying = asyncio.ensure_future(self._call.replies.get())
+        await asyncio.wait({replying, self._leaving}, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if replying.done():
+            return self._note(replying.result())
+        replying.cancel()
+        if self._leaving.done():
+            raise ClientDisconnect
+        return None
+
+    def _note(self, reply: ToGateway) -> ToGateway:
+        # What failed on its way to or from the worker is aborted there, to be sure.
+        self._is_finished = isinstance(reply, Done) or (isinstance(reply, Refused) and reply.status != 503)
+        return reply
+
+    async def end(self) -> Done | Refused:
+        """Return how the call ends, without the pieces on the way."""
+        while not isinstance(reply := await self.next(), Done | Refused):
+            pass
+        return reply
+
+    def close(self) -> None:
+        self._leaving.cancel()
+        self._parts.online.close(self._call, is_finished=self._is_finished)
+
+
+async def _until_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(line: _Line, call: OnlineCall, payload: AnyPayload, headers: dict[str, str]) -> Response:
+    """Answer with server-sent events; a call that is refused before its first piece gets a plain error."""
+    try:
+        first = await line.next()
+        assert first is not None  # there was no time-out
+    except BaseException:
+        line.close()
+        raise
+    if isinstance(first, Refused):
+        line.close()
+        return error_response(refusal(first))
+    events = _events(line, call, payload, first)
+    return StreamingResponse(events, headers=headers | _STREAM_HEADERS, media_type="text/event-stream")
+
+
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def _events(line: _Line, call: OnlineCall, payload: AnyPayload, first: ToGateway) -> AsyncIterator[bytes]:
+    """Yield a stream's events. It ends in `[DONE]`, or in an error event when it broke: it is never replayed."""
+    render = _chat_events if isinstance(payload, ChatPayload) else _completion_events
+    begun: set[int] = set()
+    reply: ToGateway | None = first
+    try:
+        while True:
+            yield b": still here\n\n" if reply is None else render(call, payload, reply, begun)
+            if isinstance(reply, Done | Refused):
+                return
+            reply = await line.next(PING_SECONDS)
+    except ClientDisconnect:
+        return  # nobody is there to read an end
+    finally:
+        line.close()
+
+
+def _chat_events(call: OnlineCall, payload: AnyPayload, reply: ToGateway, begun: set[int]) -> bytes:
+    def chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return chat_chunk(call.id, call.created, payload.model, index, delta, finish_reason)
+
+    def begin(index: int) -> list[dict[str, Any]]:
+        if index in begun:
+            return []
+        begun.add(index)
+        return [chunk(index, {"role": "assistant", "content": "", "refusal": None})]
+
+    if isinstance(reply, Piece):
+        return _sse([*begin(reply.index), chunk(reply.index, {"content": reply.text})], payload)
+    return _end(reply, payload, begin, lambda index, reason: chunk(index, {}, reason))
+
+
+def _completion_events(call: OnlineCall, payload: AnyPayload, reply: ToGateway, _begun: set[int]) -> bytes:
+    def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+        return completion_chunk(call.id, call.created, payload.model, index, text, finish_reason)
+
+    if isinstance(reply, Piece):
+        return _sse([chunk(reply.index, reply.text)], payload)
+    return _end(reply, payload, lambda _: [], lambda index, reason: chunk(index, "", reason))
+
+
+def _end(
+    reply: Done | Refused,
+    payload: AnyPayload,
+    begin: Callable[[int], list[dict[str, Any]]],
+    finish: Callable[[int, str], dict[str, Any]],
+) -> bytes:
+    """Return the last events of a stream: reasons, usage where it was asked for, and `[DONE]`; or the error."""
+    if isinstance(reply, Refused):
+        return _sse([refusal(reply).body()], payload)
+    events = [event for i, why in enumerate(reply.finish_reasons) for event in (*begin(i), finish(i, why))]
+    content = _sse(events, payload)
+    if _wants_usage(payload):
+        whole = orjson.loads(reply.body)
+        usage = {**events[-1], "choices": [], "usage": whole["usage"]}
+        content += b"data: " + orjson.dumps(usage) + b"\n\n"
+    return content + b"data: [DONE]\n\n"
+
+
+def _sse(events: list[dict[str, Any]], payload: AnyPayload) -> bytes:
+    # With include_usage every chunk but the last carries "usage": null, as OpenAI's do.
+    more = {"usage": None} if _wants_usage(payload) else {}
+    return b"".join(b"data: " + orjson.dumps(event if "error" in event else event | more) + b"\n\n" for event in events)
+
+
+def _wants_usage(payload: AnyPayload) -> bool:
+    options = None if isinstance(payload, EmbeddingPayload) else payload.stream_options
+    return options is not None and options.include_usage

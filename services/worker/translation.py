@@ -1,0 +1,114 @@
+"""Between the API's bodies and the engine's requests: the same for a line of a batch and for an online call."""
+
+import base64
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from sqlalchemy import Engine
+
+from services.worker.protocol import ModelSpec, Request, RequestFault, Response, SamplingParams
+from shared.db import model_registry
+from shared.db.session import tenant_transaction
+from shared.domain.payloads import (
+    AnyPayload,
+    ChatPayload,
+    CompletionPayload,
+    EmbeddingPayload,
+    chat_body,
+    completion_body,
+    embedding_body,
+    refuse_wrong_model,
+)
+
+MODEL_SECONDS = 1.0
+
+
+class ModelDirectory:
+    """Registered models, as each tenant sees them; what was looked up within the last second is not asked for again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._known: dict[tuple[str, str], tuple[float, model_registry.ModelView]] = {}
+
+    def find(self, tenant_id: str, name: str, endpoint: str) -> ModelSpec:
+        """Return the model that serves `endpoint` under this name; raises NotFound."""
+        model = self._look_up(tenant_id, name)
+        refuse_wrong_model(model.kind, name, endpoint)
+        kind: Literal["echo", "causal_lm", "encoder"] = model.kind  # type: ignore[assignment]  # checked above
+        return ModelSpec(model.name, kind, model.source, model.revision, model.dtype, model.context_length)
+
+    def _look_up(self, tenant_id: str, name: str) -> model_registry.ModelView:
+        now = time.monotonic()
+        known = self._known.get((tenant_id, name))
+        if known is not None and now < known[0]:
+            return known[1]
+        with tenant_transaction(self._engine, tenant_id) as connection:
+            model = model_registry.find(connection, tenant_id, name)
+        self._known = {key: entry for key, entry in self._known.items() if now < entry[0]}
+        self._known[tenant_id, name] = (now + MODEL_SECONDS, model)
+        return model
+
+
+def engine_request(payload: AnyPayload, seed: int) -> Request:
+    """Return the engine's form of a call; `seed` serves those that name none themselves."""
+    if isinstance(payload, EmbeddingPayload):
+        return Request(0, "embed", prompts=payload.inputs, delay_ms=payload.delay_ms)
+    params = SamplingParams(
+        max_tokens=payload.token_limit,
+        temperature=payload.temperature,
+        top_p=payload.top_p,
+        top_k=payload.top_k,
+        min_p=payload.min_p,
+        stop=payload.stops,
+        seed=payload.seed if payload.seed is not None else seed,
+        n=payload.n,
+        min_tokens=payload.min_tokens,
+        ignore_eos=payload.ignore_eos,
+    )
+    if isinstance(payload, ChatPayload):
+        messages = [{"role": message.role, "content": message.text} for message in payload.messages]
+        return Request(0, "chat", messages=messages, params=params, delay_ms=payload.delay_ms)
+    return Request(0, "complete", prompts=payload.prompts, params=params, delay_ms=payload.delay_ms)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished call: what HTTP says of it."""
+
+    status_code: int
+    body: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+def answer(payload: AnyPayload, response: Response, request_id: str, created: int) -> Answer:
+    """Return the answer to a call, or the refusal that only the engine could know of.
+
+    Raises RuntimeError for a fault that may pass.
+    """
+    if response.fault is not None:
+        return _refusal(response.fault)
+    tokens = (response.prompt_tokens, response.completion_tokens)
+    if isinstance(payload, EmbeddingPayload):
+        body = embedding_body(payload.model, _vectors(payload, response.embeddings), response.prompt_tokens)
+    else:
+        render = completion_body if isinstance(payload, CompletionPayload) else chat_body
+        body = render(request_id, created, payload.model, response.choices, *tokens)
+    return Answer(200, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode(), *tokens)
+
+
+def _refusal(fault: RequestFault) -> Answer:
+    if fault.status is None:
+        raise RuntimeError(fault.message)
+    type_ = "invalid_request_error" if fault.status != 500 else "server_error"
+    error = {"error": {"message": fault.message, "type": type_, "param": fault.param, "code": fault.code}}
+    return Answer(fault.status, orjson.dumps(error).decode())
+
+
+def _vectors(payload: EmbeddingPayload, embeddings: list[bytes]) -> list[Any]:
+    if payload.encoding_format == "base64":
+        return [base64.b64encode(raw).decode() for raw in embeddings]
+    return [np.frombuffer(raw, dtype="<f4") for raw in embeddings]

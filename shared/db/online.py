@@ -1,0 +1,111 @@
+"""Online calls are recorded as results of one unlisted job per tenant and day, and counted like batches."""
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True)
+class OnlineResult:
+    """What became of one call. `body` is the JSON text of the answer, an error's too."""
+
+    tenant_id: str
+    call_id: str
+    status_code: int
+    body: str
+    input_tokens: int
+    output_tokens: int
+
+
+def today() -> date:
+    return datetime.now(UTC).date()
+
+
+def online_job_id(tenant_id: str, day: date) -> UUID:
+    """Return the id of the job that holds a tenant's online calls of a day."""
+    return uuid5(NAMESPACE_URL, f"lamplighter:online:{tenant_id}:{day.isoformat()}")
+
+
+# It stands as succeeded from the start: it has no slices, is never dispatched, and its results can be dropped on time.
+_OPEN_JOB = text("""
+    INSERT INTO job (tenant_id, job_id, kind, state, created_on, started_at, spec)
+    VALUES (:tenant_id, :job_id, 'online', 'succeeded', :day, now(), '{}') ON CONFLICT DO NOTHING
+""")
+
+# The job's row is locked by the update, so line numbers are drawn without gaps or doubles.
+_RECORD = text("""
+    WITH day AS (
+        UPDATE job SET total = total + :count, completed = completed + :completed,
+            failed = failed + :count - :completed,
+            input_tokens = input_tokens + :input_tokens, output_tokens = output_tokens + :output_tokens
+        WHERE tenant_id = :tenant_id AND job_id = :job_id
+        RETURNING tenant_id, job_id, created_on, total - :count AS first)
+    INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body,
+                        input_tokens, output_tokens)
+    SELECT created_on, job_id, first + line.position - 1, tenant_id, 0, 0, call_id, status_code, body,
+        line.input_tokens, line.output_tokens
+    FROM day, unnest(cast(:call_ids AS text[]), cast(:status_codes AS smallint[]), cast(:bodies AS text[]),
+                     cast(:inputs AS int[]), cast(:outputs AS int[])) WITH ORDINALITY
+        AS line (call_id, status_code, body, input_tokens, output_tokens, position)
+    RETURNING line_no
+""")
+
+
+def open_job(connection: Connection, tenant_id: str, day: date) -> None:
+    """Make the day's job of a tenant if there is none yet."""
+    connection.execute(_OPEN_JOB, {"tenant_id": tenant_id, "job_id": online_job_id(tenant_id, day), "day": day})
+
+
+def record(connection: Connection, tenant_id: str, day: date, results: list[OnlineResult]) -> int:
+    """Record results of one tenant and count them; return the number of the last one's line. The job must be open."""
+    parameters = {
+        "tenant_id": tenant_id,
+        "job_id": online_job_id(tenant_id, day),
+        "count": len(results),
+        "completed": sum(result.status_code == 200 for result in results),
+        "input_tokens": sum(result.input_tokens for result in results),
+        "output_tokens": sum(result.output_tokens for result in results),
+        "call_ids": [result.call_id for result in results],
+        "status_codes": [result.status_code for result in results],
+        "bodies": [result.body for result in results],
+        "inputs": [result.input_tokens for result in results],
+        "outputs": [result.output_tokens for result in results],
+    }
+    lines = connection.execute(_RECORD, parameters).scalars().all()
+    assert len(lines) == len(results), "the day's job was not open"
+    return int(max(lines))
+
+
+_RECORDED = text("""
+    SELECT custom_id FROM result
+    WHERE created_on = :day AND job_id = :job_id AND line_no > :after AND custom_id = ANY(:call_ids)
+""")
+
+
+def recorded(connection: Connection, tenant_id: str, day: date, call_ids: list[str], after_line: int) -> set[str]:
+    """Return which calls were recorded after a line: what an unanswered commit has left behind."""
+    parameters = {"day": day, "job_id": online_job_id(tenant_id, day), "after": after_line, "call_ids": call_ids}
+    return set(connection.execute(_RECORDED, parameters).scalars())
+
+
+_CLOSE_DAYS = text("""
+    INSERT INTO usage (tenant_id, job_id, model, kind, requests, input_tokens, output_tokens, device_seconds)
+    SELECT tenant_id, job_id, NULL, kind, total, input_tokens, output_tokens, device_seconds FROM job
+    WHERE kind = 'online' AND created_on < :today AND ended_at IS NULL
+        AND now() > (created_on + 1) + interval '10 minutes' ON CONFLICT DO NOTHING
+""")
+
+
+def close_days(connection: Connection) -> int:
+    """Write the usage of days that are over, once; return how many."""
+    # A call is recorded under the day on which it ends. Ten minutes' grace covers clocks that differ between hosts.
+    written = connection.execute(_CLOSE_DAYS, {"today": today()}).rowcount
+    connection.execute(
+        text("""
+            UPDATE job SET ended_at = now() WHERE kind = 'online' AND ended_at IS NULL
+                AND EXISTS (SELECT FROM usage WHERE usage.job_id = job.job_id)
+        """)
+    )
+    return int(written)

@@ -1,0 +1,104 @@
+"""What gateways and workers say to each other about online calls: msgpack in Redis Streams.
+
+A worker reads one stream of calls, a gateway one stream of what comes of its calls; readers go by offset, so a broken
+connection loses nothing. Streams are bounded and expire: nothing in Redis is needed again (docs/adr/0006).
+"""
+
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+
+FIELD = b"m"
+MAX_CALLS = 10_000
+MAX_REPLIES = 50_000
+"""Entries that a stream keeps, about; readers are never that far behind."""
+STREAM_SECONDS = 120
+"""A stream whose owner is gone for so long is forgotten."""
+
+
+def calls_stream(worker_id: UUID) -> str:
+    return f"lamplighter:calls:{worker_id.hex}"
+
+
+def replies_stream(gateway_id: str) -> str:
+    return f"lamplighter:replies:{gateway_id}"
+
+
+class Call(msgspec.Struct, tag="call"):
+    """One online request, its body checked by the gateway. The worker looks its model up again, by name."""
+
+    id: str
+    tenant_id: str
+    key_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    body: bytes
+    replies_to: str
+    created: int
+    is_streamed: bool
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """Nobody waits for this call any more."""
+
+    id: str
+
+
+class Piece(msgspec.Struct, tag="piece"):
+    """The next text of choice `index` of a streamed call."""
+
+    id: str
+    index: int
+    text: str
+
+
+class Done(msgspec.Struct, tag="done"):
+    """The whole answer, as it was recorded: the JSON body of a plain call."""
+
+    id: str
+    body: bytes
+    finish_reasons: list[str]
+
+
+class Refused(msgspec.Struct, tag="refused"):
+    """The call has no answer; a 503 may be tried again."""
+
+    id: str
+    status: int
+    message: str
+    error_type: str
+    param: str | None = None
+    code: str | None = None
+
+
+ToWorker = Call | Abort
+ToGateway = Piece | Done | Refused
+
+Entry = dict[Any, Any]
+"""A stream entry as redis-py takes it; it holds one field."""
+
+_ENCODER = msgspec.msgpack.Encoder()
+_CALLS = msgspec.msgpack.Decoder(ToWorker)
+_REPLIES = msgspec.msgpack.Decoder(list[ToGateway])
+
+
+def encode_call(message: ToWorker) -> Entry:
+    """Return the stream entry of a call or an abort."""
+    return {FIELD: _ENCODER.encode(message)}
+
+
+def decode_call(entry: dict[bytes, bytes]) -> ToWorker:
+    """Raises msgspec.MsgspecError for what no gateway wrote."""
+    call: ToWorker = _CALLS.decode(entry[FIELD])
+    return call
+
+
+def encode_replies(messages: list[ToGateway]) -> Entry:
+    """Return the stream entry of what became of some calls, in order."""
+    return {FIELD: _ENCODER.encode(messages)}
+
+
+def decode_replies(entry: dict[bytes, bytes]) -> list[ToGateway]:
+    """Raises msgspec.MsgspecError for what no worker wrote."""
+    replies: list[ToGateway] = _REPLIES.decode(entry[FIELD])
+    return replies
