@@ -7,7 +7,8 @@ from typing import Any
 
 import orjson
 
-_STANDARD = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+# `data` is what Celery adds to its own records: a task's arguments, and with them prompts.
+_LEFT_OUT = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "data"}
 
 
 class JsonFormatter(logging.Formatter):
@@ -25,10 +26,20 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        entry |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        entry |= {key: value for key, value in record.__dict__.items() if key not in _LEFT_OUT}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(entry, default=str).decode()
+
+
+class WithholdMessages(logging.Filter):
+    """Takes the contents out of what Celery says of messages that it cannot use: whole bodies, headers and tokens."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR and record.args:
+            about = str(record.msg).partition("%")[0].partition("\n")[0].strip()
+            record.msg, record.args, record.exc_info = f"{about} (contents withheld)", (), None
+        return True
 
 
 def configure_logging(service: str, level: str = "INFO") -> None:
@@ -39,3 +50,4 @@ def configure_logging(service: str, level: str = "INFO") -> None:
     # httpx logs request URLs and alembic its plans at INFO; neither tells an operator anything at night.
     for noisy in ("httpx", "alembic.runtime.migration", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(WithholdMessages())

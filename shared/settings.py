@@ -22,6 +22,11 @@ class Settings(BaseSettings):
     port: int = 8000
     allowed_hosts: list[str] = ["*"]
 
+    flower_host: str = "127.0.0.1"
+    flower_port: int = 5555
+    flower_user: str = "lamplighter"
+    flower_password: SecretStr | None = None
+
     max_queued_lines: int = Field(10_000_000, ge=1, description="Unfinished batch lines that the system accepts")
     max_queued_lines_per_tenant: int = Field(2_000_000, ge=1)
     online_limit: int = Field(512, ge=1, description="Online calls in flight on one worker")

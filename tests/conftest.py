@@ -65,7 +65,7 @@ def tiny_llama(scratch):
 @pytest.fixture(scope="session")
 def stack(scratch):
     """The whole product, as `lamplighter up` runs it."""
-    running = Stack(StackOptions(scratch / "stack", device="cpu", environment=FAST))
+    running = Stack(StackOptions(scratch / "stack", flower_port=0, device="cpu", environment=FAST))
     try:
         running.start()
         yield running

@@ -4,9 +4,7 @@ Revision: 0002
 Follows: 0001
 """
 
-import importlib.util
-from pathlib import Path
-
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0002"
@@ -22,14 +20,13 @@ PREPROCESSOR_GRANTS = {
 }
 
 
-def tables() -> tuple[str, ...]:
-    """Return the tables of the first migration."""
-    path = Path(__file__).with_name("0001_the_spine.py")
-    spec = importlib.util.spec_from_file_location("the_spine", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.TABLES
+def tables() -> list[str]:
+    """Return the tables that row-level security guards; a partition is reached through its table only."""
+    query = sa.text("""
+        SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relrowsecurity AND NOT relispartition ORDER BY relname
+    """)
+    return list(op.get_bind().execute(query).scalars())
 
 
 def upgrade() -> None:

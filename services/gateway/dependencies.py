@@ -1,15 +1,12 @@
 """What routes ask for: the process's parts, and who is calling. Every route but health names a scope."""
 
-import hashlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import orjson
 import redis
 from fastapi import Depends, Header, Request
-from pydantic import BaseModel
 from sqlalchemy import Connection, Engine
 from starlette.responses import JSONResponse
 
@@ -95,12 +92,6 @@ def idempotency_key(idempotency_key: Annotated[str | None, Header()] = None) -> 
 
 
 IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
-
-
-def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
-    """Return what identifies a request: equal for equal bodies, however they were written down."""
-    content = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
-    return hashlib.sha256(orjson.dumps([operation, content], option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def answer_once(

@@ -1,7 +1,5 @@
 """Uploads as streams: a multipart body is parsed, hashed, checked and stored block by block, never held as a whole."""
 
-import hashlib
-from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +8,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from shared.domain.batch_file import MAX_LINE_BYTES, MAX_LINES, BatchFileChecker
 from shared.domain.errors import BodyTooLarge, InvalidRequest
-from shared.store import ObjectWriter, pack_offsets
+from shared.ingest import FileIngest
 
 MAX_FILE_BYTES = 512 * 2**20
 MAX_BATCH_FILE_BYTES = 200 * 10**6 + 2**20
@@ -20,78 +17,6 @@ MAX_FIELD_BYTES = 10_000
 MAX_FIELDS = 20
 MAX_FILENAME_CHARACTERS = 255
 BLOCK_BYTES = 1 << 20
-
-
-class LineReader:
-    """Cuts a stream into lines for the checker and notes where each begins; holds one line of bounded length."""
-
-    def __init__(self) -> None:
-        self.checker = BatchFileChecker()
-        self.offsets: array[int] = array("Q")
-        self._rest = b""
-        self._position = 0
-        self._is_oversized = False
-        self._line_open = False
-
-    def feed(self, block: bytes) -> None:
-        """Take the next block of the file."""
-        pieces = block.split(b"\n")
-        for piece in pieces[:-1]:
-            self._extend(piece)
-            self._end_line(len(piece) + 1)
-        if pieces[-1]:
-            self._extend(pieces[-1])
-            self._position += len(pieces[-1])
-
-    def finish(self) -> None:
-        """End the file; a last line without a newline counts."""
-        if self._line_open:
-            self._end_line(0)
-        self.offsets.append(self._position)
-
-    def _extend(self, piece: bytes) -> None:
-        if not self._line_open:
-            self._line_open = True
-            if len(self.offsets) <= MAX_LINES:  # beyond it no batch runs, and nothing is looked up
-                self.offsets.append(self._position)
-        if len(self._rest) + len(piece) > MAX_LINE_BYTES:
-            self._is_oversized, self._rest = True, b""
-        elif not self._is_oversized:
-            self._rest = self._rest + piece if self._rest else piece
-
-    def _end_line(self, consumed: int) -> None:
-        self._position += consumed
-        if self._is_oversized:
-            self.checker.add_oversized()
-        else:
-            self.checker.add(self._rest.removesuffix(b"\r"))
-        self._rest, self._is_oversized, self._line_open = b"", False, False
-
-
-class FileIngest:
-    """Hashes, stores and (for batch files) checks the content of one uploaded file."""
-
-    def __init__(self, writer: ObjectWriter) -> None:
-        self.writer = writer
-        self.bytes = 0
-        self.lines: LineReader | None = LineReader()
-        self._sha256 = hashlib.sha256()
-
-    def feed(self, block: bytes) -> None:
-        self.bytes += len(block)
-        self._sha256.update(block)
-        self.writer.write(block)
-        if self.lines is not None:
-            self.lines.feed(block)
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-    def index(self) -> bytes:
-        """Return the line index as it is stored."""
-        assert self.lines is not None
-        return pack_offsets(self.lines.offsets)
 
 
 @dataclass

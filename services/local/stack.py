@@ -6,6 +6,7 @@ says what runs so that `lamplighter down` can end it even when this supervisor w
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -40,8 +41,12 @@ STOP_SECONDS = 45.0
 SERVICES = {
     "gateway": "services.gateway.app",
     "scheduler": "services.scheduler.main",
+    "preprocessor": "services.preprocessor.worker",
     "launcher": "services.worker.launcher",
+    "flower": "services.flower.main",
 }
+ROLES = {"gateway": "gateway", "scheduler": "scheduler", "preprocessor": "preprocessor", "launcher": "worker"}
+"""The database role of each service; Flower has none and is not told where the database is."""
 
 
 @dataclass
@@ -50,6 +55,8 @@ class StackOptions:
 
     data: Path
     port: int = 0
+    flower_port: int | None = None
+    """0 takes a free one; None starts no Flower."""
     workers: str = "auto"
     device: str = "auto"
     database_url: str | None = None
@@ -96,6 +103,7 @@ class Stack:
         self.options = options
         self.stop = threading.Event()
         self.port = options.port or free_port()
+        self.flower_port = options.flower_port or free_port()
         self.directory = options.data.resolve()
         self.processes: dict[str, Process] = {}
         self._lock = threading.Lock()
@@ -106,6 +114,10 @@ class Stack:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def flower_url(self) -> str:
+        return f"http://127.0.0.1:{self.flower_port}"
 
     @property
     def log_directory(self) -> Path:
@@ -134,9 +146,11 @@ class Stack:
         self._migrate()
         self._ensure_admin_key()
         python = sys.executable
-        roles = {"gateway": "gateway", "scheduler": "scheduler", "launcher": "worker"}
         for name, module in (SERVICES | self.options.modules).items():
-            self._launch(Process(name, [python, "-m", module], self.environment(roles[name])))
+            if name != "flower":
+                self._launch(Process(name, [python, "-m", module], self.environment(ROLES[name])))
+            elif self.options.flower_port is not None:
+                self._launch(Process(name, [python, "-m", module], self._flower_environment()))
         self._wait_until(self._is_ready, "the gateway and a worker are ready")
 
     def environment(self, role: str) -> dict[str, str]:
@@ -155,6 +169,17 @@ class Stack:
             # One login for all: each service steps down to its own role.
             own["LAMPLIGHTER_DATABASE_ROLE"] = f"{ROLE_PREFIX}{role}"
         return {**os.environ, **own, **self.options.environment}
+
+    def _flower_environment(self) -> dict[str, str]:
+        path = self.directory / "flower.password"
+        if not path.exists():
+            write_secret(path, secrets.token_urlsafe(18).encode() + b"\n")
+        own = {
+            "LAMPLIGHTER_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+            "LAMPLIGHTER_FLOWER_PORT": str(self.flower_port),
+            "LAMPLIGHTER_FLOWER_PASSWORD": path.read_text().strip(),
+        }
+        return self.environment("gateway") | own
 
     def settings(self, role: str) -> Settings:
         """Return the settings of a service with this role, for use inside this process."""

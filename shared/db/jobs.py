@@ -170,6 +170,25 @@ def accept_batch(connection: Connection, batch: NewBatch) -> UUID:
     return job_id
 
 
+_ADD_REFUSED = text("""
+    INSERT INTO job (tenant_id, job_id, kind, state, created_on, ended_at, key_id, idempotency_key, spec, error, errors)
+    VALUES (:tenant_id, :job_id, 'batch', 'failed', (now() AT TIME ZONE 'UTC')::date, now(), :key_id, :idempotency_key,
+            '{"completion_window": "24h"}', :error, :errors)
+""").bindparams(bindparam("error", type_=JSONB), bindparam("errors", type_=JSONB))
+
+
+def add_refused(
+    connection: Connection, tenant_id: str, key_id: str, idempotency_key: str, error: dict[str, Any]
+) -> UUID:
+    """Write a job that could not be accepted, with its error: for producers who cannot be answered directly."""
+    job_id = uuid4()
+    listed = {"code": error["code"], "message": error["message"], "param": error["param"], "line": None}
+    parameters = {"tenant_id": tenant_id, "job_id": job_id, "key_id": key_id, "idempotency_key": idempotency_key}
+    connection.execute(_ADD_REFUSED, parameters | {"error": error, "errors": [listed]})
+    _status_event(connection, tenant_id, job_id, JobState.FAILED)
+    return job_id
+
+
 _UNFINISHED = text("""
     SELECT coalesce(sum(file.lines), 0)::bigint AS mine, unfinished_lines() AS everybody FROM job
     JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id

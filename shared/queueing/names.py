@@ -3,6 +3,11 @@
 from uuid import UUID
 
 GENERATE_TASK = "lamplighter.generate"
+SUBMIT_TASK = "lamplighter.submit"
+SUBMIT_QUEUE = "submit"
+"""Where any Celery client may send jobs."""
+TOKEN_HEADER = "lamplighter_token"  # noqa: S105  # a header's name
+"""The message header that holds a submit-only key."""
 WAKE_KEY = "lamplighter:wake"
 """A list that anyone may push to: the dispatcher ticks at once instead of at its next second."""
 CANARY_KEY = "lamplighter:canary"

@@ -62,7 +62,9 @@ def test_completions_plain_and_streamed(sdk):
     answer = sdk.completions.create(model="echo", prompt=["a b c", "d"], max_tokens=2)
     assert [(c.index, c.text, c.finish_reason) for c in answer.choices] == [(0, "a b", "length"), (1, "d", "stop")]
     chunks = list(sdk.completions.create(model="echo", prompt="a b c", stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == "a b c" and chunks[-1].choices[0].finish_reason == "stop"
+    assert (
+        "".join(chunk.choices[0].text for chunk in chunks) == "a b c" and chunks[-1].choices[0].finish_reason == "stop"
+    )
 
 
 def test_embeddings_float_base64_and_token_arrays(sdk, stack, admin_key):
@@ -115,11 +117,14 @@ def test_unknown_fields_are_ignored_with_a_warning(stack, admin_key):
     body = {"model": "echo", "messages": [{"role": "user", "content": "a"}], "frobnicate": 1, "x\r\ny": 2}
     answer = httpx.post(f"{stack.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {admin_key}"})
     assert answer.status_code == 200 and "frobnicate" in answer.headers["warning"]
-    assert "warning" not in httpx.post(
-        f"{stack.url}/v1/chat/completions",
-        json={"model": "echo", "messages": [{"role": "user", "content": "a"}]},
-        headers={"Authorization": f"Bearer {admin_key}"},
-    ).headers
+    assert (
+        "warning"
+        not in httpx.post(
+            f"{stack.url}/v1/chat/completions",
+            json={"model": "echo", "messages": [{"role": "user", "content": "a"}]},
+            headers={"Authorization": f"Bearer {admin_key}"},
+        ).headers
+    )
 
 
 def in_flight(rows):

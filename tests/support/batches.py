@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import openai
 from sqlalchemy import Engine, text
 
-from services.gateway.streaming import LineReader
+from shared.ingest import LineReader
 from shared.db import files, jobs
 from shared.db.jobs import NewBatch
 from shared.db.session import tenant_transaction

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.streaming import LineReader
+from shared.ingest import LineReader
 from shared.domain.batch_file import MAX_LINE_BYTES, MAX_LINES, batch_errors, batch_model, render_line
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl
 

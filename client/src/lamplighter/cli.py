@@ -73,6 +73,7 @@ def _cell(row: dict[str, Any], path: str) -> str:
 def up(
     data: DataOption = DEFAULT_DATA,
     port: Annotated[int, typer.Option(help="Port of the API; 0 takes a free one.")] = 8000,
+    flower_port: Annotated[int, typer.Option(help="Port of Flower; 0 takes a free one.")] = 0,
     workers: Annotated[str, typer.Option(help="Worker processes, or 'auto': one for each device.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready.")] = False,
@@ -92,12 +93,20 @@ def up(
     options = stack.StackOptions(
         data=data,
         port=port,
+        flower_port=flower_port,
         workers=workers,
         device=device,
         database_url=os.environ.get("LAMPLIGHTER_DATABASE_URL"),
         redis_url=os.environ.get("LAMPLIGHTER_REDIS_URL"),
     )
-    stack.run_in_foreground(options, lambda running: print(f"ready {running.url}", flush=True))
+    stack.run_in_foreground(options, _announce)
+
+
+def _announce(running: Any) -> None:
+    print(f"ready {running.url}", flush=True)
+    print(
+        f"flower {running.flower_url} (user lamplighter, password in {running.directory}/flower.password)", flush=True
+    )
 
 
 def _local_stack() -> Any:

@@ -6,9 +6,10 @@ from fastapi import APIRouter
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once, body_digest
+from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import KeyCreate, TenantCreate, list_page
 from shared.db import tenants, workers
+from shared.db.submissions import body_digest
 
 router = APIRouter(prefix="/v1")
 

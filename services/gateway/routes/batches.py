@@ -13,16 +13,14 @@ from services.gateway.dependencies import (
     Submitter,
     Writer,
     answer_once,
-    body_digest,
 )
-from services.gateway.limits import check_queue
-from services.gateway.schemas import BatchCreate, batch_object, list_page
-from shared.db import files, jobs
-from shared.db.files import FileView
-from shared.db.jobs import NewBatch
-from shared.domain.batch_file import batch_model
-from shared.domain.errors import InvalidRequest, NotFound
-from shared.domain.job import JobKind, parse_file_id, parse_job_id
+from services.gateway.schemas import list_page
+from services.gateway.warnings import warn_of_unknown
+from shared.api_objects import batch_object
+from shared.db import jobs, submissions
+from shared.db.submissions import body_digest
+from shared.domain.job import JobKind, parse_job_id
+from shared.domain.submission import BatchCreate
 
 router = APIRouter(prefix="/v1/batches")
 
@@ -30,41 +28,13 @@ router = APIRouter(prefix="/v1/batches")
 @router.post("")
 def create_batch(body: BatchCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey) -> Response:
     def accept(connection: Connection) -> dict[str, Any]:
-        file = _input_file(connection, body.input_file_id)
-        check_queue(connection, parts.settings, caller.tenant_id, file.lines or 0)
-        expiry = body.output_expires_after
-        batch = NewBatch(
-            tenant_id=caller.tenant_id,
-            key_id=caller.key_id,
-            endpoint=body.endpoint,
-            model=batch_model(file.validation) if file.validation else None,
-            input_file_id=file.file_id,
-            priority=body.priority,
-            completion_window=body.completion_window,
-            completion_seconds=body.completion_seconds,
-            deadline=body.deadline_at,
-            spec={"output_expires_after": expiry.model_dump() if expiry else None, "deadline": body.deadline},
-            metadata=body.metadata,
-            idempotency_key=key,
-        )
-        return batch_object(jobs.get(connection, jobs.accept_batch(connection, batch)))
+        job_id = submissions.accept_batch(connection, parts.settings, caller, body, key)
+        return batch_object(jobs.get(connection, job_id))
 
     answer = answer_once(parts, caller, key, body_digest("batch", body), accept)
+    answer.headers.update(warn_of_unknown(list(body.model_extra or {})))
     parts.wake()
     return answer
-
-
-def _input_file(connection: Connection, public_id: str) -> FileView:
-    """Return the input file; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one."""
-    try:
-        file = files.get(connection, parse_file_id(public_id))
-    except NotFound:
-        message = f"No file found with id {public_id[:80]!r}."
-        raise InvalidRequest(message, param="input_file_id", code="invalid_value") from None
-    if file.purpose != "batch" or file.validation is None:
-        message = f"The input file's purpose is '{file.purpose}'; it must be 'batch'."
-        raise InvalidRequest(message, param="input_file_id", code="invalid_value")
-    return file
 
 
 @router.get("")

@@ -16,20 +16,19 @@ from services.gateway.dependencies import (
     Reader,
     Writer,
     answer_once,
-    body_digest,
 )
 from services.gateway.schemas import FILE_PURPOSES, file_object, list_page
-from services.gateway.streaming import FileIngest, Upload, expires_after_seconds, receive_upload
+from services.gateway.streaming import Upload, expires_after_seconds, receive_upload
 from shared.db import files, results
 from shared.db.files import FileView
+from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, NotFound
 from shared.domain.job import parse_file_id, public_file_id
-from shared.store import file_path, index_path
+from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
+from shared.store import file_path
 
 router = APIRouter(prefix="/v1/files")
-
-BATCH_FILE_SECONDS = 30 * 86_400
 
 
 @router.post("")
@@ -53,37 +52,19 @@ def _keep(
         message = f"purpose must be one of {', '.join(FILE_PURPOSES)}."
         code = "missing_required_parameter" if purpose is None else "invalid_value"
         raise InvalidRequest(message, param="purpose", code=code)
-    is_batch = purpose == "batch"
-    default_seconds = BATCH_FILE_SECONDS if is_batch else None
-    columns: dict[str, Any] = {
-        "tenant_id": caller.tenant_id,
-        "file_id": file_id,
-        "purpose": purpose,
-        "filename": upload.filename or "upload",
-        "bytes": ingest.bytes,
-        "sha256": ingest.sha256,
-        "store_path": file_path(caller.tenant_id, file_id),
-        "index_path": None,
-        "lines": None,
-        "validation": None,
-        "expires_after_seconds": expires_after_seconds(upload.fields, default_seconds),
-    }
-    ingest.writer.commit()
-    if is_batch:
-        assert ingest.lines is not None
-        ingest.lines.finish()
-        columns["validation"] = ingest.lines.checker.summary()
-        columns["lines"] = ingest.lines.checker.lines
-        columns["index_path"] = index_path(caller.tenant_id, file_id)
-        index = parts.store.writer(columns["index_path"])
-        index.write(ingest.index())
-        index.commit()
+    columns = commit_file(
+        parts.store,
+        ingest,
+        tenant_id=caller.tenant_id,
+        file_id=file_id,
+        purpose=purpose,
+        filename=upload.filename or "upload",
+        expires_after_seconds=expires_after_seconds(upload.fields, BATCH_FILE_SECONDS if purpose == "batch" else None),
+    )
     digest = body_digest("upload", {"sha256": ingest.sha256, "purpose": purpose, "filename": columns["filename"]})
     answer = answer_once(parts, caller, key, digest, lambda connection: file_object(files.add(connection, **columns)))
     if "Idempotent-Replay" in answer.headers:  # the first upload's content stays; this copy has no row
-        for path in (columns["store_path"], columns["index_path"]):
-            if path is not None:
-                parts.store.remove(path)
+        remove_file(parts.store, columns)
     return answer
 
 

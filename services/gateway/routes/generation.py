@@ -9,11 +9,12 @@ from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, body_digest, require
+from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, require
 from services.gateway.errors import error_response
 from services.gateway.idempotency import OnlineKey
 from services.gateway.online import OnlineCall
 from services.gateway.warnings import warn_of_unknown
+from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, RequestError
 from shared.domain.payloads import (

@@ -18,11 +18,12 @@ from services.gateway.dependencies import (
     Reader,
     Writer,
     answer_once,
-    body_digest,
 )
-from services.gateway.schemas import JobPatch, job_object, list_page, unix
+from services.gateway.schemas import JobPatch, job_object, list_page
+from shared.api_objects import unix
 from shared.db import events, jobs
 from shared.db.jobs import JobView
+from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
 from shared.domain.job import JobKind, JobState, parse_job_id

@@ -6,10 +6,11 @@ from fastapi import APIRouter
 from sqlalchemy import Connection
 from starlette.responses import Response
 
-from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once, body_digest
+from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import ModelCreate, model_object
 from shared.db import model_registry
 from shared.db.models import SYSTEM_TENANT
+from shared.db.submissions import body_digest
 from shared.domain.errors import InvalidRequest, ModelRefused
 from shared.model_files import describe_model
 

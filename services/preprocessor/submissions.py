@@ -1,0 +1,158 @@
+"""Takes jobs in that came as Celery messages: the same checks, the same rows and the same answers as over HTTP."""
+
+import logging
+from typing import Any
+from uuid import uuid4
+
+import orjson
+from pydantic import ValidationError
+from sqlalchemy import Connection, Engine
+
+from shared.api_objects import batch_object
+from shared.db import files, idempotency, jobs, submissions, tenants
+from shared.db.session import tenant_transaction
+from shared.db.submissions import body_digest
+from shared.db.tenants import Caller
+from shared.domain.batch_file import MAX_LINES
+from shared.domain.errors import AuthenticationFailed, IdempotencyMismatch, InvalidRequest, QueueFull, RequestError
+from shared.domain.job import JobKind, public_file_id
+from shared.domain.payloads import invalid_request
+from shared.domain.submission import BatchCreate
+from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
+from shared.settings import Settings
+from shared.store import Store, file_path
+
+log = logging.getLogger(__name__)
+
+MAX_KEY_CHARACTERS = 255
+SUBMIT_ONLY = frozenset({"submit"})
+
+
+class Submissions:
+    """Accepts, or refuses, one message at a time; every method may be called from several threads."""
+
+    def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
+        self._engine, self._store, self._settings = engine, store, settings
+
+    def submit(self, token: Any, kind: Any, spec: Any, key: Any) -> None:
+        """Accept a job once, however often its message comes.
+
+        What can be seen of a message afterwards is what `GET /v1/jobs?idempotency_key=` finds: an accepted job, or a
+        failed one that says why. Nothing is found for a message without a valid token or key, nor for one that came
+        when the queue was full: its producer sends it again. Raises OperationalError while Postgres is away.
+        """
+        try:
+            caller = self._authenticate(token)
+        except AuthenticationFailed:
+            log.warning("submission without a valid submit-only token")
+            return
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS:
+            log.warning("submission without an idempotency key", extra={"tenant": caller.tenant_id})
+            return
+        try:
+            self._accept(caller, kind, spec, key)
+        except QueueFull:
+            log.warning("queue full: submission left to be sent again", extra={"tenant": caller.tenant_id})
+        except IdempotencyMismatch:
+            log.warning("submission under a key that was used before", extra={"tenant": caller.tenant_id})
+        except RequestError as error:
+            self._refuse(caller, kind, spec, key, error)
+
+    def _authenticate(self, token: Any) -> Caller:
+        """Return whose token this is; raises AuthenticationFailed, also for a key that may do more than submit.
+
+        A token travels through a broker that others can read, so it must not be worth stealing.
+        """
+        if not isinstance(token, str):
+            raise AuthenticationFailed
+        with self._engine.begin() as connection:
+            caller = tenants.authenticate(connection, token)
+        if caller.scopes != SUBMIT_ONLY:
+            raise AuthenticationFailed
+        return caller
+
+    def _accept(self, caller: Caller, kind: Any, spec: Any, key: str) -> None:
+        if kind != JobKind.BATCH:
+            raise InvalidRequest(f"kind must be '{JobKind.BATCH}' in this version.", param="kind", code="invalid_value")
+        if not isinstance(spec, dict):
+            raise InvalidRequest("spec must be an object.", param="spec", code="invalid_value")
+        digest = _digest(kind, spec)
+        with tenant_transaction(self._engine, caller.tenant_id) as connection:
+            if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
+                return
+            columns = self._add_requests(connection, caller, spec) if "requests" in spec else None
+            try:
+                body = _batch(spec, columns)
+                job_id = submissions.accept_batch(connection, self._settings, caller, body, key)
+            except BaseException:
+                if columns is not None:
+                    remove_file(self._store, columns)
+                raise
+            answer = batch_object(jobs.get(connection, job_id))
+            idempotency.complete(connection, caller.tenant_id, key, digest, 200, answer)
+        log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": str(job_id)})
+
+    def _add_requests(self, connection: Connection, caller: Caller, spec: dict[str, Any]) -> dict[str, Any]:
+        """Write the requests of a message as an input file, as if it had been uploaded; return its columns."""
+        requests = spec["requests"]
+        if not isinstance(requests, list) or len(requests) > MAX_LINES:
+            message = f"requests must be a list of at most {MAX_LINES} objects."
+            raise InvalidRequest(message, param="requests", code="invalid_value")
+        if "input_file_id" in spec:
+            message = "Give input_file_id or requests, not both."
+            raise InvalidRequest(message, param="requests", code="invalid_value")
+        file_id = uuid4()
+        ingest = FileIngest(self._store.writer(file_path(caller.tenant_id, file_id)))
+        for number, request in enumerate(requests):
+            ingest.feed(orjson.dumps(_line(request, number, spec.get("endpoint"))) + b"\n")
+        columns = commit_file(
+            self._store,
+            ingest,
+            tenant_id=caller.tenant_id,
+            file_id=file_id,
+            purpose="batch",
+            filename="submitted.jsonl",
+            expires_after_seconds=BATCH_FILE_SECONDS,
+        )
+        files.add(connection, **columns)
+        return columns
+
+    def _refuse(self, caller: Caller, kind: Any, spec: Any, key: str, error: RequestError) -> None:
+        """Write down a job that failed before it began, so that its producer finds out why."""
+        digest = _digest(kind, spec)
+        with tenant_transaction(self._engine, caller.tenant_id) as connection:
+            if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
+                return
+            jobs.add_refused(connection, caller.tenant_id, caller.key_id, key, error.body()["error"])
+            idempotency.complete(connection, caller.tenant_id, key, digest, error.status, error.body())
+        log.info("job refused", extra={"tenant": caller.tenant_id, "code": error.code, "param": error.param})
+
+
+def _digest(kind: Any, spec: Any) -> str:
+    """Return what identifies a submission. One without inline requests is the same as over HTTP."""
+    if kind == JobKind.BATCH and isinstance(spec, dict) and "requests" not in spec:
+        try:
+            return body_digest("batch", BatchCreate.model_validate(spec))
+        except ValidationError:
+            pass  # it will be refused; until then it is what it says
+    return body_digest("submit", {"kind": kind, "spec": spec})
+
+
+def _batch(spec: dict[str, Any], columns: dict[str, Any] | None) -> BatchCreate:
+    """Return the checked body of a batch; raises InvalidRequest."""
+    body = {"completion_window": "24h"} | {name: value for name, value in spec.items() if name != "requests"}
+    if columns is not None:
+        body["input_file_id"] = public_file_id(columns["file_id"])
+    try:
+        return BatchCreate.model_validate(body)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+def _line(request: Any, number: int, endpoint: Any) -> Any:
+    """Return the input line of one request: a line as in a batch file, or the body of a call alone."""
+    if not isinstance(request, dict):
+        return request  # the file's own check says what is wrong with it, by its line
+    if "body" in request:
+        return {"custom_id": f"request-{number}", "method": "POST", "url": endpoint} | request
+    return {"custom_id": f"request-{number}", "method": "POST", "url": endpoint, "body": request}

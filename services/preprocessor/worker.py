@@ -1,0 +1,53 @@
+"""The preprocessor's wiring: a Celery worker on threads that takes jobs in from the queue `submit`."""
+
+import os
+import socket
+from typing import Any
+
+from celery import Celery
+from kombu import Queue
+
+from services.preprocessor.submissions import Submissions
+from services.preprocessor.tasks import register_tasks
+from shared.db.session import connect_engine
+from shared.logging import configure_logging
+from shared.queueing.celery_app import create_app
+from shared.queueing.names import SUBMIT_QUEUE
+from shared.queueing.wake import connect_redis, wake_dispatcher
+from shared.settings import Settings, load_settings
+from shared.store import Store
+
+THREADS = 4
+# Remote control could list running tasks with their arguments, which are prompts: this worker has none.
+PRIVATE: dict[str, Any] = {"worker_enable_remote_control": False, "task_acks_on_failure_or_timeout": True}
+
+
+def build_app(settings: Settings) -> Celery:
+    """Return the Celery application of this worker, with its task and its queue."""
+    engine = connect_engine(settings, pool_size=THREADS)
+    app = create_app(settings.redis_url.get_secret_value())
+    app.conf.update(PRIVATE)
+    app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True)]
+    redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
+    submissions = Submissions(engine, Store(settings.store_url), settings)
+    register_tasks(app, submissions, lambda: wake_dispatcher(redis_client))
+    return app
+
+
+def main() -> None:
+    settings = load_settings()
+    configure_logging("preprocessor", settings.log_level)
+    app = build_app(settings)
+    app.Worker(
+        hostname=f"preprocessor-{os.getpid()}@{socket.gethostname()}",
+        pool="threads",
+        concurrency=THREADS,
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    ).start()
+
+
+if __name__ == "__main__":
+    main()

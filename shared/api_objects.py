@@ -1,0 +1,47 @@
+"""OpenAI's objects, made from rows: what HTTP answers and what is replayed under an idempotency key."""
+
+from datetime import datetime
+from typing import Any
+
+from shared.db.jobs import JobView
+from shared.domain.job import BATCH_STATUS, JobState, public_file_id, public_job_id
+
+
+def unix(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
+
+
+def batch_object(job: JobView) -> dict[str, Any]:
+    """Return OpenAI's batch; nulls are explicit, and a time is there only for a state that was reached."""
+    ended = unix(job.ended_at)
+    state = job.state
+    return {
+        "id": public_job_id(job.kind, job.job_id),
+        "object": "batch",
+        "endpoint": job.endpoint,
+        "model": job.model,
+        "errors": {"object": "list", "data": job.errors} if job.errors else None,
+        "input_file_id": public_file_id(job.input_file_id) if job.input_file_id else None,
+        "completion_window": job.spec["completion_window"],
+        "status": BATCH_STATUS[state],
+        "output_file_id": public_file_id(job.output_file_id) if job.output_file_id else None,
+        "error_file_id": public_file_id(job.error_file_id) if job.error_file_id else None,
+        "created_at": unix(job.created_at),
+        "in_progress_at": unix(job.in_progress_at),
+        "expires_at": None if state is JobState.VALIDATING else unix(job.expires_at),
+        "finalizing_at": unix(job.finalizing_at),
+        "completed_at": ended if state is JobState.SUCCEEDED else None,
+        "failed_at": ended if state is JobState.FAILED else None,
+        "expired_at": ended if state is JobState.EXPIRED else None,
+        "cancelling_at": unix(job.cancelling_at),
+        "cancelled_at": ended if state is JobState.CANCELLED else None,
+        "request_counts": {"total": job.total, "completed": job.completed, "failed": job.failed},
+        "usage": {
+            "input_tokens": job.input_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": job.output_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": job.input_tokens + job.output_tokens,
+        },
+        "metadata": job.metadata,
+    }

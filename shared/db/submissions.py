@@ -1,0 +1,88 @@
+"""Accepts jobs, whoever brings them: the gateway for HTTP, the preprocessor for Celery messages."""
+
+import hashlib
+from typing import Any
+from uuid import UUID
+
+import orjson
+from pydantic import BaseModel
+from sqlalchemy import Connection
+
+from shared.db import files, jobs
+from shared.db.files import FileView
+from shared.db.jobs import NewBatch
+from shared.db.tenants import Caller
+from shared.domain.batch_file import batch_model
+from shared.domain.errors import InvalidRequest, NotFound, QueueFull
+from shared.domain.job import parse_file_id
+from shared.domain.submission import BatchCreate
+from shared.settings import Settings
+
+MIN_RETRY_SECONDS = 1.0
+MAX_RETRY_SECONDS = 3600.0
+UNKNOWN_RATE_SECONDS = 60.0
+
+
+def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
+    """Return what identifies a request: equal for equal bodies, however they were written down."""
+    content = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
+    return hashlib.sha256(orjson.dumps([operation, content], option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def accept_batch(
+    connection: Connection, settings: Settings, caller: Caller, body: BatchCreate, key: str | None
+) -> UUID:
+    """Write an accepted batch and return its id. Raises InvalidRequest, QueueFull."""
+    file = _input_file(connection, body.input_file_id)
+    check_queue(connection, settings, caller.tenant_id, file.lines or 0)
+    expiry = body.output_expires_after
+    batch = NewBatch(
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
+        endpoint=body.endpoint,
+        model=batch_model(file.validation) if file.validation else None,
+        input_file_id=file.file_id,
+        priority=body.priority,
+        completion_window=body.completion_window,
+        completion_seconds=body.completion_seconds,
+        deadline=body.deadline_at,
+        spec={"output_expires_after": expiry.model_dump() if expiry else None, "deadline": body.deadline},
+        metadata=body.metadata,
+        idempotency_key=key,
+    )
+    return jobs.accept_batch(connection, batch)
+
+
+def _input_file(connection: Connection, public_id: str) -> FileView:
+    """Return the input file; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one."""
+    try:
+        file = files.get(connection, parse_file_id(public_id))
+    except NotFound:
+        message = f"No file found with id {public_id[:80]!r}."
+        raise InvalidRequest(message, param="input_file_id", code="invalid_value") from None
+    if file.purpose != "batch" or file.validation is None:
+        message = f"The input file's purpose is '{file.purpose}'; it must be 'batch'."
+        raise InvalidRequest(message, param="input_file_id", code="invalid_value")
+    return file
+
+
+def check_queue(connection: Connection, settings: Settings, tenant_id: str, lines: int) -> None:
+    """Raise QueueFull when `lines` more would be too much for the tenant or the system.
+
+    Concurrent submissions of a tenant pass one after the other, so that together they do not pass the limit.
+    """
+    mine, everybody = jobs.unfinished_lines(connection, tenant_id)
+    limits = (
+        ("This tenant", mine, settings.max_queued_lines_per_tenant),
+        ("The system", everybody, settings.max_queued_lines),
+    )
+    for who, waiting, limit in limits:
+        if waiting + lines > limit:
+            message = f"{who} has {waiting} unfinished lines; with these {lines} more, the limit of {limit} is passed."
+            raise QueueFull(message, retry_after_seconds=_wait_for(connection, waiting + lines - limit))
+
+
+def _wait_for(connection: Connection, lines: int) -> float:
+    """Return how long it will take, at the rate of the last minutes, until `lines` lines are done."""
+    rate = jobs.lines_per_second(connection)
+    return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, lines / rate if rate else UNKNOWN_RATE_SECONDS))

@@ -1,0 +1,77 @@
+"""What a producer submits, over HTTP or as a Celery message: the same body, checked by the same rules."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from shared.domain.payloads import BATCH_ENDPOINTS
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class ExpiresAfter(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2_592_000)
+
+
+class BatchCreate(BaseModel):
+    """`POST /v1/batches`; the last five are Lamplighter's extensions. Others are kept in `model_extra` and ignored."""
+
+    model_config = ConfigDict(extra="allow")
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[mhd]$")
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
+    priority: int = Field(5, ge=0, le=9)
+    deadline: str | None = None
+    window: dict[str, Any] | None = None
+    after: list[str] | None = None
+    resume_from: str | None = None
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_known(cls, endpoint: str) -> str:
+        if endpoint not in BATCH_ENDPOINTS:
+            raise ValueError(f"must be one of {', '.join(BATCH_ENDPOINTS)}")
+        return endpoint
+
+    @field_validator("window", "after", "resume_from")
+    @classmethod
+    def _comes_later(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("is not available in this version")
+        return value
+
+    @field_validator("deadline")
+    @classmethod
+    def _is_a_time_to_come(cls, deadline: str | None) -> str | None:
+        if deadline is None or deadline == "none":
+            return deadline
+        try:
+            moment = datetime.fromisoformat(deadline)
+        except ValueError:
+            raise ValueError("must be an RFC 3339 time, or 'none'") from None
+        if moment.tzinfo is None:
+            raise ValueError("must name its time zone")
+        if moment <= datetime.now(UTC):
+            raise ValueError("lies in the past")
+        return deadline
+
+    @property
+    def deadline_at(self) -> datetime | None:
+        return datetime.fromisoformat(self.deadline) if self.deadline and self.deadline != "none" else None
+
+    @property
+    def completion_seconds(self) -> float | None:
+        """Seconds until the batch expires; None when it never does."""
+        if self.deadline == "none":
+            return None
+        unit = {"m": 60, "h": 3600, "d": 86_400}[self.completion_window[-1]]
+        return float(int(self.completion_window[:-1]) * unit)
