@@ -2,9 +2,10 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -75,6 +76,40 @@ class Settings(BaseSettings):
     def store_directory(self) -> Path | None:
         """The store as a local directory, where it is one."""
         return None if "://" in self.store_url else Path(self.store_url)
+
+
+MIN_PASSWORD_CHARACTERS = 16
+WELL_KNOWN = frozenset({"", "changeme", "change-me", "password", "postgres", "redis", "admin", "secret", "lamplighter"})
+"""Passwords that everybody tries first."""
+
+
+class SetupSettings(BaseSettings):
+    """What the set-up of a deployment needs, and no service ever sees: passwords of every login, the first key."""
+
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore")
+
+    superuser_url: SecretStr
+    database: str = "lamplighter"
+    admin_key: SecretStr
+    migration_password: SecretStr
+    gateway_password: SecretStr
+    preprocessor_password: SecretStr
+    worker_password: SecretStr
+    scheduler_password: SecretStr
+
+    @property
+    def passwords(self) -> dict[str, str]:
+        """The services' passwords by role."""
+        roles = ("migration", "gateway", "preprocessor", "worker", "scheduler")
+        return {role: getattr(self, f"{role}_password").get_secret_value() for role in roles}
+
+    @model_validator(mode="after")
+    def _nobody_can_guess_them(self) -> Self:
+        password = urlsplit(self.superuser_url.get_secret_value()).password or ""
+        for name, secret in {"the superuser": password, **self.passwords}.items():
+            if secret.lower() in WELL_KNOWN or len(secret) < MIN_PASSWORD_CHARACTERS:
+                raise ValueError(f"The password of {name} is missing, too short or well known. Run tools/write_env.py.")
+        return self
 
 
 def load_settings() -> Settings:

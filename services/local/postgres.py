@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import psycopg
-from psycopg import sql
 
 from services.local.ports import free_port
 from shared.db.session import ROLE_PREFIX, ROLES
@@ -131,22 +129,3 @@ def write_secret(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-
-
-def create_roles(cluster: PostgresCluster, database: str = DATABASE) -> None:
-    """Create the service logins and a database owned by the migration role, where they are missing."""
-    with psycopg.connect(cluster.url("superuser", "postgres"), autocommit=True) as connection:
-        known = {row[0] for row in connection.execute("SELECT rolname FROM pg_roles").fetchall()}
-        for role in ROLES:
-            name, verb = (
-                sql.Identifier(f"{ROLE_PREFIX}{role}"),
-                "ALTER" if f"{ROLE_PREFIX}{role}" in known else "CREATE",
-            )
-            statement = sql.SQL("{} ROLE {} LOGIN PASSWORD {}").format(
-                sql.SQL(verb), name, sql.Literal(cluster.passwords[role])
-            )
-            connection.execute(statement)
-        exists = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchone()
-        if exists is None:
-            owner = sql.Identifier(f"{ROLE_PREFIX}migration")
-            connection.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(database), owner))

@@ -28,7 +28,7 @@ from services.local import postgres, valkey
 from services.local.ports import free_port
 from services.local.postgres import PostgresCluster, write_secret
 from services.local.valkey import ValkeyServer
-from shared.db import tenants
+from shared.db import setup, tenants
 from shared.db.session import ROLE_PREFIX, connect_engine, tenant_transaction
 from shared.queueing.wake import connect_redis
 from shared.settings import Settings
@@ -201,7 +201,7 @@ class Stack:
             self._launch(Process("valkey", self._valkey.command(), dict(os.environ)))
         if self._cluster is not None:
             self._wait_until(self._can_connect, "Postgres takes connections")
-            postgres.create_roles(self._cluster)
+            setup.create_roles(self._cluster.url("superuser", "postgres"), self._cluster.passwords, postgres.DATABASE)
         self._wait_until(self._can_ping, "Redis answers")
 
     def _can_connect(self) -> bool:
@@ -222,14 +222,8 @@ class Stack:
             return False
 
     def _migrate(self) -> None:
-        from alembic import command
-        from alembic.config import Config
-
-        config = Config(toml_file=str(Path(__file__).resolve().parents[2] / "pyproject.toml"))
         engine = connect_engine(self.settings("migration"))
-        with engine.connect() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        setup.migrate(engine)
         engine.dispose()
 
     def _ensure_admin_key(self) -> None:

@@ -13,6 +13,8 @@ from sqlalchemy.exc import IntegrityError
 from shared.domain.errors import AuthenticationFailed, Conflict, NotFound
 
 KEY_PREFIX = "lk-"
+MIN_SECRET_CHARACTERS = 43
+"""256 bits in base64."""
 SCOPES = ("read", "write", "submit", "admin")
 """read: look; write: everything of the tenant; submit: hand in jobs only; admin: all tenants, models, keys."""
 
@@ -61,6 +63,20 @@ def create_key(connection: Connection, tenant_id: str, name: str, scopes: list[s
     except IntegrityError:
         raise NotFound(f"No tenant {tenant_id!r}.", param="tenant") from None
     return key_id, f"{KEY_PREFIX}{key_id}-{secret}"
+
+
+def add_key(connection: Connection, tenant_id: str, key: str, name: str, scopes: list[str]) -> None:
+    """Add a key that was made elsewhere, in the form of `create_key`; one that is there stays as it is.
+
+    Raises ValueError for a key that is not of this form.
+    """
+    key_id, _, secret = key.removeprefix(KEY_PREFIX).partition("-")
+    if not key.startswith(KEY_PREFIX) or not key_id.isalnum() or len(secret) < MIN_SECRET_CHARACTERS:
+        raise ValueError(f"An API key looks like {KEY_PREFIX}ID-SECRET, with a secret of 256 bits.")
+    parameters = {"tenant_id": tenant_id, "key_id": key_id, "name": name, "scopes": scopes}
+    exists = connection.execute(text("SELECT 1 FROM api_key WHERE key_id = :key_id"), {"key_id": key_id})
+    if exists.one_or_none() is None:
+        connection.execute(_ADD_KEY, parameters | {"digest": hashlib.sha256(secret.encode()).digest()})
 
 
 def revoke_key(connection: Connection, key_id: str) -> None:

@@ -16,6 +16,7 @@ from services.local import postgres, valkey
 from services.local.postgres import PostgresCluster
 from services.local.valkey import ValkeyServer
 from shared.db.session import connect_engine
+from shared.db.setup import create_roles
 from shared.queueing.wake import connect_redis
 from shared.settings import Settings
 
@@ -48,7 +49,7 @@ def postgres_cluster(directory: Path) -> Iterator[PostgresCluster]:
     cluster = postgres.prepare(directory / "postgres")
     with running(cluster.command(), directory / "postgres.log", user=postgres.system_user()):
         wait_until(lambda: _connects(cluster), 30)
-        postgres.create_roles(cluster, TEMPLATE)
+        create_roles(cluster.url("superuser", "postgres"), cluster.passwords, TEMPLATE)
         engine = connect_engine(settings_for(cluster, "migration", TEMPLATE))
         with engine.connect() as connection:
             command.upgrade(alembic_config(connection), "head")

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lamplighter.client import TERMINAL, Client
+from lamplighter.client import Client
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
+from lamplighter.policy import TERMINAL
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_AUTHORISED = 1, 2, 3, 4
 DEFAULT_DATA = Path("lamplighter-data")

@@ -1,23 +1,31 @@
 """A small client for Lamplighter's native calls; OpenAI's SDK serves for all calls that OpenAI has."""
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 import httpx
 
-from lamplighter.errors import ApiError, NotAuthorized, ServerUnreachable
-
-TRIES = 4
-FIRST_PAUSE_SECONDS = 0.25
-TIMEOUT_SECONDS = 60.0
-TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
+from lamplighter.errors import ServerUnreachable
+from lamplighter.policy import (
+    TERMINAL,
+    TIMEOUT_SECONDS,
+    batch_body,
+    finished,
+    input_lines,
+    json_answer,
+    pause_seconds,
+    request_headers,
+)
 
 
 class Client:
-    """Talks to one server. Every POST carries an idempotency key, so that it can be tried again without harm."""
+    """Talks to one server. Every POST carries an idempotency key, so that it can be tried again without harm.
+
+    Methods raise the errors of `lamplighter.errors`: ApiError and what is below it, ServerUnreachable.
+    """
 
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         headers = {"Authorization": f"Bearer {api_key}"}
@@ -34,27 +42,23 @@ class Client:
         self._http.close()
 
     def request(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return its JSON answer. Raises ApiError, NotAuthorized, ServerUnreachable.
-
-        Answers that may be better next time (408, 409 with Retry-After, 429, 5xx) and lost connections are tried again,
-        a POST under the same idempotency key.
-        """
-        headers = dict(arguments.pop("headers", {}))
-        if method == "POST":
-            headers.setdefault("Idempotency-Key", uuid4().hex)
-        for attempt in range(TRIES):
-            is_last = attempt == TRIES - 1
+        """Send a request, again where that may help, and return its JSON answer."""
+        arguments["headers"] = request_headers(method, dict(arguments.get("headers", {})))
+        attempt = 0
+        while True:
+            response: httpx.Response | None = None
             try:
-                response = self._http.request(method, path, headers=headers, **arguments)
+                response = self._http.request(method, path, **arguments)
+                pause = pause_seconds(attempt, response)
             except httpx.TransportError as error:
-                if is_last:
+                pause = pause_seconds(attempt)
+                if pause is None:
                     raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
-                time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
-                continue
-            if is_last or not _is_worth_another_try(response):
-                return _answer(response)
-            time.sleep(float(response.headers.get("Retry-After", FIRST_PAUSE_SECONDS * 2**attempt)))
-        raise AssertionError  # the last try returns or raises
+            if pause is None:
+                assert response is not None  # a lost connection was raised above
+                return json_answer(response)
+            time.sleep(pause)
+            attempt += 1
 
     def upload(self, path: Path, purpose: str = "batch") -> dict[str, Any]:
         """Upload a file and return its object."""
@@ -64,8 +68,13 @@ class Client:
 
     def create_batch(self, input_file_id: str, endpoint: str, **fields: Any) -> dict[str, Any]:
         """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata."""
-        body = {"input_file_id": input_file_id, "endpoint": endpoint, "completion_window": "24h"} | fields
-        return self.request("POST", "/v1/batches", json=body)
+        return self.request("POST", "/v1/batches", json=batch_body(input_file_id, endpoint, fields))
+
+    def submit(self, requests: Iterable[dict[str, Any]], endpoint: str, **fields: Any) -> dict[str, Any]:
+        """Upload requests as an input file, submit a batch over it, and return the batch."""
+        files = {"file": ("requests.jsonl", input_lines(requests, endpoint), "application/jsonl")}
+        file = self.request("POST", "/v1/files", data={"purpose": "batch"}, files=files)
+        return self.create_batch(file["id"], endpoint, **fields)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""
@@ -97,34 +106,28 @@ class Client:
                 return job
             time.sleep(poll_seconds)
 
+    def results(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Wait for a batch and yield the lines of its output file, parsed. Raises JobFailed when it did not succeed."""
+        job = finished(self.wait(job_id))
+        if job["output_file_id"] is None:
+            return
+        with self._http.stream("GET", f"/v1/files/{job['output_file_id']}/content") as response:
+            if not response.is_success:
+                response.read()
+                json_answer(response)
+            for line in response.iter_lines():
+                yield json.loads(line)
+
     def download(self, file_id: str, to: Path) -> int:
         """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
         partial = to.with_name(f"{to.name}.part")
         size = 0
         with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
-            if response.status_code != 200:
+            if not response.is_success:
                 response.read()
-                _answer(response)
+                json_answer(response)
             with partial.open("wb") as output:
                 for block in response.iter_bytes():
                     size += output.write(block)
         partial.rename(to)
         return size
-
-
-def _is_worth_another_try(response: httpx.Response) -> bool:
-    if response.headers.get("x-should-retry") == "false":
-        return False
-    return response.status_code in (408, 409, 429) or response.status_code >= 500
-
-
-def _answer(response: httpx.Response) -> dict[str, Any]:
-    try:
-        body: dict[str, Any] = response.json()
-    except ValueError:
-        body = {}
-    if response.is_success:
-        return body
-    error = body.get("error") if isinstance(body.get("error"), dict) else {}
-    kind = NotAuthorized if response.status_code in (401, 403) else ApiError
-    raise kind(response.status_code, error or {})
