@@ -47,5 +47,8 @@ bench-spine: setup ## The rows of the spine: throughput, upload, engine share, e
 chaos: setup ## The long fault runs; table in build/bench/chaos.json
 	$(BIN)/python -m tests.chaos.run --long
 
+test-compose: setup ## Build docker-compose.yml, run it for real, and test against it
+	LAMPLIGHTER_COMPOSE=1 $(BIN)/pytest tests/compose --timeout=1800
+
 lock: ## Write requirements.lock from what .venv holds
 	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(-e|pip|setuptools)' > requirements.lock

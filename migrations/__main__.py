@@ -19,7 +19,7 @@ def main() -> None:
         password=settings.passwords["migration"],
         database=settings.database,
     )
-    engine = create_engine(url, hide_parameters=True)
+    engine = create_engine(url, hide_parameters=True, connect_args={"client_encoding": "utf8"})
     migrate(engine)
     ensure_admin_key(engine, settings.admin_key.get_secret_value())
     engine.dispose()

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 # `data` is what Celery adds to its own records: a task's arguments, and with them prompts.
-_LEFT_OUT = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "data"}
+_LEFT_OUT = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "data", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -62,9 +63,22 @@ def tiny_llama(scratch):
     return make_tiny_llama(scratch / "tiny-llama")
 
 
+@dataclass
+class Deployment:
+    """A stack that runs elsewhere: `make test-compose` says where by LAMPLIGHTER_TEST_URL and LAMPLIGHTER_TEST_KEY."""
+
+    url: str
+
+    def settings(self, _role):
+        pytest.skip("looks into the database of the embedded stack")
+
+
 @pytest.fixture(scope="session")
 def stack(scratch):
-    """The whole product, as `lamplighter up` runs it."""
+    """The whole product, as `lamplighter up` runs it, or as it is deployed."""
+    if "LAMPLIGHTER_TEST_URL" in os.environ:
+        yield Deployment(os.environ["LAMPLIGHTER_TEST_URL"])
+        return
     running = Stack(StackOptions(scratch / "stack", flower_port=0, device="cpu", environment=FAST))
     try:
         running.start()
@@ -77,7 +91,7 @@ def stack(scratch):
 
 @pytest.fixture(scope="session")
 def admin_key(stack):
-    return (stack.directory / "admin.key").read_text().strip()
+    return os.environ.get("LAMPLIGHTER_TEST_KEY") or (stack.directory / "admin.key").read_text().strip()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from services.gateway import errors
+from services.gateway import errors, openapi
 from services.gateway.dependencies import Parts
 from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
@@ -53,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.parts = parts
     errors.install(app)
+    openapi.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)

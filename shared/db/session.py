@@ -39,6 +39,7 @@ def connect_engine(settings: Settings, *, pool_size: int = 8, idle_seconds: floa
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
         connect_args={
+            "client_encoding": "utf8",
             "connect_timeout": 3,
             "keepalives": 1,
             "keepalives_idle": 5,

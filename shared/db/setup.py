@@ -17,7 +17,7 @@ def create_roles(superuser_url: str, passwords: dict[str, str], database: str) -
 
     Logins that are there get these passwords; a database that is there is left as it is.
     """
-    with psycopg.connect(superuser_url, autocommit=True) as connection:
+    with psycopg.connect(superuser_url, autocommit=True, client_encoding="utf8") as connection:
         known = {row[0] for row in connection.execute("SELECT rolname FROM pg_roles").fetchall()}
         for role in ROLES:
             name = f"{ROLE_PREFIX}{role}"
@@ -34,7 +34,11 @@ def create_roles(superuser_url: str, passwords: dict[str, str], database: str) -
         exists = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchone()
         if exists is None:
             owner = sql.Identifier(f"{ROLE_PREFIX}migration")
-            connection.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(database), owner))
+            # Whatever the cluster's own encoding is; and in byte order, which no update of a locale library can change.
+            statement = sql.SQL(
+                "CREATE DATABASE {} OWNER {} TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'"
+            )
+            connection.execute(statement.format(sql.Identifier(database), owner))
 
 
 def migrate(engine: Engine) -> None:

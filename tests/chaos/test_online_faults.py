@@ -1,0 +1,151 @@
+"""Online calls while parts of the stack die: every caller is told, retryably and soon, and the next call is served."""
+
+import os
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from services.local.stack import Stack, StackOptions
+from shared.queueing.wake import connect_redis
+from tests.chaos.test_outages import away
+from tests.support.servers import wait_until
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
+FAST = {"LAMPLIGHTER_HEARTBEAT_SECONDS": "1", "LAMPLIGHTER_REAP_SECONDS": "1", "LAMPLIGHTER_DRAIN_SECONDS": "5"}
+
+
+@pytest.fixture(scope="module")
+def stack(scratch):
+    running = Stack(StackOptions(scratch / "online-faults", device="cpu", environment=FAST))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.shut_down()
+
+
+@pytest.fixture(scope="module")
+def http(stack):
+    key = (stack.directory / "admin.key").read_text().strip()
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+        yield client
+
+
+def chat(http, text="a b c", **more):
+    body = {"model": "echo", "messages": [{"role": "user", "content": text}]} | more
+    return http.post("/v1/chat/completions", json=body)
+
+
+def works_again(http):
+    wait_until(lambda: chat(http).status_code == 200, 30, "calls are served again")
+
+
+class Waiting:
+    """A call in a thread of its own, under way when the `with` block begins; afterwards `answer` and `seconds`."""
+
+    def __init__(self, http, **more):
+        self._http, self._more = http, more
+        self.answer, self.seconds = None, None
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        time.sleep(0.5)
+        self._hit_at = time.monotonic()
+        return self
+
+    def _run(self):
+        self.answer = chat(self._http, **self._more)
+        self.seconds = time.monotonic() - self._hit_at
+
+    def __exit__(self, *_):
+        self._thread.join(60)
+
+
+def refused(waiting, within_seconds):
+    assert waiting.answer.status_code == 503, waiting.answer.text
+    assert waiting.answer.json()["error"]["type"] == "server_error"
+    assert int(waiting.answer.headers["retry-after"]) >= 1 and "x-should-retry" not in waiting.answer.headers
+    assert waiting.seconds < within_seconds
+
+
+def worker_process(stack):
+    launcher = psutil.Process(stack.processes["launcher"].running.pid)
+    (worker,) = [child for child in launcher.children() if "services.worker.worker" in child.cmdline()]
+    return worker
+
+
+@pytest.mark.parametrize("who", ["worker", "engine"])
+def test_a_worker_that_dies_fails_its_callers(stack, http, who):
+    works_again(http)
+    with Waiting(http, delay_ms=30_000) as waiting:
+        worker = worker_process(stack)
+        (worker if who == "worker" else worker.children()[0]).kill()
+    refused(waiting, 6)
+    assert waiting.answer.json()["error"]["code"] == "worker_lost"
+    works_again(http)
+
+
+def test_a_broken_stream_ends_in_an_error_event(stack, http, tiny_llama):
+    """A stream that has begun: its first words are out when the engine is killed."""
+    http.post("/v1/models", json={"name": "tiny", "source": str(tiny_llama)})
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "go"}], "max_tokens": 200, "ignore_eos": True}
+    events = []
+    with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line:
+                events.append(line)
+            if len(events) == 3:
+                worker_process(stack).children()[0].kill()
+    assert '"error"' in events[-1] and "worker_lost" in events[-1] and "data: [DONE]" not in events
+    works_again(http)
+
+
+def test_redis_away_is_503_and_calls_in_flight_learn_of_it(stack, http):
+    works_again(http)
+    with Waiting(http, delay_ms=30_000) as waiting:
+        away(stack, "valkey")
+        try:
+            answer = chat(http)
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            time.sleep(4)  # a shorter break than three seconds loses nothing
+        finally:
+            stack._lock.release()
+    refused(waiting, 15)
+    works_again(http)
+
+
+def test_a_wipe_of_redis_fails_calls_in_flight(stack, http):
+    works_again(http)
+    with Waiting(http, delay_ms=30_000) as waiting:
+        connect_redis(stack.redis_url).flushall()
+    refused(waiting, 6)
+    works_again(http)
+
+
+def test_postgres_away_is_503(stack, http):
+    works_again(http)
+    with Waiting(http, delay_ms=2500) as waiting:
+        away(stack, "postgres")
+        time.sleep(1.5)  # what the gateway knew of the key is older than it trusts
+        try:
+            answer = chat(http)
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            waiting._thread.join(30)
+        finally:
+            stack._lock.release()
+    refused(waiting, 30)  # its answer was there, but could not be recorded
+    works_again(http)
+
+
+def test_a_worker_asked_to_leave_answers_first(stack, http):
+    works_again(http)
+    with Waiting(http, delay_ms=2000) as waiting:
+        os.kill(worker_process(stack).pid, signal.SIGTERM)
+    assert waiting.answer.status_code == 200, waiting.answer.text
+    works_again(http)
