@@ -60,6 +60,8 @@ def store(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_llama(scratch):
+    if "LAMPLIGHTER_TEST_MODEL" in os.environ:  # where a deployment has it
+        return Path(os.environ["LAMPLIGHTER_TEST_MODEL"])
     return make_tiny_llama(scratch / "tiny-llama")
 
 

@@ -1,5 +1,6 @@
 """The gateway's wiring."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
 from services.gateway.middleware import BodyLimit, RequestId
 from services.gateway.online import OnlineCalls
+from services.gateway.protocol import BoundedProtocol
 from services.gateway.routes import admin, batches, files, generation, health, jobs, models
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
@@ -40,6 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await parts.online.start()
+        # What was made until now lives as long as the process: collections need not walk through it at every turn.
+        gc.collect()
+        gc.freeze()
         yield
         await parts.online.stop()
 
@@ -72,8 +77,10 @@ def main() -> None:
         log_config=None,
         access_log=False,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         timeout_graceful_shutdown=10,
+        # Longer than clients keep idle connections, so that none is closed under a request that is just being sent.
+        timeout_keep_alive=75,
         server_header=False,
     )
 

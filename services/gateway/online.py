@@ -99,6 +99,13 @@ class OnlineCalls:
     def in_flight(self) -> int:
         return len(self._calls)
 
+    def check_tenant(self, tenant_id: str) -> None:
+        """Raise QueueFull when a tenant has all the calls in flight that it may have: asked before a body is read."""
+        waiting = self._by_tenant[tenant_id]
+        if waiting >= self._settings.online_limit_per_tenant:
+            message = f"This tenant has {waiting} calls in flight, as many as it may have."
+            raise QueueFull(message, retry_after_seconds=self._wait_seconds(waiting))
+
     async def open(
         self,
         caller: Caller,
@@ -109,9 +116,7 @@ class OnlineCalls:
         is_streamed: bool,
     ) -> OnlineCall:
         """Send a call to the best worker; the caller must `close` it. Raises QueueFull, Unavailable."""
-        if self._by_tenant[caller.tenant_id] >= self._settings.online_limit_per_tenant:
-            message = f"This tenant has {self._by_tenant[caller.tenant_id]} calls in flight, as many as it may have."
-            raise QueueFull(message, retry_after_seconds=self._wait_seconds(self._by_tenant[caller.tenant_id]))
+        self.check_tenant(caller.tenant_id)
         worker_id = await self._place(model)
         call = OnlineCall(uuid4().hex, int(time.time()), caller.tenant_id, worker_id)
         self._calls[call.id] = call

@@ -130,6 +130,9 @@ class SliceRunner:
         self._identity, self._settings = identity, settings
         self._record_statement = record_statement
         self._gate = AloneGate()
+        # Parsing and rendering take the interpreter anyway, so slices lose nothing by taking turns; but an online call,
+        # which needs it for moments, then stands behind one slice's thread and not behind all of them.
+        self._turn = threading.Lock()
         self.models = models
         self.leases = Leases()
         self.draining = threading.Event()
@@ -232,11 +235,12 @@ class SliceRunner:
     def _prepare(self, claimed: ClaimedSlice, done: set[int], buffer: RecordedLines) -> list[_Line]:
         """Check the lines' bodies; those that their endpoint would refuse go straight into `buffer`."""
         lines = []
-        for line_no, entry in self._raw_lines(claimed, done):
-            try:
-                lines.append(_Line(line_no, entry["custom_id"], parse_batch_body(claimed.endpoint, entry["body"])))
-            except RequestError as error:
-                _add_error(buffer, claimed, line_no, entry["custom_id"], error.status, error.body())
+        with self._turn:
+            for line_no, entry in self._raw_lines(claimed, done):
+                try:
+                    lines.append(_Line(line_no, entry["custom_id"], parse_batch_body(claimed.endpoint, entry["body"])))
+                except RequestError as error:
+                    _add_error(buffer, claimed, line_no, entry["custom_id"], error.status, error.body())
         return lines
 
     def _generate(self, lease: Lease, lines: list[_Line], buffer: RecordedLines) -> None:
@@ -269,9 +273,10 @@ class SliceRunner:
     def _collect(self, lease: Lease, batch: Batch, waiting: dict[int, _Line], buffer: RecordedLines) -> None:
         flushed_at = time.monotonic()
         while waiting and not self._must_stop(lease):
-            for response in batch.collect(self._settings.flush_seconds):
-                line = waiting.pop(response.id)
-                _add_response(buffer, lease.claimed, line, response)
+            responses = batch.collect(self._settings.flush_seconds)
+            with self._turn:
+                for response in responses:
+                    _add_response(buffer, lease.claimed, waiting.pop(response.id), response)
             age = time.monotonic() - flushed_at
             if len(buffer) >= self._settings.flush_lines or (len(buffer) and age >= self._settings.flush_seconds):
                 self._flush(lease, buffer)

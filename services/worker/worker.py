@@ -2,10 +2,12 @@
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -37,6 +39,7 @@ LOST_DOORBELL_SECONDS = 20.0
 SELF_ABORT_SHARE = 5 / 6
 """A lease that could not be renewed for this share of its length is given up before anybody else may take it."""
 EXIT_LOST = 3
+SWITCH_SECONDS = 0.0005
 PR_SET_PDEATHSIG = 1
 
 
@@ -176,6 +179,8 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
 
 def _announce(heart: Heart, settings: Settings) -> None:
     heart.beat(settings)
+    gc.collect()
+    gc.freeze()  # what lives as long as the process is not walked through by every collection
     wake_dispatcher(connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=1))
 
 
@@ -201,6 +206,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(build: Any = build_runner) -> None:
     """Register, serve, leave. `build` makes the slice runner."""
+    # Online calls pass through threads beside those that render batches: they must not wait for whole turns of these.
+    sys.setswitchinterval(SWITCH_SECONDS)
     arguments = parse_arguments()
     die_with_parent(arguments.launcher_pid)
     settings = load_settings()

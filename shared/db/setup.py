@@ -35,10 +35,10 @@ def create_roles(superuser_url: str, passwords: dict[str, str], database: str) -
         if exists is None:
             owner = sql.Identifier(f"{ROLE_PREFIX}migration")
             # Whatever the cluster's own encoding is; and in byte order, which no update of a locale library can change.
-            statement = sql.SQL(
+            create = sql.SQL(
                 "CREATE DATABASE {} OWNER {} TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'"
             )
-            connection.execute(statement.format(sql.Identifier(database), owner))
+            connection.execute(create.format(sql.Identifier(database), owner))
 
 
 def migrate(engine: Engine) -> None:

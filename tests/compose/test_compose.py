@@ -13,6 +13,7 @@ import pytest
 
 from lamplighter import Client
 from services.local.ports import free_port
+from tests.support.models import make_tiny_llama
 from tests.support.servers import ROOT, wait_until
 
 pytestmark = [
@@ -37,7 +38,11 @@ class Deployment:
         self.env_file = directory / ".env"
         subprocess.run([sys.executable, ROOT / "tools" / "write_env.py", self.env_file], check=True)
         self.port, self.flower_port = free_port(), free_port()
+        make_tiny_llama(directory / "models" / "tiny-llama")
+        for path in (directory, *(directory / "models").rglob("*")):
+            path.chmod(0o755)  # the containers' account is nobody here
         more = {"LAMPLIGHTER_PORT": self.port, "LAMPLIGHTER_FLOWER_PORT": self.flower_port}
+        more["LAMPLIGHTER_MODELS"] = directory / "models"
         if "LAMPLIGHTER_TORCH_INDEX_URL" in os.environ:
             more["LAMPLIGHTER_TORCH_INDEX_URL"] = os.environ["LAMPLIGHTER_TORCH_INDEX_URL"]
         with self.env_file.open("a") as file:
@@ -88,41 +93,15 @@ def test_ready_within_a_minute(deployment):
 
 def test_the_sdk_suite_passes_against_it(deployment):
     environment = os.environ | {"LAMPLIGHTER_TEST_URL": deployment.url, "LAMPLIGHTER_TEST_KEY": deployment.key}
+    environment["LAMPLIGHTER_TEST_MODEL"] = "/models/tiny-llama"
     suites = ["test_sdk_batches.py", "test_online.py", "test_node_sdk.py"]
     command = [sys.executable, "-m", "pytest", "-q", *(f"tests/integration/{suite}" for suite in suites)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def test_a_killed_worker_costs_nothing(deployment):
-    """Two workers; one container is killed in the middle of a batch: every line once, no error file."""
-    deployment("up", "-d", "--no-recreate", "--scale", "worker=2")
-    wait_until(lambda: len(deployment.workers()) == 2, 60, "two workers are there")
-    requests = [
-        {"model": "echo", "messages": [{"role": "user", "content": f"line {i}"}], "delay_ms": 1000 + i % 3000}
-        for i in range(2000)
-    ]
-    with Client(deployment.url, deployment.key) as client:
-        batch = client.submit(requests, "/v1/chat/completions")
-        wait_until(lambda: client.job(batch["id"])["progress"]["done"] > 50, 60)
-        victim = deployment("ps", "-q", "worker").stdout.split()[0]
-        subprocess.run(["docker", "kill", "-s", "KILL", victim], check=True, capture_output=True)
-        job = client.wait(batch["id"])
-        attempts = client.request("GET", f"/v1/jobs/{batch['id']}/attempts", params={"limit": 100})["data"]
-    assert job["status"] == "succeeded" and job["progress"] == {
-        "done": 2000,
-        "failed": 0,
-        "total": 2000,
-        "unit": "lines",
-    }
-    assert len({attempt["worker"] for attempt in attempts}) >= 1
-    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key=deployment.key) as sdk:
-        lines = [json.loads(line) for line in sdk.files.content(job["output_file_id"]).text.splitlines()]
-    assert [line["custom_id"] for line in lines] == [f"request-{i}" for i in range(2000)]
-
-
 def test_flower_is_there_behind_its_password(deployment):
-    url = f"http://127.0.0.1:{deployment.flower_port}/api/workers"
+    url = f"http://127.0.0.1:{deployment.flower_port}/workers?json=1"
     wait_until(lambda: httpx.get(url, timeout=5).status_code == 401, 30)
     auth = ("lamplighter", deployment.secrets["FLOWER_PASSWORD"])
     wait_until(lambda: "preprocessor" in httpx.get(url, auth=auth, timeout=10).text, 30)
@@ -150,3 +129,30 @@ def test_without_secrets_nothing_starts(deployment, tmp_path):
     command = [*compose_command(), "-p", "lamplighter-none", "--env-file", str(tmp_path / ".env"), "config"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "run tools/write_env.py first" in done.stderr
+
+
+def test_a_killed_worker_costs_nothing(deployment):
+    """Two workers; one container is killed in the middle of a batch: every line once, no error file."""
+    deployment("up", "-d", "--no-recreate", "--scale", "worker=2")
+    wait_until(lambda: len(deployment.workers()) == 2, 60, "two workers are there")
+    requests = [
+        {"model": "echo", "messages": [{"role": "user", "content": f"line {i}"}], "delay_ms": 1000 + i % 3000}
+        for i in range(2000)
+    ]
+    with Client(deployment.url, deployment.key) as client:
+        batch = client.submit(requests, "/v1/chat/completions")
+        wait_until(lambda: client.job(batch["id"])["progress"]["done"] > 50, 60)
+        victim = deployment("ps", "-q", "worker").stdout.split()[0]
+        subprocess.run(["docker", "kill", "-s", "KILL", victim], check=True, capture_output=True)
+        job = client.wait(batch["id"])
+        attempts = client.request("GET", f"/v1/jobs/{batch['id']}/attempts", params={"limit": 100})["data"]
+    assert job["status"] == "succeeded" and job["progress"] == {
+        "done": 2000,
+        "failed": 0,
+        "total": 2000,
+        "unit": "lines",
+    }
+    assert len({attempt["worker"] for attempt in attempts}) >= 1
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key=deployment.key) as sdk:
+        lines = [json.loads(line) for line in sdk.files.content(job["output_file_id"]).text.splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"request-{i}" for i in range(2000)]

@@ -56,6 +56,7 @@ async def embed(request: Request, parts: PartsDependency, caller: Generator, key
 
 async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None, endpoint: Endpoint) -> Response:
     """Check a call as the worker would, have it answered, and answer with what was recorded."""
+    parts.online.check_tenant(caller.tenant_id)
     raw = await request.body()
     body = _parse(raw)
     payload = parse_payload(endpoint, body)

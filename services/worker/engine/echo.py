@@ -9,6 +9,8 @@ import time
 from services.worker.protocol import Delta, Output, Request, Response
 
 EMBEDDING_FLOATS = 8
+STEP_REQUESTS = 32
+"""Requests answered in one step: what has come meanwhile is looked at soon."""
 _WORD = re.compile(r"\s*\S+\s*$|\s*\S+|\s+$")
 
 
@@ -34,7 +36,9 @@ class EchoEngine:
         return self._tokens
 
     def add(self, request: Request) -> None:
-        heapq.heappush(self._due, (time.monotonic() + request.delay_ms / 1000, request.id, request))
+        # An online request goes before the batches that are due: they are held until now or later, it from the start.
+        due_at = time.monotonic() + request.delay_ms / 1000 if request.delay_ms or not request.is_online else 0.0
+        heapq.heappush(self._due, (due_at, request.id, request))
 
     def abort(self, request_id: int) -> None:
         self._aborted.add(request_id)
@@ -43,7 +47,7 @@ class EchoEngine:
         self._steps += 1
         now = time.monotonic()
         output = Output()
-        while self._due and self._due[0][0] <= now:
+        while self._due and self._due[0][0] <= now and len(output.responses) < STEP_REQUESTS:
             _, request_id, request = heapq.heappop(self._due)
             if request_id in self._aborted:
                 self._aborted.discard(request_id)
