@@ -53,5 +53,5 @@ chaos: setup ## The long fault runs; table in build/bench/chaos.json
 test-compose: setup ## Build docker-compose.yml, run it for real, and test against it
 	LAMPLIGHTER_COMPOSE=1 $(BIN)/pytest tests/compose --timeout=1800
 
-lock: ## Write requirements.lock from what .venv holds
-	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(-e|pip|setuptools)' > requirements.lock
+lock: ## Write requirements.lock from what .venv holds, without the builds' own suffixes (torch's +cpu)
+	$(BIN)/pip freeze --exclude-editable | grep -v -E '^(-e|pip|setuptools)' | sed -E 's/\+[a-z0-9.]+$$//' > requirements.lock

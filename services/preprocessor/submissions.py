@@ -1,10 +1,10 @@
 """Takes jobs in that came as Celery messages: the same checks, the same rows and the same answers as over HTTP."""
 
+import json
 import logging
 from typing import Any
 from uuid import uuid4
 
-import orjson
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
 
@@ -14,7 +14,14 @@ from shared.db.session import tenant_transaction
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.batch_file import MAX_LINES
-from shared.domain.errors import AuthenticationFailed, IdempotencyMismatch, InvalidRequest, QueueFull, RequestError
+from shared.domain.errors import (
+    AuthenticationFailed,
+    Conflict,
+    IdempotencyMismatch,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+)
 from shared.domain.job import JobKind, public_file_id
 from shared.domain.payloads import invalid_request
 from shared.domain.submission import BatchCreate
@@ -39,7 +46,8 @@ class Submissions:
 
         What can be seen of a message afterwards is what `GET /v1/jobs?idempotency_key=` finds: an accepted job, or a
         failed one that says why. Nothing is found for a message without a valid token or key, nor for one that came
-        when the queue was full: its producer sends it again. Raises OperationalError while Postgres is away.
+        when the queue was full: its producer sends it again. Raises OperationalError while Postgres is away, and
+        Conflict while the same key is being accepted elsewhere.
         """
         try:
             caller = self._authenticate(token)
@@ -50,11 +58,17 @@ class Submissions:
             log.warning("submission without an idempotency key", extra={"tenant": caller.tenant_id})
             return
         try:
-            self._accept(caller, kind, spec, key)
+            self._accept_or_refuse(caller, kind, spec, key)
         except QueueFull:
             log.warning("queue full: submission left to be sent again", extra={"tenant": caller.tenant_id})
         except IdempotencyMismatch:
             log.warning("submission under a key that was used before", extra={"tenant": caller.tenant_id})
+
+    def _accept_or_refuse(self, caller: Caller, kind: Any, spec: Any, key: str) -> None:
+        try:
+            self._accept(caller, kind, spec, key)
+        except (QueueFull, IdempotencyMismatch, Conflict):
+            raise  # these say nothing of the submission itself
         except RequestError as error:
             self._refuse(caller, kind, spec, key, error)
 
@@ -104,7 +118,7 @@ class Submissions:
         file_id = uuid4()
         ingest = FileIngest(self._store.writer(file_path(caller.tenant_id, file_id)))
         for number, request in enumerate(requests):
-            ingest.feed(orjson.dumps(_line(request, number, spec.get("endpoint"))) + b"\n")
+            ingest.feed(json.dumps(_line(request, number, spec.get("endpoint"))).encode() + b"\n")
         columns = commit_file(
             self._store,
             ingest,

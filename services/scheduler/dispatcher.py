@@ -50,7 +50,8 @@ class Dispatcher:
                     args=[row.slice_id],
                     task_id=slice_task_id(row.job_id, row.slice_id, row.dispatch_no),
                     queue=declare_worker_queue(row.worker_id),  # type: ignore[arg-type]  # the stubs know names only
-                    shadow=f"generate[{row.model or '?'}] {row.job_id.hex[:8]} slice {row.slice_id}",
+                    # Few names: Flower keeps metrics for each. Which slice of which job it is says the task's id.
+                    shadow=f"generate[{row.model or '?'}]",
                     argsrepr=f"(slice {row.slice_id})",
                     kwargsrepr="{}",
                     ignore_result=True,

@@ -1,10 +1,10 @@
 """Accepts jobs, whoever brings them: the gateway for HTTP, the preprocessor for Celery messages."""
 
 import hashlib
+import json
 from typing import Any
 from uuid import UUID
 
-import orjson
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
@@ -26,7 +26,8 @@ UNKNOWN_RATE_SECONDS = 60.0
 def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
     """Return what identifies a request: equal for equal bodies, however they were written down."""
     content = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
-    return hashlib.sha256(orjson.dumps([operation, content], option=orjson.OPT_SORT_KEYS)).hexdigest()
+    # Not orjson, which refuses integers of more than 64 bits: a client may send any, in fields that we ignore.
+    return hashlib.sha256(json.dumps([operation, content], sort_keys=True).encode()).hexdigest()
 
 
 def accept_batch(

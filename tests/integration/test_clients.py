@@ -4,9 +4,11 @@ import asyncio
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import venv
 from contextlib import contextmanager
 
 import httpx
@@ -140,11 +142,20 @@ def test_a_proxys_page_is_an_error_too():
     assert caught.value.status == 502
 
 
-def test_the_client_installs_alone():
-    """Its own package names nothing of the server's, and importing it brings none of it in."""
-    code = "import lamplighter, sys; print([m for m in ('torch', 'celery', 'sqlalchemy', 'redis') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.strip() == "[]"
+def test_the_client_installs_alone(tmp_path, stack, admin_key):
+    """Into an empty environment, from its own folder: it brings nothing of the server's, and it works."""
+    venv.create(tmp_path / "alone", with_pip=True)
+    python = tmp_path / "alone" / "bin" / "python"
+    shutil.copytree(ROOT / "client", tmp_path / "client", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "requirements.lock", tmp_path / "client"]
+    subprocess.run(install, check=True, capture_output=True, timeout=240)
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout.lower()
+    assert "lamplighter" in listed
+    assert not [name for name in ("torch", "celery", "sqlalchemy", "redis", "fastapi", "numpy") if name in listed]
+    environment = {"LAMPLIGHTER_URL": stack.url, "LAMPLIGHTER_API_KEY": admin_key, "PATH": "/usr/bin:/bin"}
+    command = [tmp_path / "alone" / "bin" / "lamplighter", "models", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0 and "echo" in done.stdout, done.stderr
 
 
 def test_the_producer_service(stack, admin_key):

@@ -425,6 +425,13 @@ def test_a_header_that_never_ends_takes_no_memory(stack):
     assert httpx.get(f"{stack.url}/healthz").status_code == 200
 
 
+def test_numbers_beyond_64_bits_are_no_fault_of_ours(http):
+    body = b'{"input_file_id": "file-0", "endpoint": "/v1/embeddings", "completion_window": "24h", "x": %d}' % 10**60
+    fault(http.post("/v1/batches", content=body), 400)
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "a"}], "seed": %d}' % 10**60
+    fault(http.post("/v1/chat/completions", content=body), 400)
+
+
 @pytest.mark.parametrize("depth", [200, 100_000])
 def test_deeply_nested_bodies_are_refused(http, depth):
     body = b'{"model": "echo", "messages": ' + b"[" * depth + b"]" * depth + b"}"

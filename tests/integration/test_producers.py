@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import time
@@ -97,6 +98,7 @@ def test_resent_messages_make_one_job(send, native):
         ("not an object", "batch", "spec"),
         ({}, "cooking", "kind"),
         ({"endpoint": "/v1/chat/completions", "requests": [], "priority": 99}, "batch", "priority"),
+        ({"endpoint": "/v1/chat/completions", "input_file_id": 10**40, "more": float("nan")}, "batch", "input_file_id"),
     ],
 )
 def test_a_refused_submission_is_a_failed_job_that_says_why(send, native, spec, kind, param):
@@ -108,6 +110,14 @@ def test_faulty_inline_lines_fail_the_batch_by_line(send, native, sdk):
     (job,) = found(native, send(batch(1) | {"requests": [*requests(1), "no object"]}))
     wait_until(lambda: native.job(job["id"])["status"] == "failed", 10)
     assert sdk.batches.retrieve(job["id"]).errors.data[0].line == 2
+
+
+def test_a_refusal_does_not_take_the_place_of_what_was_accepted(send, native):
+    key = send(batch(2))
+    (job,) = found(native, key)
+    send({"endpoint": "/v1/nonsense", "requests": []}, key=key)  # the same key, and wrong
+    found(native, send(batch(1)))
+    assert [job["id"] for job in native.jobs(idempotency_key=key)] == [job["id"]]
 
 
 def test_without_a_submit_only_token_nothing_happens(send, native, admin_key):
@@ -161,7 +171,8 @@ def test_neither_token_nor_prompt_is_seen_anywhere(stack, send, native, token):
 
 def test_flower_asks_for_a_password_and_changes_nothing(stack, send, native):
     wait_until(lambda: httpx.get(f"{stack.flower_url}/workers").status_code == 401, 30)
-    assert httpx.get(f"{stack.flower_url}/api/workers").status_code == 401
+    for path in ("/", "/tasks", "/broker", "/api/workers", "/api/tasks", "/metrics"):
+        assert httpx.get(f"{stack.flower_url}{path}").status_code == 401, path
     assert flower(stack, "/workers").status_code == 200
     key = send(batch(2))
     (job,) = found(native, key)
@@ -169,10 +180,14 @@ def test_flower_asks_for_a_password_and_changes_nothing(stack, send, native):
 
     def shown():
         tasks = flower(stack, "/api/tasks").json()
-        return [task for identifier, task in tasks.items() if identifier.startswith(job["id"].removeprefix("batch_"))]
+        ours = [task for identifier, task in tasks.items() if identifier.startswith(job["id"].removeprefix("batch_"))]
+        return [task for task in ours if task["state"] == "SUCCESS"]
 
     (task,) = wait_until(shown, 10, "Flower shows the slice's task")
-    assert task["name"] == "lamplighter.generate"
+    assert task["name"] == "generate[echo]"
+    # Flower and whoever reads its metrics keep numbers for every name: so the names must stay few.
+    names = set(re.findall(r'task="([^"]*)"', flower(stack, "/metrics").text))
+    assert "generate[echo]" in names and not [name for name in names if "slice" in name]
     password = (stack.directory / "flower.password").read_text().strip()
     for path in ("/api/task/send-task/lamplighter.submit", "/api/worker/shutdown/worker-cpu-0@x"):
         answer = httpx.post(f"{stack.flower_url}{path}", auth=("lamplighter", password), json={})
