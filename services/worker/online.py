@@ -250,7 +250,7 @@ class OnlineServer:
             spec = self._models.find(call.tenant_id, payload.model, call.endpoint)
             if spec.kind != "echo":
                 refuse_unsupported(payload)
-            request = engine_request(payload, _seed(call.id))
+            request = engine_request(payload, _seed(call.id), call.tenant_id)
         except RequestError as error:
             self._publisher.send(call.replies_to, _refused(call.id, error))
             return

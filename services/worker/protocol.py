@@ -42,12 +42,19 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     n: int = 1
     min_tokens: int = 0
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    """How many of the likeliest tokens to name beside each drawn one; None: no log-probabilities at all."""
 
 
 class Request(msgspec.Struct, omit_defaults=True):
     """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings.
 
     `is_online`: somebody waits for it, so it goes before batches. `is_streamed`: its text is sent in deltas too.
+    `namespace`: whose it is; prompts share what was computed of them within one namespace only.
     """
 
     id: int
@@ -58,6 +65,7 @@ class Request(msgspec.Struct, omit_defaults=True):
     delay_ms: int = 0
     is_online: bool = False
     is_streamed: bool = False
+    namespace: str = ""
 
 
 class RequestFault(msgspec.Struct):
@@ -69,11 +77,25 @@ class RequestFault(msgspec.Struct):
     code: str | None = None
 
 
+class TokenLogprob(msgspec.Struct):
+    """A drawn token's text and natural log-probability, and the same of the likeliest tokens in its place."""
+
+    token: str
+    logprob: float
+    top: list[tuple[str, float]] = []
+
+
 class Response(msgspec.Struct, omit_defaults=True):
-    """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32."""
+    """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32.
+
+    `logprobs`: for each choice its tokens', where they were asked for. `cached_tokens`: how many of the prompt's were
+    not computed for it.
+    """
 
     id: int
     choices: list[tuple[str, str]] = []
+    logprobs: list[list[TokenLogprob]] = []
+    cached_tokens: int = 0
     embeddings: list[bytes] = []
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -257,7 +257,9 @@ class SliceRunner:
         if not lines:
             return
         # Without a seed of its own a line has one by its place, so that a second try draws the same tokens.
-        requests = [engine_request(line.payload, _line_seed(claimed, line.line_no)) for line in lines]
+        requests = [
+            engine_request(line.payload, _line_seed(claimed, line.line_no), claimed.tenant_id) for line in lines
+        ]
         batch = self._child.submit(spec, requests)
         waiting = {request.id: line for request, line in zip(requests, lines, strict=True)}
         try:

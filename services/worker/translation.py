@@ -52,7 +52,7 @@ class ModelDirectory:
         return model
 
 
-def engine_request(payload: AnyPayload, seed: int) -> Request:
+def engine_request(payload: AnyPayload, seed: int, tenant_id: str) -> Request:
     """Return the engine's form of a call; `seed` serves those that name none themselves."""
     if isinstance(payload, EmbeddingPayload):
         return Request(0, "embed", prompts=payload.inputs, delay_ms=payload.delay_ms)
@@ -67,11 +67,16 @@ def engine_request(payload: AnyPayload, seed: int) -> Request:
         n=payload.n,
         min_tokens=payload.min_tokens,
         ignore_eos=payload.ignore_eos,
+        presence_penalty=payload.presence_penalty,
+        frequency_penalty=payload.frequency_penalty,
+        repetition_penalty=payload.repetition_penalty,
+        logit_bias={int(token): bias for token, bias in (payload.logit_bias or {}).items()},
     )
+    rest: dict[str, Any] = {"params": params, "delay_ms": payload.delay_ms, "namespace": tenant_id}
     if isinstance(payload, ChatPayload):
         messages = [{"role": message.role, "content": message.text} for message in payload.messages]
-        return Request(0, "chat", messages=messages, params=params, delay_ms=payload.delay_ms)
-    return Request(0, "complete", prompts=payload.prompts, params=params, delay_ms=payload.delay_ms)
+        return Request(0, "chat", messages=messages, **rest)
+    return Request(0, "complete", prompts=payload.prompts, **rest)
 
 
 @dataclass(frozen=True)

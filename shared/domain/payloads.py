@@ -42,7 +42,9 @@ class GenerationPayload(Payload):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = Field(None, max_length=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -215,12 +217,7 @@ def unsupported_parameter(payload: AnyPayload) -> str | None:
     """Return a parameter that would change the answer and that the engine cannot honour yet; None when all is well."""
     if isinstance(payload, EmbeddingPayload):
         return "dimensions" if payload.dimensions is not None else None
-    asked = {
-        "presence_penalty": payload.presence_penalty != 0,
-        "frequency_penalty": payload.frequency_penalty != 0,
-        "repetition_penalty": payload.repetition_penalty != 1,
-        "logit_bias": bool(payload.logit_bias),
-    }
+    asked: dict[str, bool] = {}
     if isinstance(payload, ChatPayload):
         structured = payload.response_format is not None and payload.response_format.type != "text"
         asked |= {"logprobs": payload.logprobs, "response_format": structured, "tools": bool(payload.tools)}

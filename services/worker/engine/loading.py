@@ -9,11 +9,23 @@ import orjson
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from services.worker.engine.continuous import ContinuousEngine, kv_bytes_per_token, kv_tokens
+from services.worker.engine.decoding import build_decoder, kv_bytes_per_token
 from services.worker.engine.encoder import EncoderEngine, EncoderSettings
 from services.worker.engine.engine import Engine
+from services.worker.engine.generation import GenerationEngine
+from services.worker.engine.kernels.kernels import BLOCK_TOKENS
+from services.worker.engine.prompts import Prompts, eos_tokens
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
+
+KV_TOKENS = 32_768
+"""Tokens that a model's KV cache holds, or one sequence of full length if that is more."""
+DEFAULT_CONTEXT = 2048
+
+
+def kv_blocks(context: int) -> int:
+    """Return how many blocks a model's KV cache has."""
+    return -(-max(KV_TOKENS, context) // BLOCK_TOKENS)
 
 
 def model_bytes(spec: ModelSpec) -> int:
@@ -27,10 +39,20 @@ def model_bytes(spec: ModelSpec) -> int:
     if stored == 0:
         raise ModelRefused("Its weights are gone.")
     stored_width = _width(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-    weights = math.ceil(stored / stored_width * _width(spec.dtype))
+    width = _width(spec.dtype)
+    weights = math.ceil(stored / stored_width * width)
     if spec.kind == "encoder":
         return weights
-    return weights + kv_bytes_per_token(config, _width(spec.dtype)) * kv_tokens(spec.context_length)
+    if config.get("tie_word_embeddings", True):
+        # The head is the embedding's table once more, in the form that products want.
+        weights += config.get("vocab_size", 0) * (config.get("hidden_size") or config.get("n_embd") or 0) * width
+    return weights + kv_bytes_per_token(config, width) * kv_blocks(_context(spec, config)) * BLOCK_TOKENS
+
+
+def _context(spec: ModelSpec, config: dict[str, Any]) -> int:
+    """Return how many tokens a sequence may have: what was registered, or what the model was made for."""
+    own = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    return min(spec.context_length or own, own)
 
 
 def _width(dtype: str) -> int:
@@ -52,12 +74,19 @@ def load_model(spec: ModelSpec, device: str) -> Engine:
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        attn_implementation="sdpa",
     )
     model = model.to(torch_device).eval()
     if spec.kind == "encoder":
         return EncoderEngine(model, tokenizer, _encoder_settings(spec))
-    return ContinuousEngine(model, tokenizer, spec)
+    return _generation_engine(model, tokenizer, spec)
+
+
+def _generation_engine(model: Any, tokenizer: Any, spec: ModelSpec) -> GenerationEngine:
+    config = model.config.get_text_config()
+    context = _context(spec, config.to_dict())
+    prompts = Prompts(tokenizer, config.vocab_size, context, eos_tokens(model, tokenizer))
+    blocks = kv_blocks(context)
+    return GenerationEngine(build_decoder(model, context, blocks), prompts, blocks)
 
 
 def _encoder_settings(spec: ModelSpec) -> EncoderSettings:

@@ -1,0 +1,82 @@
+"""Chooses how a model is computed, and makes sure that the choice computes what transformers does."""
+
+import logging
+from typing import Any
+
+import torch
+
+from services.worker.engine.architectures import fused_weights
+from services.worker.engine.decoder import Decoder, FusedDecoder
+from services.worker.engine.kernels.compile import NoCompilerError
+from services.worker.engine.kernels.cpu import CpuKernels
+from services.worker.engine.kernels.kernels import BLOCK_TOKENS, HeadShape, Kernels, Span, plan_layout
+from services.worker.engine.kernels.reference import TorchKernels
+from services.worker.engine.transformers_decoder import TransformersDecoder
+from shared.domain.errors import ModelRefused
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 40
+TOLERANCE = {torch.float32: 1e-3}
+LOW_PRECISION_TOLERANCE = 0.1
+"""How far logits may be from transformers' own, relative to their length: far less than a wrong model is off."""
+
+
+def build_decoder(model: Any, context: int, blocks: int) -> Decoder:
+    """Return the fastest decoder for a loaded model, which is taken apart for it; raises ModelRefused."""
+    probe = [
+        int(token) for token in torch.arange(1, PROBE_TOKENS + 1) * 7919 % model.config.get_text_config().vocab_size
+    ]
+    probe = probe[:context]
+    expected = _expected_logits(model, probe)
+    weights = fused_weights(model, context)
+    decoder: Decoder
+    if weights is not None:
+        kernels = pick_kernels(weights.layers[0].shape, weights.norm.weight)
+        decoder = FusedDecoder(weights, kernels, blocks)
+    else:
+        decoder = TransformersDecoder(model, pick_kernels, blocks)
+    _compare(decoder, probe, expected, model.dtype)
+    return decoder
+
+
+def pick_kernels(shape: HeadShape, like: torch.Tensor) -> Kernels:
+    """Return the kernels for attention of this shape; `like` is a weight of one row's length."""
+    if like.device.type != "cpu" or not CpuKernels.supports(shape, like.shape[-1], like.dtype):
+        return TorchKernels()
+    try:
+        return CpuKernels()
+    except NoCompilerError as error:
+        log.warning("slow kernels: %s", error)
+        return TorchKernels()
+
+
+@torch.inference_mode()
+def _expected_logits(model: Any, probe: list[int]) -> torch.Tensor:
+    try:
+        logits: torch.Tensor = model(torch.tensor([probe], device=model.device), use_cache=False).logits[0].float()
+    except Exception as error:
+        raise ModelRefused(f"transformers cannot compute it: {error}") from error
+    return logits
+
+
+def _compare(decoder: Decoder, probe: list[int], expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Compute a few tokens in two steps and compare; raises ModelRefused when the results are apart."""
+    half = len(probe) // 2
+    table = list(range(-(-len(probe) // BLOCK_TOKENS)))
+    parts = []
+    for start, end in ((0, half), (half, len(probe))):
+        layout = plan_layout([Span(table, start, 0, end - start)])
+        parts.append(decoder.forward(probe[start:end], layout, list(range(end - start))))
+    distance = float((torch.cat(parts) - expected).norm() / expected.norm())
+    if not distance <= TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
+        raise ModelRefused(f"Its architecture is not supported: results are {distance:.2g} from transformers'.")
+
+
+def kv_bytes_per_token(config: dict[str, Any], width: int) -> int:
+    """Return the KV cache's bytes a token, from a model's config.json; `width` is the number type's bytes."""
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    head_size = config.get("head_dim") or hidden // heads
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * head_size * width)

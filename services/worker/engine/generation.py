@@ -1,0 +1,200 @@
+"""The generation engine: many requests at once on one causal model, joining and leaving at every step (ADR 0007)."""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+
+from services.worker.engine.blocks import BlockPool
+from services.worker.engine.decoder import Decoder
+from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
+from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, Span, plan_layout
+from services.worker.engine.prompts import Prompts
+from services.worker.engine.sampling import sample
+from services.worker.engine.scheduler import Chunk, Scheduler, SchedulerConfig
+from services.worker.engine.sequence import Sequence
+from services.worker.engine.streaming import StreamedText
+from services.worker.protocol import Delta, Output, Request, Response, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+FEWEST_STEP_TOKENS = 32
+
+
+@dataclass
+class _Running:
+    """A request and its sequences: `n` for each prompt."""
+
+    request: Request
+    prompt_tokens: int
+    sequences: list[Sequence] = field(default_factory=list)
+
+
+class GenerationEngine:
+    """Serves one causal language model."""
+
+    def __init__(self, decoder: Decoder, prompts: Prompts, blocks: int, config: SchedulerConfig | None = None) -> None:
+        self._decoder, self._prompts = decoder, prompts
+        self.pool = BlockPool(blocks, BLOCK_TOKENS)
+        self.scheduler = Scheduler(self.pool, config or SchedulerConfig())
+        self._running: dict[int, _Running] = {}
+        self._refused: list[Response] = []
+        self._steps = 0
+        self._tokens = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._decoder.weight_bytes + self._decoder.pool_bytes
+
+    @property
+    def progress(self) -> int:
+        return self._steps
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def wait_seconds(self) -> float | None:
+        return 0.0 if self._refused or self._running else None
+
+    def add(self, request: Request) -> None:
+        prompts = self._prompts.encode(request)
+        limit = request.params.max_tokens
+        if limit is None and request.task == "complete":
+            limit = DEFAULT_COMPLETION_TOKENS
+        fault = self._prompts.fault(request, prompts, limit or 1)
+        if fault is not None:
+            self._refused.append(Response(request.id, fault=fault))
+            return
+        running = self._running[request.id] = _Running(request, sum(map(len, prompts)))
+        for index in range(len(prompts) * request.params.n):
+            prompt = prompts[index // request.params.n]
+            sequence = self._sequence(request, index, prompt, limit or self._prompts.context - len(prompt))
+            running.sequences.append(sequence)
+            self.scheduler.add(sequence)
+
+    def _sequence(self, request: Request, index: int, prompt: list[int], limit: int) -> Sequence:
+        is_read = request.is_streamed or request.params.stop
+        return Sequence(
+            request_id=request.id,
+            index=index,
+            tokens=list(prompt),
+            prompt_tokens=len(prompt),
+            limit=limit,
+            seed=request.params.seed + index,
+            params=request.params,
+            eos=self._prompts.eos,
+            namespace=request.namespace,
+            is_online=request.is_online,
+            text=StreamedText(self._prompts.decode, request.params.stop) if is_read else None,
+        )
+
+    def abort(self, request_id: int) -> None:
+        if self._running.pop(request_id, None) is not None:
+            self.scheduler.remove(request_id)
+
+    def step(self) -> Output:
+        """Compute one pass over whatever the scheduler chose, and draw the tokens that it brings."""
+        output, self._refused = Output(self._refused), []
+        self._steps += 1
+        chunks = self.scheduler.schedule()
+        if not chunks or (logits := self._compute(chunks)) is None:
+            return output
+        self.scheduler.computed(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
+        for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
+            self._take(sequence, token, output)
+        return output
+
+    def _compute(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Return the logits of the chunks that end their sequences; None when memory ran out, and less is tried next.
+
+        A CUDA error poisons the whole process: it ends, and its requests are tried again in a fresh one.
+        """
+        layout, tokens, rows = plan_step(chunks)
+        try:
+            return self._decoder.forward(tokens, layout, rows)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            smaller = self.scheduler.config.smaller()
+            if not is_out_of_memory(error) or smaller.step_tokens < FEWEST_STEP_TOKENS:
+                raise
+            log.warning("out of memory: smaller steps from now on", extra={"step_tokens": smaller.step_tokens})
+            self.scheduler.config = smaller
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return None
+
+    def _take(self, sequence: Sequence, token: int, output: Output) -> None:
+        """Give a sequence its next token; answer its request when that was the last one of all."""
+        sequence.append(token)
+        self._tokens += 1
+        ended = sequence.finish_reason == "stop"
+        if sequence.text is not None and not ended:
+            self._send(sequence, sequence.text.grow(sequence.answer), output)
+            if sequence.text.is_stopped:
+                sequence.finish_reason = "stop"
+        if sequence.finish_reason is None:
+            return
+        self.scheduler.finish(sequence)
+        running = self._running[sequence.request_id]
+        if sequence.text is not None:
+            self._send(sequence, sequence.text.finish(self._final_text(sequence)), output)
+        if all(other.finish_reason for other in running.sequences):
+            output.responses.append(self._respond(running))
+
+    def _send(self, sequence: Sequence, piece: str, output: Output) -> None:
+        if piece and self._running[sequence.request_id].request.is_streamed:
+            output.deltas.append(Delta(sequence.request_id, sequence.index, piece))
+
+    def _final_text(self, sequence: Sequence) -> str:
+        if sequence.text is not None and sequence.text.is_stopped:
+            return sequence.text.stopped_text
+        answer = sequence.answer
+        # An end token that ended the answer is no part of its text.
+        is_ended = sequence.finish_reason == "stop"
+        return self._prompts.decode(answer[:-1] if is_ended else answer)
+
+    def _respond(self, running: _Running) -> Response:
+        del self._running[running.request.id]
+        return Response(
+            running.request.id,
+            choices=[(self._final_text(s), s.finish_reason or "length") for s in running.sequences],
+            logprobs=[self._logprobs(s) for s in running.sequences if running.request.params.logprobs is not None],
+            prompt_tokens=running.prompt_tokens,
+            completion_tokens=sum(sequence.generated for sequence in running.sequences),
+            cached_tokens=running.sequences[0].cached_tokens,
+        )
+
+    def _logprobs(self, sequence: Sequence) -> list[TokenLogprob]:
+        name = self._prompts.token_text
+        return [
+            TokenLogprob(name(each.token), each.logprob, [(name(token), value) for token, value in each.top])
+            for each in sequence.logprobs
+        ]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the books of blocks do not add up."""
+        self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        del self._decoder
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def plan_step(chunks: list[Chunk]) -> tuple[Layout, list[int], list[int]]:
+    """Return the layout of a step, its tokens, and the rows from which a token is drawn."""
+    spans: list[Span] = []
+    tokens: list[int] = []
+    rows: list[int] = []
+    for chunk in chunks:
+        spans.append(Span(chunk.sequence.blocks, chunk.start, len(tokens), chunk.count))
+        tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+        if chunk.is_last:
+            rows.append(len(tokens) - 1)
+    return plan_layout(spans), tokens, rows
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, on a GPU or (as torch says it there) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,99 @@
+"""The kernels in torch: for GPUs, for machines without a C compiler, and for what the C kernels are compared with."""
+
+import torch
+from torch.nn import functional
+
+from services.worker.engine.kernels.kernels import (
+    BLOCK_TOKENS,
+    Activation,
+    HeadNorms,
+    HeadShape,
+    LayerPool,
+    Layout,
+    Norm,
+    Rotary,
+    Span,
+)
+
+
+class TorchKernels:
+    """`Kernels` for every device and number type."""
+
+    def prepare_heads(
+        self,
+        qkv: torch.Tensor,
+        shape: HeadShape,
+        norms: HeadNorms | None,
+        rotary: Rotary | None,
+        pool: LayerPool,
+        layout: Layout,
+    ) -> torch.Tensor:
+        heads = qkv.view(layout.tokens, -1, shape.size)
+        queries, keys, values = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        if norms is not None:
+            queries = _rms_norm(queries, norms.query, shape.epsilon)
+            keys = _rms_norm(keys, norms.key, shape.epsilon)
+        if rotary is not None:
+            positions = torch.as_tensor(layout.positions, device=qkv.device, dtype=torch.long)
+            cosines, sines = rotary.cosines[positions, None], rotary.sines[positions, None]
+            queries = _rotate(queries, cosines, sines, shape.rotated)
+            keys = _rotate(keys, cosines, sines, shape.rotated)
+        slots = torch.as_tensor(layout.slots, device=qkv.device)
+        blocks, places = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
+        pool.keys[blocks, :, :, places] = keys.to(pool.keys.dtype)
+        pool.values[blocks, :, places] = values
+        return queries.to(qkv.dtype).float()
+
+    def attend(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, layout: Layout) -> torch.Tensor:
+        out = torch.empty(layout.tokens, shape.heads * shape.size, dtype=pool.keys.dtype, device=queries.device)
+        for span in layout.spans:
+            rows = slice(span.row, span.row + span.count)
+            out[rows] = self._attend_span(queries[rows], shape, pool, span).to(out.dtype)
+        return out
+
+    def _attend_span(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, span: Span) -> torch.Tensor:
+        end = span.position + span.count
+        table = torch.tensor(span.table[: -(-end // BLOCK_TOKENS)], device=queries.device)
+        keys = pool.keys[table].permute(1, 0, 3, 2).reshape(shape.kv_heads, -1, shape.size)[:, :end].float()
+        values = pool.values[table].permute(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.size)[:, :end].float()
+        last = torch.arange(span.position, end, device=queries.device)[:, None]
+        key = torch.arange(end, device=queries.device)[None, :]
+        visible = key <= last
+        if shape.window:
+            visible &= key > last - shape.window
+        # [K, group, T, D] against [K, 1, keys, D]
+        grouped = queries.transpose(0, 1).reshape(shape.kv_heads, shape.group, span.count, shape.size)
+        scores = grouped @ keys[:, None].transpose(2, 3) * shape.scale
+        if shape.softcap:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        mixed: torch.Tensor = (weights @ values[:, None]).reshape(shape.heads, span.count, shape.size)
+        return mixed.transpose(0, 1).reshape(span.count, -1)
+
+    def add_norm(self, residual: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        if added is not None:
+            residual += added
+        x = residual.float()
+        if norm.bias is not None:
+            out = functional.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.epsilon)
+        else:
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+            out = x * (norm.weight.float() + norm.offset)
+        return out.to(residual.dtype)
+
+    def activate(self, x: torch.Tensor, activation: Activation, *, is_gated: bool) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1) if is_gated else (x, None)
+        gate = gate.float()
+        out = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+        return (out if up is None else out * up.float()).to(x.dtype)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+    return normed.to(x.dtype) * weight
+
+
+def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, rotated: int) -> torch.Tensor:
+    turned, kept = x[..., :rotated].float(), x[..., rotated:].float()
+    half = torch.cat([-turned[..., rotated // 2 :], turned[..., : rotated // 2]], dim=-1)
+    return torch.cat([turned * cosines + half * sines, kept], dim=-1)

@@ -1,0 +1,64 @@
+"""One answer being generated: its tokens, how far they are computed, and which KV blocks hold them. No tensors."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.worker.engine.streaming import StreamedText
+from services.worker.protocol import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` are the prompt's and then the generated ones; the first `computed` of them are in the KV cache.
+
+    `namespace` keeps prefixes of different tenants apart. `limit` is how many tokens may be generated.
+    """
+
+    request_id: int
+    index: int
+    tokens: list[int]
+    prompt_tokens: int
+    limit: int
+    seed: int
+    params: SamplingParams
+    eos: frozenset[int]
+    namespace: str = ""
+    is_online: bool = False
+    text: StreamedText | None = None
+
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they were asked for; each stands for all tokens up to its end."""
+    cached_tokens: int = 0
+    """Prompt tokens that others had computed, at its first admission."""
+    is_admitted: bool = False
+    is_running: bool = False
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often each token was generated."""
+    logprobs: list[Any] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def answer(self) -> list[int]:
+        """The generated tokens."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose keys and values are still to be computed; the last one brings the next token."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int) -> None:
+        """Take the next token in, and note why it was the last one if it was."""
+        self.tokens.append(token)
+        self.counts[token] += 1
+        if token in self.eos and self.generated >= self.params.min_tokens and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+        elif self.generated >= self.limit:
+            self.finish_reason = "length"

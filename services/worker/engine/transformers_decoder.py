@@ -1,0 +1,146 @@
+"""Any other causal model of transformers: its own modules, with our attention and our matrix products in them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout, new_pool
+from services.worker.engine.linear import FEWEST_ROWS, Linear
+from shared.domain.errors import ModelRefused
+
+KernelPicker = Callable[[HeadShape, torch.Tensor], Kernels]
+
+ATTENTION = "lamplighter"
+
+
+@dataclass
+class _Pass:
+    """One pass through the modules: attention finds here which step it belongs to; without a pool it only looks."""
+
+    kernels: Kernels | None
+    layout: Layout | None
+    pools: dict[int, LayerPool]
+    shapes: dict[int, HeadShape]
+
+
+_current: ContextVar[_Pass] = ContextVar("step")
+
+
+@contextmanager
+def _as_current(step: _Pass) -> Iterator[None]:
+    token = _current.set(step)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  # who sees whom is what the layout says
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,  # should one of them matter, the comparison when the model is loaded shows it
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
+    if key.shape != value.shape or not getattr(module, "is_causal", True):
+        raise ModelRefused("Its attention has a form that this engine does not know.")
+    step = _current.get()
+    heads, tokens, size = query.shape[1:]
+    scale = scaling if scaling is not None else size**-0.5
+    shape = HeadShape(
+        heads, key.shape[1], size, scale=scale, window=int(sliding_window or 0), softcap=float(softcap or 0)
+    )
+    if step.layout is None or step.kernels is None:
+        step.shapes[module.layer_idx] = shape
+        return torch.zeros_like(query).transpose(1, 2), None
+    # Rows beyond the layout's are there for the products' sake only.
+    real = step.layout.tokens
+    joined = torch.cat([query, key, value], dim=1)[0].transpose(0, 1)[:real].reshape(real, -1)
+    pool = step.pools[module.layer_idx]
+    queries = step.kernels.prepare_heads(joined, shape, None, None, pool, step.layout)
+    out = query.new_zeros(1, tokens, heads, size)
+    out[0, :real] = step.kernels.attend(queries, shape, pool, step.layout).view(real, heads, size)
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class _PackedLinear(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self._product = Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._product.out_features)
+
+
+class TransformersDecoder:
+    """`Decoder` over a transformers model; raises ModelRefused when its attention cannot be replaced by ours."""
+
+    def __init__(self, model: Any, pick_kernels: KernelPicker, blocks: int) -> None:
+        self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
+        _pack_products(model)
+        model.set_attn_implementation(ATTENTION)
+        config = model.config.get_text_config()
+        self.vocabulary = int(config.vocab_size)
+        self._model = model
+        self._shapes = self._look(int(config.num_hidden_layers))
+        self._kernels = pick_kernels(self._shapes[0], model.get_input_embeddings().weight)
+        self._pools = {
+            number: new_pool(blocks, shape, model.dtype, model.device) for number, shape in self._shapes.items()
+        }
+
+    def _look(self, layers: int) -> dict[int, HeadShape]:
+        """Return every layer's attention, as a pass over a few tokens shows it."""
+        step = _Pass(None, None, {}, {})
+        ids = torch.zeros(1, FEWEST_ROWS, dtype=torch.long, device=self._model.device)
+        try:
+            with _as_current(step), torch.inference_mode():
+                self._model(input_ids=ids)
+        except Exception as error:
+            raise ModelRefused(f"Its modules cannot be given another attention: {error}") from error
+        if set(step.shapes) != set(range(layers)):
+            raise ModelRefused("Some of its layers remember a sequence by other means than attention.")
+        return step.shapes
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for pool in self._pools.values() for t in (pool.keys, pool.values))
+
+    @torch.inference_mode()
+    def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
+        padding = max(0, FEWEST_ROWS - len(tokens))
+        device = self._model.device
+        ids = torch.tensor([tokens + [0] * padding], device=device)
+        positions = torch.tensor([layout.positions.tolist() + [0] * padding], device=device)
+        with _as_current(_Pass(self._kernels, layout, self._pools, self._shapes)):
+            out = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, device=device),
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits.float()
+
+
+def _pack_products(model: Any) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, _PackedLinear(child))
