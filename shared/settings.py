@@ -51,7 +51,10 @@ class Settings(BaseSettings):
     redispatch_seconds: float = Field(60.0, gt=0, description="A dispatched slice that nobody claimed is sent again")
     epoch_seconds: float = Field(2.0, gt=0, description="How often Redis is asked whether it lost its data")
     audit_seconds: float = Field(60.0, gt=0)
-    result_retention_days: int = Field(30, ge=1)
+    result_retention_days: int = Field(30, ge=1, description="Results, and answers under idempotency keys, are kept")
+    metadata_retention_days: int = Field(
+        365, ge=1, description="Slices, attempts and events of a job are kept after its end; jobs and usage stay"
+    )
 
     slots: int = Field(4, ge=1, le=64, description="Slices that one worker runs at once")
     queue_window: int = Field(2, ge=0, description="Slices that wait in Redis beyond a worker's free slots")
@@ -91,6 +94,8 @@ class SetupSettings(BaseSettings):
     superuser_url: SecretStr
     database: str = "lamplighter"
     admin_key: SecretStr
+    redis_password: SecretStr
+    flower_password: SecretStr
     migration_password: SecretStr
     gateway_password: SecretStr
     preprocessor_password: SecretStr
@@ -106,7 +111,13 @@ class SetupSettings(BaseSettings):
     @model_validator(mode="after")
     def _nobody_can_guess_them(self) -> Self:
         password = urlsplit(self.superuser_url.get_secret_value()).password or ""
-        for name, secret in {"the superuser": password, **self.passwords}.items():
+        others = {
+            "the superuser": password,
+            "Redis": self.redis_password.get_secret_value(),
+            "Flower": self.flower_password.get_secret_value(),
+            "the admin key": self.admin_key.get_secret_value(),
+        }
+        for name, secret in (others | self.passwords).items():
             if secret.lower() in WELL_KNOWN or len(secret) < MIN_PASSWORD_CHARACTERS:
                 raise ValueError(f"The password of {name} is missing, too short or well known. Run tools/write_env.py.")
         return self

@@ -5,10 +5,12 @@ bytes, and its line index: little-endian uint64 offsets of every line's first by
 """
 
 import os
+import re
 import struct
 import sys
 from array import array
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,20 @@ class Store:
         return ObjectWriter(self._filesystem, self._full(path), durable=self._is_local)
 
     def read(self, path: str) -> Iterator[bytes]:
-        """Yield an object's bytes in blocks."""
-        with self._filesystem.open(self._full(path), "rb", block_size=BLOCK_BYTES) as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
+        """Open an object and return its bytes in blocks. Raises FileNotFoundError, OSError at once, not on the way."""
+        file = self._filesystem.open(self._full(path), "rb", block_size=BLOCK_BYTES)
+        return _blocks(file)
+
+    def older_than(self, directory: str, seconds: float) -> Iterator[str]:
+        """Yield the paths of objects below a directory, unfinished ones included, that were written so long ago."""
+        before = datetime.now(UTC) - timedelta(seconds=seconds)
+        root = f"{self._root.rstrip('/')}/"
+        for name in self._filesystem.find(self._full(directory)):
+            try:
+                if self._filesystem.modified(name) < before:
+                    yield name.removeprefix(root)
+            except FileNotFoundError:
+                continue  # removed while we looked
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Return bytes `[start, end)` of an object."""
@@ -67,6 +79,12 @@ class Store:
         content = self.read_range(path, offsets[0], offsets[-1])
         base = offsets[0]
         return [content[start - base : end - base].rstrip(b"\r\n") for start, end in pairwise(offsets)]
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    with file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 class ObjectWriter:
@@ -120,3 +138,11 @@ def file_path(tenant_id: str, file_id: UUID) -> str:
 
 def index_path(tenant_id: str, file_id: UUID) -> str:
     return f"files/{tenant_id}/{file_id.hex}.lines"
+
+
+_FILE_PATH = re.compile(r"files/[^/]+/[0-9a-f]{32}(\.lines)?(\.part)?")
+
+
+def is_file_path(path: str) -> bool:
+    """Return whether a path is one of a file's: its bytes, its line index, or one of them unfinished."""
+    return _FILE_PATH.fullmatch(path) is not None

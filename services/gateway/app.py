@@ -1,18 +1,19 @@
 """The gateway's wiring."""
 
+import asyncio
 import gc
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from services.gateway import errors, openapi
 from services.gateway.dependencies import Parts
 from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
-from services.gateway.middleware import BodyLimit, RequestId
+from services.gateway.middleware import BodyLimit, KnownHosts, RequestId
 from services.gateway.online import OnlineCalls
 from services.gateway.protocol import BoundedProtocol
 from services.gateway.routes import admin, batches, files, generation, health, jobs, models
@@ -24,6 +25,10 @@ from shared.store import Store
 
 POOL_SIZE = 16
 WAKE_SECONDS = 0.25
+DRAIN_SECONDS = 7
+"""How long open calls may go on once the gateway is asked to end, before they are refused."""
+ANSWER_SECONDS = 3
+"""How long those refusals, and other requests, may take after that."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -61,16 +66,32 @@ def create_app(settings: Settings) -> FastAPI:
     openapi.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.allowed_hosts, www_redirect=False)
+    app.add_middleware(KnownHosts, allowed_hosts=settings.allowed_hosts, www_redirect=False)
     for module in (health, files, batches, generation, jobs, models, admin):
         app.include_router(module.router)
     return app
 
 
+class Server(uvicorn.Server):
+    """Shuts down as callers would have it: open online calls are refused as retryable, not cut off in the middle."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        refusing = asyncio.create_task(self._refuse_late_calls())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            refusing.cancel()
+
+    async def _refuse_late_calls(self) -> None:
+        await asyncio.sleep(DRAIN_SECONDS)
+        parts: Parts = self.config.app.state.parts  # type: ignore[union-attr]  # it is our FastAPI
+        parts.online.refuse_all()
+
+
 def main() -> None:
     settings = load_settings()
     configure_logging("gateway", settings.log_level)
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings),
         host=settings.host,
         port=settings.port,
@@ -78,11 +99,12 @@ def main() -> None:
         access_log=False,
         loop="uvloop",
         http=BoundedProtocol,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=DRAIN_SECONDS + ANSWER_SECONDS,
         # Longer than clients keep idle connections, so that none is closed under a request that is just being sent.
         timeout_keep_alive=75,
         server_header=False,
     )
+    Server(config).run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import redis
 from fastapi import Depends, Header, Request
 from sqlalchemy import Connection, Engine
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
@@ -102,7 +102,7 @@ def answer_once(
     make: Callable[[Connection], dict[str, Any]],
     *,
     as_admin: bool = False,
-) -> JSONResponse:
+) -> Response:
     """Do what `make` does and answer with what it returns, in one transaction; a key's second request gets the first
     answer again. With `as_admin`, an admin's transaction sees all tenants. Raises IdempotencyMismatch, Conflict.
     """
@@ -111,7 +111,7 @@ def answer_once(
         if key is not None:
             first = idempotency.begin(connection, caller.tenant_id, key, digest)
             if first is not None:
-                return JSONResponse(first.body, first.status, {"Idempotent-Replay": "true"})
+                return Response(first.body, first.status, {"Idempotent-Replay": "true"}, "application/json")
         body = make(connection)
         if key is not None:
             idempotency.complete(connection, caller.tenant_id, key, digest, 200, body)

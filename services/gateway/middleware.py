@@ -1,13 +1,14 @@
-"""What every request passes: a request id, and a limit on its body before anything reads it."""
+"""What every request passes: known hosts, a request id, and a limit on its body before anything reads it."""
 
 from uuid import uuid4
 
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.errors import error_response
 from services.gateway.streaming import MAX_FILE_BYTES
-from shared.domain.errors import BodyTooLarge
+from shared.domain.errors import BodyTooLarge, InvalidRequest
 
 MAX_JSON_BYTES = 2**20
 MAX_CALL_BYTES = 4 * 2**20
@@ -33,6 +34,30 @@ class RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class KnownHosts(TrustedHostMiddleware):
+    """Refuses requests for other hosts than ours, in our error shape."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.allow_any:
+            await self.app(scope, receive, send)
+            return
+        has_refused = False
+
+        async def send_in_shape(message: Message) -> None:
+            nonlocal has_refused
+            if has_refused:
+                return
+            # The application always gives an id first: an answer without one is the refusal.
+            if message["type"] == "http.response.start" and "x-request-id" not in MutableHeaders(scope=message):
+                has_refused = True
+                error = InvalidRequest("This host is not served here.", param="Host", code="invalid_host")
+                await RequestId(error_response(error))(scope, receive, send)
+                return
+            await send(message)
+
+        await super().__call__(scope, receive, send_in_shape)
 
 
 class BodyLimit:

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
+import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -29,7 +29,10 @@ from shared.queueing.online import (
     STREAM_SECONDS,
     Abort,
     Call,
+    Done,
+    Piece,
     Refused,
+    Replies,
     ToGateway,
     ToWorker,
     calls_stream,
@@ -51,18 +54,61 @@ OUTAGE_PAUSE_SECONDS = 0.05
 MISSED_HEARTBEATS = 3
 MAX_RETRY_SECONDS = 60.0
 RATE_WEIGHT = 0.2
+RENEW_SECONDS = 2.0
+"""How often the stream of replies gets its time to live anew, and is looked for: Redis may have lost it."""
+MAX_UNREAD_BYTES = 64 * 2**20
+"""What all calls together may hold of replies that their clients have not read yet."""
+SEND_SECONDS = 2.0
+EXIT_TASK_DIED = 70
 
 
-@dataclass
 class OnlineCall:
-    """A call in flight. `replies` brings what the worker says; a Refused or Done is the last of it."""
+    """A call in flight. A Refused or Done is the last that it brings."""
 
-    id: str
-    created: int
-    tenant_id: str
-    worker_id: UUID
-    moved_at: float = field(default_factory=time.monotonic)
-    replies: "asyncio.Queue[ToGateway]" = field(default_factory=asyncio.Queue)
+    def __init__(self, tenant_id: str, worker_id: UUID) -> None:
+        self.id, self.created = uuid4().hex, int(time.time())
+        self.tenant_id, self.worker_id = tenant_id, worker_id
+        self.moved_at = time.monotonic()
+        self.unread_bytes = 0
+        self.is_over = False
+        """Whether its last reply has come; whatever follows is dropped."""
+        self._replies: deque[ToGateway] = deque()
+        self._has_replies = asyncio.Event()
+
+    def put(self, reply: ToGateway) -> None:
+        """Add what came of it; nothing after its last."""
+        if self.is_over:
+            return
+        self.moved_at = time.monotonic()
+        self.is_over = isinstance(reply, Done | Refused)
+        self.unread_bytes += _size(reply)
+        self._replies.append(reply)
+        self._has_replies.set()
+
+    def fail(self, error: Unavailable, *, drops_unread: bool = False) -> None:
+        """End it with an error, after what has come before, or instead of it."""
+        if drops_unread:
+            self._replies.clear()
+            self.unread_bytes, self.is_over = 0, False
+        self.put(Refused(self.id, error.status, error.message, error.type, code=error.code))
+
+    def take(self) -> ToGateway | None:
+        """Return what comes next, None when that has not come yet."""
+        if not self._replies:
+            return None
+        reply = self._replies.popleft()
+        self.unread_bytes -= _size(reply)
+        if not self._replies:
+            self._has_replies.clear()
+        return reply
+
+    async def wait(self) -> None:
+        """Return once `take` has something."""
+        await self._has_replies.wait()
+
+
+def _size(reply: ToGateway) -> int:
+    return 200 + len(reply.text if isinstance(reply, Piece) else reply.body if isinstance(reply, Done) else b"")
 
 
 class OnlineCalls:
@@ -78,6 +124,8 @@ class OnlineCalls:
         self._finished = 0
         self._rate = 0.0
         self._outbox: asyncio.Queue[tuple[str, ToWorker]] = asyncio.Queue()
+        self._numbers: dict[str, int] = {}
+        self._is_closing = False
         self._tasks: list[asyncio.Task[None]] = []
         url = settings.redis_url.get_secret_value()
         self._reader, self._writer = _connect(url, BLOCK_MILLISECONDS / 1000 + 1), _connect(url, 2.0)
@@ -85,10 +133,19 @@ class OnlineCalls:
     async def start(self) -> None:
         """Begin to listen."""
         self._tasks = [asyncio.create_task(loop()) for loop in (self._read, self._send, self._watch)]
+        for task in self._tasks:
+            task.add_done_callback(_end_process)
+
+    def refuse_all(self) -> None:
+        """Refuse every open call as retryable, and new ones: the gateway is about to go."""
+        self._is_closing = True
+        self._fail(lambda _: True, _restarting())
 
     async def stop(self) -> None:
-        """Stop listening; calls that are still open are refused as retryable."""
-        self._fail(lambda _: True, Unavailable("The gateway is restarting. Try again.", retry_after_seconds=1))
+        """Stop listening; what is still to be sent, aborts of calls, is sent first."""
+        self.refuse_all()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._outbox.join(), SEND_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -114,11 +171,17 @@ class OnlineCalls:
         model: str,
         *,
         is_streamed: bool,
+        idempotency: tuple[str, str] | None = None,
     ) -> OnlineCall:
-        """Send a call to the best worker; the caller must `close` it. Raises QueueFull, Unavailable."""
+        """Send a call to the best worker; the caller must `close` it. Raises QueueFull, Unavailable.
+
+        Under `idempotency` (key, the request's digest) the worker keeps the answer when it records it.
+        """
+        if self._is_closing:
+            raise _restarting()
         self.check_tenant(caller.tenant_id)
         worker_id = await self._place(model)
-        call = OnlineCall(uuid4().hex, int(time.time()), caller.tenant_id, worker_id)
+        call = OnlineCall(caller.tenant_id, worker_id)
         self._calls[call.id] = call
         self._by_worker[worker_id] += 1
         self._by_tenant[call.tenant_id] += 1
@@ -131,6 +194,7 @@ class OnlineCalls:
             replies_to=self._stream,
             created=call.created,
             is_streamed=is_streamed,
+            idempotency=idempotency,
         )
         self._outbox.put_nowait((calls_stream(worker_id), message_))
         return call
@@ -157,10 +221,8 @@ class OnlineCalls:
         """Forget a call; one that is not finished is aborted: its client left."""
         if self._calls.pop(call.id, None) is None:
             return
-        self._by_worker[call.worker_id] -= 1
-        self._by_tenant[call.tenant_id] -= 1
-        if not self._by_tenant[call.tenant_id]:
-            del self._by_tenant[call.tenant_id]
+        for counter, key in ((self._by_worker, call.worker_id), (self._by_tenant, call.tenant_id)):
+            _count_down(counter, key)
         if is_finished:
             self._finished += 1
         else:
@@ -170,7 +232,7 @@ class OnlineCalls:
         """Tell the callers of some calls that these came to nothing."""
         for call in self._calls.values():
             if is_meant(call):
-                call.replies.put_nowait(Refused(call.id, error.status, error.message, error.type, code=error.code))
+                call.fail(error)
 
     async def _send(self) -> None:
         """Write calls to their workers' streams: all that have come meanwhile in one round trip."""
@@ -189,31 +251,39 @@ class OnlineCalls:
                 log.warning("cannot send calls", extra={"error": str(error), "calls": len(batch)})
                 ids = {message.id for _, message in batch}
                 self._fail(lambda call, ids=ids: call.id in ids, _REDIS_AWAY)  # type: ignore[misc]  # bound now
+            for _ in batch:
+                self._outbox.task_done()
 
     async def _read(self) -> None:
         """Pass on what workers say. An outage of Redis fails the calls in flight; so does one that cost its data."""
         offset: Any = "0-0"
         away_since: float | None = None
-        has_stream = False
+        renew_at = 0.0
         while True:
             try:
-                has_stream = has_stream and bool(await self._reader.expire(self._stream, STREAM_SECONDS))
-                if not has_stream:
-                    self._fail(lambda _: True, _REDIS_AWAY)
-                    await self._reader.xadd(self._stream, encode_replies([]))
-                    has_stream = True
-                # The stream is asked for again only after a pause in what it brings.
-                while read := await self._reader.xread({self._stream: offset}, READ_COUNT, BLOCK_MILLISECONDS):
-                    away_since = None
+                if time.monotonic() >= renew_at:
+                    await self._renew_stream()
+                    renew_at = time.monotonic() + RENEW_SECONDS
+                read = await self._reader.xread({self._stream: offset}, READ_COUNT, BLOCK_MILLISECONDS)
+                away_since = None
+                if read:
                     offset = self._deliver(read)
                     await self._reader.xtrim(self._stream, minid=offset)
-                away_since = None
             except (RedisError, OSError) as error:
-                away_since = away_since or time.monotonic()
+                away_since, renew_at = away_since or time.monotonic(), 0.0
                 if time.monotonic() - away_since > OUTAGE_SECONDS:
                     log.warning("cannot read replies", extra={"error": str(error)})
                     self._fail(lambda _: True, _REDIS_AWAY)
                 await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
+
+    async def _renew_stream(self) -> None:
+        """Keep the stream alive. One that is gone took replies with it: then no open call can be trusted to end."""
+        if await self._reader.expire(self._stream, STREAM_SECONDS):
+            return
+        self._fail(lambda _: True, _REDIS_AWAY)
+        # Workers write to a stream that is there only.
+        await self._reader.xadd(self._stream, encode_replies(Replies("", 0, [])))
+        await self._reader.expire(self._stream, STREAM_SECONDS)
 
     def _deliver(self, read: Any) -> Any:
         """Hand replies to their calls; return the offset to read on from."""
@@ -226,12 +296,31 @@ class OnlineCalls:
                 except (msgspec.MsgspecError, KeyError):
                     log.exception("not replies")
                     continue
-                for reply in replies:
+                if not self._is_news(replies):
+                    continue
+                for reply in replies.messages:
                     call = self._calls.get(reply.id)
                     if call is not None:  # None: its client left
-                        call.moved_at = time.monotonic()
-                        call.replies.put_nowait(reply)
+                        call.put(reply)
         return offset
+
+    def _is_news(self, replies: Replies) -> bool:
+        """Return whether an entry came for the first time; after a gap, its worker's open calls have lost replies."""
+        last = self._numbers.get(replies.worker_id, 0)
+        if replies.number > last + 1:
+            log.warning("replies were lost", extra={"worker": replies.worker_id, "entries": replies.number - last - 1})
+            self._fail(lambda call: call.worker_id.hex == replies.worker_id, _REDIS_AWAY)
+        self._numbers[replies.worker_id] = max(last, replies.number)
+        return replies.number > last
+
+    def _drop_unread(self) -> None:
+        """While clients together leave too much unread, give up the call that left the most."""
+        unread = sum(call.unread_bytes for call in self._calls.values())
+        while unread > MAX_UNREAD_BYTES:
+            slowest = max(self._calls.values(), key=lambda call: call.unread_bytes)
+            unread -= slowest.unread_bytes
+            slowest.fail(_UNREAD, drops_unread=True)
+            self._outbox.put_nowait((calls_stream(slowest.worker_id), Abort(slowest.id)))
 
     async def _watch(self) -> None:
         """Look at the fleet; fail calls whose worker is gone, or who brought nothing for too long."""
@@ -241,6 +330,7 @@ class OnlineCalls:
             self._rate += RATE_WEIGHT * (self._finished / WATCH_SECONDS - self._rate)
             self._finished = 0
             self._fail(self._is_late, _LATE)
+            self._drop_unread()
             await asyncio.sleep(WATCH_SECONDS)
 
     def _is_late(self, call: OnlineCall) -> bool:
@@ -257,8 +347,26 @@ class OnlineCalls:
 
 
 _REDIS_AWAY = Unavailable("The queue is away for a moment. Try again.", code="unavailable", retry_after_seconds=2)
+_UNREAD = Unavailable("The answer was read too slowly. Try again.", code="slow_reader")
 _LATE = Unavailable("The answer took too long. Try again.", code="timeout")
 _WORKER_LOST = Unavailable("What ran this request died before it was answered. Try again.", code="worker_lost")
+
+
+def _restarting() -> Unavailable:
+    return Unavailable("The gateway is restarting. Try again.", code="restarting", retry_after_seconds=1)
+
+
+def _count_down(counter: Counter[Any], key: Any) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
+def _end_process(task: "asyncio.Task[None]") -> None:
+    """End a gateway that would otherwise accept calls and never answer them: it is started anew."""
+    if not task.cancelled():
+        log.critical("a loop of online calls died: the process ends", exc_info=task.exception())
+        os._exit(EXIT_TASK_DIED)
 
 
 def _connect(url: str, timeout_seconds: float) -> "redis.asyncio.Redis":

@@ -1,4 +1,6 @@
-"""uvicorn's HTTP protocol with a limit on the head of a request: httptools itself has none."""
+"""uvicorn's HTTP protocol with two limits that it lacks: on the head of a request, and on how long a client stalls."""
+
+import asyncio
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -6,16 +8,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from shared.domain.errors import InvalidRequest
 
 MAX_HEAD_BYTES = 64 * 1024
+STALLED_SECONDS = 60.0
+"""A client that reads nothing for so long while there is an answer is cut off: it holds a call."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Refuses a request whose line and headers pass MAX_HEAD_BYTES, as soon as they do, and closes its connection.
+    Cuts off a client that has stopped reading: its route sees a client that left.
 
     What cannot be parsed as HTTP gets our error shape too.
     """
 
     _head_bytes = 0
     _is_in_head = True
+    _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
@@ -35,6 +41,23 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("headers too large")  # httptools turns it into a parser error: a 400, and the end
         self._is_in_head, self._head_bytes = False, 0
         super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._forget_stall()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_stall()
+        super().connection_lost(exc)
+
+    def _forget_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def send_400_response(self, msg: str) -> None:
         body = orjson.dumps(InvalidRequest(msg, code="invalid_http").body())

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DataError
 
 from shared.api_objects import batch_object
 from shared.db import files, idempotency, jobs, submissions, tenants
@@ -45,22 +46,19 @@ class Submissions:
         """Accept a job once, however often its message comes.
 
         What can be seen of a message afterwards is what `GET /v1/jobs?idempotency_key=` finds: an accepted job, or a
-        failed one that says why. Nothing is found for a message without a valid token or key, nor for one that came
-        when the queue was full: its producer sends it again. Raises OperationalError while Postgres is away, and
-        Conflict while the same key is being accepted elsewhere.
+        failed one that says why. Nothing is found for a message without a valid token or key. Raises what passes:
+        OperationalError while Postgres is away, Conflict while the same key is being accepted elsewhere, and QueueFull.
         """
         try:
             caller = self._authenticate(token)
         except AuthenticationFailed:
             log.warning("submission without a valid submit-only token")
             return
-        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS:
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS or not _is_storable(key):
             log.warning("submission without an idempotency key", extra={"tenant": caller.tenant_id})
             return
         try:
             self._accept_or_refuse(caller, kind, spec, key)
-        except QueueFull:
-            log.warning("queue full: submission left to be sent again", extra={"tenant": caller.tenant_id})
         except IdempotencyMismatch:
             log.warning("submission under a key that was used before", extra={"tenant": caller.tenant_id})
 
@@ -71,6 +69,9 @@ class Submissions:
             raise  # these say nothing of the submission itself
         except RequestError as error:
             self._refuse(caller, kind, spec, key, error)
+        except (DataError, UnicodeEncodeError):
+            unstorable = InvalidRequest("A value in this submission cannot be stored.", code="invalid_value")
+            self._refuse(caller, kind, spec, key, unstorable)
 
     def _authenticate(self, token: Any) -> Caller:
         """Return whose token this is; raises AuthenticationFailed, also for a key that may do more than submit.
@@ -140,6 +141,11 @@ class Submissions:
             jobs.add_refused(connection, caller.tenant_id, caller.key_id, key, error.body()["error"])
             idempotency.complete(connection, caller.tenant_id, key, digest, error.status, error.body())
         log.info("job refused", extra={"tenant": caller.tenant_id, "code": error.code, "param": error.param})
+
+
+def _is_storable(text: str) -> bool:
+    """Return whether Postgres can hold a text: no NUL, and no half of a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _digest(kind: Any, spec: Any) -> str:

@@ -20,13 +20,15 @@ from shared.store import Store
 THREADS = 4
 # Remote control could list running tasks with their arguments, which are prompts: this worker has none.
 PRIVATE: dict[str, Any] = {"worker_enable_remote_control": False, "task_acks_on_failure_or_timeout": True}
+MAX_WAITING = 1000
+"""Submissions that wait in memory for room in a full queue; beyond it, messages stay in Redis alone."""
 
 
 def build_app(settings: Settings) -> Celery:
     """Return the Celery application of this worker, with its task and its queue."""
     engine = connect_engine(settings, pool_size=THREADS)
     app = create_app(settings.redis_url.get_secret_value())
-    app.conf.update(PRIVATE)
+    app.conf.update(PRIVATE, worker_eta_task_limit=MAX_WAITING)
     app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True)]
     redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
     submissions = Submissions(engine, Store(settings.store_url), settings)

@@ -14,6 +14,7 @@ from services.scheduler.finalizer import Finalizer
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
+from services.scheduler.ticks import run_each
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
@@ -47,9 +48,7 @@ class Scheduler:
 
     def pump(self) -> None:
         """The main path of a job: plan, dispatch, finalize."""
-        self._planner.tick()
-        self._dispatcher.tick()
-        self._finalizer.tick()
+        run_each([self._planner.tick, self._dispatcher.tick, self._finalizer.tick])
 
     def reap(self) -> None:
         if self._reaper.tick():

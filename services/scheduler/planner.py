@@ -1,7 +1,11 @@
 """Turns validated jobs into slices, or fails them with line-numbered errors."""
 
-from sqlalchemy import Engine, text
+import logging
 
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import OperationalError
+
+from services.scheduler.troubled import Troubled
 from shared.db import jobs, workers
 from shared.db.jobs import ValidatingJob
 from shared.db.slices import NewSlice
@@ -9,6 +13,10 @@ from shared.domain.batch_file import batch_errors
 from shared.domain.slice import plan_slices
 from shared.settings import Settings
 
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 20
+NOT_PLANNED = {"code": "server_error", "message": "The batch could not be planned.", "param": None, "line": None}
 BYTES_PER_TOKEN = 4
 """For a first estimate only: English text has about four bytes a token."""
 
@@ -16,6 +24,7 @@ BYTES_PER_TOKEN = 4
 class Planner:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
+        self._troubled = Troubled()
 
     def tick(self) -> int:
         """Plan every job that waits for it; return how many."""
@@ -25,18 +34,34 @@ class Planner:
         return planned
 
     def _plan_one(self) -> bool:
-        with self._engine.begin() as connection:
-            job = jobs.next_validating(connection)
+        job: ValidatingJob | None = None
+        try:
+            with self._engine.begin() as connection:
+                job = jobs.next_validating(connection, self._troubled.skipped())
+                if job is None:
+                    return False
+                self._plan(connection, job)
+        except OperationalError:
+            raise  # Postgres is away: no fault of the job's
+        except Exception:
             if job is None:
-                return False
-            errors = batch_errors(job.validation, job.endpoint)
-            if errors:
-                jobs.reject(connection, job, errors)
-                return True
-            connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": job.created_on})
-            fleet = workers.loads(connection, self._settings.lease_seconds)
-            jobs.enqueue(connection, job, self._cut(job, sum(worker.slots for worker in fleet)))
-            return True
+                raise
+            log.exception("cannot plan a job", extra={"job_id": str(job.job_id)})
+            if self._troubled.note(job.job_id) >= MOST_FAILURES:
+                with self._engine.begin() as connection:
+                    jobs.reject(connection, job, [NOT_PLANNED])
+        else:
+            self._troubled.forget(job.job_id)
+        return True
+
+    def _plan(self, connection: Connection, job: ValidatingJob) -> None:
+        errors = batch_errors(job.validation, job.endpoint)
+        if errors:
+            jobs.reject(connection, job, errors)
+            return
+        connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": job.created_on})
+        fleet = workers.loads(connection, self._settings.lease_seconds)
+        jobs.enqueue(connection, job, self._cut(job, sum(worker.slots for worker in fleet)))
 
     def _cut(self, job: ValidatingJob, fleet_slots: int) -> list[NewSlice]:
         lines = job.validation["lines"]

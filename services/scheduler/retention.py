@@ -2,14 +2,24 @@
 
 import logging
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 from sqlalchemy import Engine, text
 
-from shared.db import files, online
+from services.scheduler.ticks import run_each
+from shared.db import files, history, online
 from shared.settings import Settings
-from shared.store import Store
+from shared.store import Store, is_file_path
 
 log = logging.getLogger(__name__)
+
+
+LOCK_SECONDS = 2
+"""Making or dropping a partition locks the whole table: it gives way to whoever reads, and is tried again."""
+PURGE_ROWS = 5000
+STRAY_SECONDS = 24 * 3600.0
+"""Content that no file row knows belongs to an upload that was cut off; none lasts as long as this."""
+SWEEP_PATHS = 1000
 
 
 class Retention:
@@ -17,39 +27,90 @@ class Retention:
         self._engine, self._store, self._settings = engine, store, settings
 
     def tick(self) -> None:
-        """Make the partitions of the next days, drop old ones, expire files, remove contents of deleted ones."""
+        """Make the partitions of the next days, forget what is past its time, remove contents that nobody needs."""
+        run_each(
+            [
+                self._make_partitions,
+                self._expire_files,
+                self._close_days,
+                self._drop_partitions,
+                self._remove_contents,
+                self._sweep_strays,
+                self._purge,
+            ]
+        )
+
+    def _make_partitions(self) -> None:
         today = datetime.now(UTC).date()
-        with self._engine.begin() as connection:
-            for ahead in range(3):
+        for ahead in range(3):
+            with self._engine.begin() as connection:
+                connection.execute(_LOCK_TIMEOUT)
                 day = today + timedelta(days=ahead)
                 connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": day})
-            files.expire_due(connection)
-            online.close_days(connection)
-        self._drop_partitions()
-        while paths := self._take_removable():
-            for path in paths:
-                self._store.remove(path)
 
-    def _take_removable(self) -> list[str]:
+    def _expire_files(self) -> None:
         with self._engine.begin() as connection:
-            return files.take_removable(connection)
+            files.expire_due(connection)
+
+    def _close_days(self) -> None:
+        with self._engine.begin() as connection:
+            online.close_days(connection)
+
+    def _remove_contents(self) -> None:
+        """Remove first and forget then: a process killed in between leaves rows that say what is still to be done."""
+        while True:
+            with self._engine.begin() as connection:
+                removable = files.removable(connection)
+                for paths in removable.values():
+                    for path in paths:
+                        self._store.remove(path)
+                files.forget_contents(connection, removable)
+            if not removable:
+                return
+
+    def _sweep_strays(self) -> None:
+        """Remove what uploads that were cut off have left: temporary objects, and contents without a row."""
+        old = (path for path in self._store.older_than("files", STRAY_SECONDS) if is_file_path(path))
+        while paths := list(islice(old, SWEEP_PATHS)):
+            with self._engine.begin() as connection:
+                known = files.known_contents(connection, paths)
+            for path in paths:
+                if path not in known:
+                    self._store.remove(path)
+                    log.info("removed content without a file", extra={"path": path})
+
+    def _purge(self) -> None:
+        purges = (
+            (history.forget_answers, self._settings.result_retention_days),
+            (history.forget_details, self._settings.metadata_retention_days),
+        )
+        for forget, days in purges:
+            forgotten = 1
+            while forgotten:
+                with self._engine.begin() as connection:
+                    forgotten = forget(connection, days, PURGE_ROWS)
 
     def _drop_partitions(self) -> None:
-        """Drop each day's results as a whole once it is past retention and no job of that day is open."""
+        oldest_kept = datetime.now(UTC).date() - timedelta(days=self._settings.result_retention_days)
         with self._engine.begin() as connection:
             names = connection.execute(
                 text("SELECT relid::regclass::text FROM pg_partition_tree('result') WHERE isleaf ORDER BY 1")
             ).scalars()
-            oldest_kept = datetime.now(UTC).date() - timedelta(days=self._settings.result_retention_days)
-            for name in names:
-                day = datetime.strptime(name.removeprefix("result_"), "%Y%m%d").replace(tzinfo=UTC).date()
-                if day >= oldest_kept:
-                    continue
+            days = [
+                datetime.strptime(name.removeprefix("result_"), "%Y%m%d").replace(tzinfo=UTC).date() for name in names
+            ]
+        for day in days:
+            if day >= oldest_kept:
+                continue
+            with self._engine.begin() as connection:
+                connection.execute(_LOCK_TIMEOUT)
                 dropped = connection.execute(text("SELECT drop_result_partition(:day)"), {"day": day}).scalar_one()
                 if dropped:
                     connection.execute(_FORGET_RENDERED, {"day": day})
                     log.info("dropped results", extra={"day": str(day)})
 
+
+_LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
 
 _FORGET_RENDERED = text("""
     UPDATE file SET deleted_at = now() FROM job

@@ -27,6 +27,7 @@ from services.worker.protocol import (
     Submit,
     ToChild,
 )
+from services.worker.threads import vital
 from shared.domain.errors import ChildLost
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class ChildSupervisor:
         self._life: Life | None = None
         self._closed = threading.Event()
         self.restarts = 0
-        threading.Thread(target=self._watch, name="child watch", daemon=True).start()
+        threading.Thread(target=vital, args=(self._watch,), name="child watch", daemon=True).start()
 
     def _receive(self, _life: Life, message: FromChild) -> None:
         """Take what a child says; called from its reader thread."""
@@ -124,7 +125,7 @@ class ChildSupervisor:
             command = [*self._command, "--channel", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment)
         life = self._life = Life(process, Channel(ours))
-        threading.Thread(target=self._read, args=(life,), name="child reader", daemon=True).start()
+        threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()
         log.info("child started", extra={"pid": process.pid})
         return life
 
@@ -268,6 +269,12 @@ class EngineChild(ChildSupervisor):
         life = self._life
         if known and life is not None:
             life.send(Abort(known))
+
+    def leave(self, request_id: int) -> None:
+        """Have a request dropped whose listener still wants to know what it has used: a response says so."""
+        life = self._life
+        if life is not None:
+            life.send(Abort([request_id]))
 
     def _receive(self, _life: Life, message: FromChild) -> None:
         assert isinstance(message, Output)  # pongs never come here, and nothing else is said by engines

@@ -9,6 +9,12 @@ from services.worker.engine.engine import Engine
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
 
+PATIENCE_SECONDS = 10.0
+LOADS_OF_PATIENCE = 5.0
+"""A model that finds all others in use waits so long, or so many times as long as one of them took to load."""
+FORGET_SECONDS = 30.0
+"""A model that was not asked for during so long waits no more: its requests were aborted."""
+
 Loader = Callable[[ModelSpec], Engine]
 Sizer = Callable[[ModelSpec], int]
 
@@ -19,6 +25,8 @@ class _Loading:
 
     spec: ModelSpec
     bytes: int
+    began_at: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
     engine: Engine | None = None
     error: Exception | None = None
@@ -30,6 +38,17 @@ class _Entry:
     name: str
     bytes: int
     used_at: float
+    loaded_at: float
+    load_seconds: float
+
+
+@dataclass
+class _Want:
+    """A model that waits for room. Once it has waited long enough, `leaving` takes nothing new until it is idle."""
+
+    since: float
+    asked_at: float
+    leaving: str | None = None
 
 
 class ModelCache:
@@ -41,6 +60,7 @@ class ModelCache:
         self._load, self._size = load, size
         self._entries: dict[str, _Entry] = {}
         self._loading: dict[str, _Loading] = {}
+        self._wants: dict[str, _Want] = {}
 
     @property
     def used_bytes(self) -> int:
@@ -56,9 +76,14 @@ class ModelCache:
         return [entry.engine for entry in self._entries.values()]
 
     def get(self, spec: ModelSpec) -> Engine | None:
-        """Return the model's engine, or None: ask again later. Raises ModelRefused when it can never be served."""
+        """Return the model's engine, or None: ask again later. Raises ModelRefused when it can never be served.
+
+        Models that do not fit together take turns: none keeps another waiting for as long as it has work.
+        """
         entry = self._entries.get(spec.key)
         if entry is not None:
+            if self._must_leave(spec.key):
+                return None
             entry.used_at = time.monotonic()
             return entry.engine
         loading = self._loading.get(spec.key)
@@ -72,9 +97,24 @@ class ModelCache:
         if loading.engine is None:
             raise loading.error or ModelRefused
         self.loads += 1
-        size = max(loading.bytes, loading.engine.weight_bytes)
-        self._entries[loading.spec.key] = _Entry(loading.engine, loading.spec.name, size, time.monotonic())
+        size, now = max(loading.bytes, loading.engine.weight_bytes), time.monotonic()
+        self._entries[loading.spec.key] = _Entry(loading.engine, loading.spec.name, size, now, now, loading.seconds)
         return loading.engine
+
+    def _must_leave(self, key: str) -> bool:
+        now = time.monotonic()
+        self._wants = {name: want for name, want in self._wants.items() if now - want.asked_at < FORGET_SECONDS}
+        return any(want.leaving == key for want in self._wants.values())
+
+    def _wait_for_room(self, spec: ModelSpec) -> None:
+        """Note that a model waits; in time, have the one that was there for longest end what it has and go."""
+        now = time.monotonic()
+        want = self._wants.setdefault(spec.key, _Want(now, now))
+        want.asked_at = now
+        if want.leaving not in self._entries and self._entries:
+            key, oldest = min(self._entries.items(), key=lambda item: item[1].loaded_at)
+            patience = max(PATIENCE_SECONDS, LOADS_OF_PATIENCE * oldest.load_seconds)
+            want.leaving = key if now - max(want.since, oldest.loaded_at) > patience else None
 
     def _begin(self, spec: ModelSpec) -> None:
         """Start to load a model if there is room for it, or room can be made."""
@@ -83,7 +123,9 @@ class ModelCache:
             raise ModelRefused(f"The model needs {needed} bytes; the cache has {self.budget_bytes}.")
         while self.used_bytes + needed > self.budget_bytes:
             if not self._evict_one():
+                self._wait_for_room(spec)
                 return
+        self._wants.pop(spec.key, None)
         loading = _Loading(spec, needed)
         self._loading[spec.key] = loading
         threading.Thread(target=self._run, args=(loading,), name=f"load {spec.name}", daemon=True).start()
@@ -103,6 +145,7 @@ class ModelCache:
         except Exception as error:  # noqa: BLE001  # handed to whoever asked for the model
             loading.error = error
         finally:
+            loading.seconds = time.monotonic() - loading.began_at
             loading.done.set()
 
     def check_integrity(self) -> None:

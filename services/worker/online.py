@@ -9,12 +9,12 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from typing import Any, TypeVar
+from uuid import UUID
 
 import msgspec
 import orjson
@@ -24,9 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
 from services.worker.protocol import Output, Response
+from services.worker.threads import vital
 from services.worker.translation import Answer, ModelDirectory, answer, engine_request
 from shared.db import online
-from shared.db.online import OnlineResult
+from shared.db.online import OnlineDay, OnlineResult
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, RequestError, Unavailable
 from shared.domain.payloads import AnyPayload, parse_payload, refuse_unsupported
@@ -35,8 +36,10 @@ from shared.queueing.online import (
     STREAM_SECONDS,
     Call,
     Done,
+    Entry,
     Piece,
     Refused,
+    Replies,
     ToGateway,
     calls_stream,
     decode_call,
@@ -51,6 +54,8 @@ READ_COUNT = 256
 OUTAGE_PAUSE_SECONDS = 0.25
 RECORD_SECONDS = 5.0
 """How long an answer waits for Postgres before its caller is told to try again."""
+RESEND_SECONDS = 3.0
+"""How long replies are offered to Redis; by then a gateway that sees the same outage has told its callers."""
 _T = TypeVar("_T")
 CLIENT_LEFT = 499
 """What is recorded of a call whose client left: nginx's status for it."""
@@ -63,6 +68,8 @@ class _Pending:
     call: Call
     payload: AnyPayload
     request_id: int = 0
+    has_left: bool = False
+    """Its client is gone: what the engine still says of it is only counted."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +77,18 @@ class _Finished:
     """A call to be recorded; `reply` goes out once it is."""
 
     call: Call
+    model: str
     result: OnlineResult
     reply: Done | Refused | None
 
 
 class Recorder:
-    """Records finished calls, all that have come meanwhile in one transaction a tenant."""
+    """Records finished calls, all that have come meanwhile in one transaction for each job of the day."""
 
     def __init__(self, engine: Engine, publisher: "Publisher") -> None:
         self._engine, self._publisher = engine, publisher
         self._inbox: queue.SimpleQueue[_Finished | None] = queue.SimpleQueue()
-        self._last_line: dict[tuple[str, date], int] = {}
+        self._last_line: dict[OnlineDay, int] = {}
 
     def add(self, finished: _Finished) -> None:
         self._inbox.put(finished)
@@ -91,22 +99,24 @@ class Recorder:
 
     def run(self) -> None:
         for batch in _batches(self._inbox):
-            by_tenant: dict[str, list[_Finished]] = defaultdict(list)
+            day = online.today()
+            by_day: dict[OnlineDay, list[_Finished]] = defaultdict(list)
             for finished in batch:
-                by_tenant[finished.call.tenant_id].append(finished)
-            for tenant_id, group in by_tenant.items():
-                is_recorded = self._record(tenant_id, [finished.result for finished in group])
+                call = finished.call
+                by_day[OnlineDay(call.tenant_id, day, call.key_id, finished.model)].append(finished)
+            for place, group in by_day.items():
+                is_recorded = self._record(place, [finished.result for finished in group])
                 for finished in group:
                     reply = finished.reply if is_recorded else _refused(finished.call.id, _NOT_RECORDED)
                     if reply is not None:
                         self._publisher.send(finished.call.replies_to, reply)
 
-    def _record(self, tenant_id: str, results: list[OnlineResult]) -> bool:
+    def _record(self, place: OnlineDay, results: list[OnlineResult]) -> bool:
         """Record results; while Postgres is away, try for a few seconds. A commit without an answer is looked up."""
-        day, deadline, is_retry = online.today(), time.monotonic() + RECORD_SECONDS, False
+        deadline, is_retry = time.monotonic() + RECORD_SECONDS, False
         while True:
             try:
-                self._record_once(tenant_id, day, results, is_retry=is_retry)
+                self._record_once(place, results, is_retry=is_retry)
             except SQLAlchemyError as error:
                 log.warning("cannot record online calls yet", extra={"error": str(error).splitlines()[0]})
                 is_retry = True
@@ -116,26 +126,29 @@ class Recorder:
             else:
                 return True
 
-    def _record_once(self, tenant_id: str, day: date, results: list[OnlineResult], *, is_retry: bool) -> None:
-        place = (tenant_id, day)
+    def _record_once(self, place: OnlineDay, results: list[OnlineResult], *, is_retry: bool) -> None:
+        before = self._last_line.get(place, -1)
         with self._engine.begin() as connection:
             if place not in self._last_line:
-                online.open_job(connection, tenant_id, day)
+                online.open_job(connection, place)
             if is_retry:
-                ids = [result.call_id for result in results]
-                known = online.recorded(connection, tenant_id, day, ids, self._last_line.get(place, -1))
+                known = online.recorded(connection, place, [result.call_id for result in results], before)
                 results = [result for result in results if result.call_id not in known]
-            last = online.record(connection, tenant_id, day, results) if results else self._last_line.get(place, -1)
+            last = online.record(connection, place, results) if results else before
         # Set after the commit: it bounds the search for what a broken commit may have left.
-        self._last_line = {key: line for key, line in self._last_line.items() if key[1] == day} | {place: last}
+        self._last_line = {key: line for key, line in self._last_line.items() if key.day == place.day} | {place: last}
 
 
 class Publisher:
-    """Sends gateways what became of their calls, in the order in which it was given."""
+    """Sends gateways what became of their calls, in the order in which it was given.
 
-    def __init__(self, client: "redis.Redis") -> None:
-        self._client = client
+    What Redis did not take is sent again for a few seconds; what was lost all the same shows as a missing number.
+    """
+
+    def __init__(self, client: "redis.Redis", worker_id: UUID) -> None:
+        self._client, self._worker_id = client, worker_id.hex
         self._inbox: queue.SimpleQueue[tuple[str, ToGateway] | None] = queue.SimpleQueue()
+        self._numbers: Counter[str] = Counter()
 
     def send(self, stream: str, message: ToGateway) -> None:
         self._inbox.put((stream, message))
@@ -148,15 +161,30 @@ class Publisher:
             by_stream: dict[str, list[ToGateway]] = defaultdict(list)
             for stream, message in batch:
                 by_stream[stream].append(message)
+            self._numbers.update(by_stream.keys())
+            entries = {
+                stream: encode_replies(Replies(self._worker_id, self._numbers[stream], messages))
+                for stream, messages in by_stream.items()
+            }
+            self._deliver(entries)
+
+    def _deliver(self, entries: dict[str, Entry]) -> None:
+        deadline = time.monotonic() + RESEND_SECONDS
+        while True:
+            pipeline = self._client.pipeline(transaction=False)
+            for stream, entry in entries.items():
+                # A gateway that is gone has no stream, and gets no new one.
+                pipeline.xadd(stream, entry, maxlen=MAX_REPLIES, nomkstream=True)
             try:
-                pipeline = self._client.pipeline(transaction=False)
-                for stream, messages in by_stream.items():
-                    # A gateway that is gone has no stream, and gets no new one.
-                    pipeline.xadd(stream, encode_replies(messages), maxlen=MAX_REPLIES, nomkstream=True)
                 pipeline.execute()
             except redis.RedisError as error:
-                # The gateway sees the same outage and tells its callers; what was recorded stays so.
-                log.warning("cannot send replies", extra={"error": str(error), "replies": len(batch)})
+                # The gateway tells apart what came twice, and tells its callers of what never came.
+                log.warning("cannot send replies", extra={"error": str(error), "gateways": len(entries)})
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(OUTAGE_PAUSE_SECONDS)
+            else:
+                return
 
 
 class OnlineServer:
@@ -168,14 +196,14 @@ class OnlineServer:
         self._child, self._models = child, models
         self._stream = calls_stream(identity.worker_id)
         self._client = connect_redis(redis_url, timeout_seconds=BLOCK_SECONDS + 2)
-        self._publisher = Publisher(connect_redis(redis_url, timeout_seconds=2))
+        self._publisher = Publisher(connect_redis(redis_url, timeout_seconds=2), identity.worker_id)
         self._recorder = Recorder(engine, self._publisher)
         self._lock = threading.Lock()
         self._by_request: dict[int, _Pending] = {}
         self._by_call: dict[str, _Pending] = {}
         self._stopped = threading.Event()
         self._threads = [
-            threading.Thread(target=run, name=f"online {name}", daemon=True)
+            threading.Thread(target=vital, args=(run,), name=f"online {name}", daemon=True)
             for name, run in (
                 ("sender", self._publisher.run),
                 ("recorder", self._recorder.run),
@@ -276,24 +304,19 @@ class OnlineServer:
             self._publisher.send(call.replies_to, _refused(call.id, Unavailable(error.message)))
 
     def _abort(self, call_id: str) -> None:
-        """Stop working for a client that left; what it asked for is counted, as a failed call."""
+        """Stop working for a client that left; what was used until then is counted, as a failed call."""
         with self._lock:
-            pending = self._by_call.pop(call_id, None)
+            pending = self._by_call.get(call_id)
             if pending is None:
                 return
-            self._by_request.pop(pending.request_id, None)
-        self._child.abort_ids({pending.request_id})
-        body = orjson.dumps(
-            {"error": {"message": "The client left.", "type": "client_left", "param": None, "code": None}}
-        )
-        result = OnlineResult(pending.call.tenant_id, call_id, CLIENT_LEFT, body.decode(), 0, 0)
-        self._recorder.add(_Finished(pending.call, result, None))
+            pending.has_left = True
+        self._child.leave(pending.request_id)
 
     def deliver(self, output: Output) -> None:
         """Take what the engine has for calls; called from the child's reader thread."""
         for delta in output.deltas:
             pending = self._by_request.get(delta.id)
-            if pending is not None:
+            if pending is not None and not pending.has_left:
                 self._publisher.send(pending.call.replies_to, Piece(pending.call.id, delta.index, delta.text))
         for response in output.responses:
             with self._lock:
@@ -305,15 +328,21 @@ class OnlineServer:
 
     def _finish(self, pending: _Pending, response: Response) -> None:
         call = pending.call
+        if pending.has_left or response.is_aborted:
+            self._record_left(pending, response.prompt_tokens, response.completion_tokens)
+            return
         try:
             done = answer(pending.payload, response, call.id, call.created)
         except RuntimeError as error:
             self._publisher.send(call.replies_to, _refused(call.id, Unavailable(str(error))))
             return
-        result = OnlineResult(
-            call.tenant_id, call.id, done.status_code, done.body, done.input_tokens, done.output_tokens
-        )
-        self._recorder.add(_Finished(call, result, _reply(call, done, response)))
+        kept_under = call.idempotency if done.status_code == 200 else None
+        result = OnlineResult(call.id, done.status_code, done.body, done.input_tokens, done.output_tokens, kept_under)
+        self._recorder.add(_Finished(call, pending.payload.model, result, _reply(call, done, response)))
+
+    def _record_left(self, pending: _Pending, input_tokens: int, output_tokens: int) -> None:
+        result = OnlineResult(pending.call.id, CLIENT_LEFT, _CLIENT_LEFT, input_tokens, output_tokens)
+        self._recorder.add(_Finished(pending.call, pending.payload.model, result, None))
 
     def lose(self, request_ids: list[int]) -> None:
         """Tell callers that the child died before it answered: they may try again."""
@@ -322,7 +351,11 @@ class OnlineServer:
                 pending = self._by_request.pop(request_id, None)
                 if pending is not None:
                     self._by_call.pop(pending.call.id, None)
-            if pending is not None:
+            if pending is None:
+                continue
+            if pending.has_left:
+                self._record_left(pending, 0, 0)
+            else:
                 self._publisher.send(pending.call.replies_to, _refused(pending.call.id, _WORKER_LOST))
 
     @contextmanager
@@ -335,6 +368,7 @@ class OnlineServer:
             self.stop(drain_seconds)
 
 
+_CLIENT_LEFT = '{"error":{"message":"The client left.","type":"client_left","param":null,"code":null}}'
 _WORKER_LOST = Unavailable("What ran this request died before it was answered. Try again.", code="worker_lost")
 _NOT_RECORDED = Unavailable("The answer could not be recorded. Try again.", code="not_recorded")
 

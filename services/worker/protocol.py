@@ -89,7 +89,7 @@ class Response(msgspec.Struct, omit_defaults=True):
     """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32.
 
     `logprobs`: for each choice its tokens', where they were asked for. `cached_tokens`: how many of the prompt's were
-    not computed for it.
+    not computed for it. `is_aborted`: nobody wants it any more; it says only what was used until then.
     """
 
     id: int
@@ -100,6 +100,7 @@ class Response(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fault: RequestFault | None = None
+    is_aborted: bool = False
 
 
 class Delta(msgspec.Struct, omit_defaults=True):

@@ -32,6 +32,14 @@ log = logging.getLogger(__name__)
 
 OUTAGE_PAUSE_SECONDS = 0.25
 
+MOST_FAILURES = 600
+"""Tries in a row that failed without an answer before a slice's lines are given up. With pauses of up to a minute that
+is about seven hours: whatever is away for a night comes back before."""
+
+SLICE_FAILED = {
+    "code": "line_failed",
+    "message": "This request was given up: it could not be run, each time it was tried. The job's attempts say why.",
+}
 LINE_FAILED = {
     "code": "line_failed",
     "message": "This request was given up: the process that ran it died each time it was tried.",
@@ -46,25 +54,42 @@ class Lease:
     renewed_at: float = field(default_factory=time.monotonic)
     lost: threading.Event = field(default_factory=threading.Event)
     stop_reason: StopReason | None = None
+    device_seconds: float = 0.0
+    """Its share of the device until the last time that a lease began, ended or was asked."""
 
 
 class Leases:
-    """All leases of this process."""
+    """All leases of this process. They share its device, so each is charged its part of the time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._leases: dict[int, Lease] = {}
+        self._shared_at = time.monotonic()
 
     @contextmanager
     def hold(self, claimed: ClaimedSlice) -> Iterator[Lease]:
         lease = Lease(claimed)
         with self._lock:
+            self._share()
             self._leases[claimed.lease_token] = lease
         try:
             yield lease
         finally:
             with self._lock:
+                self._share()
                 del self._leases[claimed.lease_token]
+
+    def _share(self) -> None:
+        now = time.monotonic()
+        for lease in self._leases.values():
+            lease.device_seconds += (now - self._shared_at) / len(self._leases)
+        self._shared_at = now
+
+    def device_seconds(self, lease: Lease) -> float:
+        """Return a held lease's share of the device until now."""
+        with self._lock:
+            self._share()
+            return lease.device_seconds
 
     def all(self) -> list[Lease]:
         with self._lock:
@@ -137,12 +162,18 @@ class SliceRunner:
         self.leases = Leases()
         self.draining = threading.Event()
         self.stale_writes = 0
+        self.claiming: set[int] = set()
+        """Slices whose message has come and whose claim is not decided yet."""
 
     def run(self, slice_id: int, task_id: str) -> None:
         """Run a slice if it may be claimed; whatever happens, its row says so afterwards, or its lease runs out."""
         if self.draining.is_set():
             return
-        claimed = self._claim(slice_id, task_id)
+        self.claiming.add(slice_id)
+        try:
+            claimed = self._claim(slice_id, task_id)
+        finally:
+            self.claiming.discard(slice_id)
         if claimed is None:
             return
         with self.leases.hold(claimed) as lease:
@@ -155,10 +186,10 @@ class SliceRunner:
                 self.stale_writes += 1
                 log.warning("stale write rejected", extra={"slice_id": slice_id, "token": claimed.lease_token})
             except ChildLost:
-                self._settle(claimed, lambda c: slices.lose(c, slice_id, claimed.lease_token, "engine child died"))
+                self._settle(claimed, self._lose(lease))
             except Exception as error:
                 log.exception("slice failed", extra={"slice_id": slice_id})
-                self._settle(claimed, self._release_failed(claimed, error))
+                self._settle(claimed, self._release_failed(lease, error))
 
     def _claim(self, slice_id: int, task_id: str) -> ClaimedSlice | None:
         """Claim the slice, as soon as Postgres is there: its message is used up, and no other would come soon."""
@@ -189,12 +220,21 @@ class SliceRunner:
         except OperationalError:
             log.warning("left to the reaper", extra={"slice_id": claimed.slice_id})
 
-    def _release_failed(self, claimed: ClaimedSlice, error: Exception) -> Callable[[Any], None]:
+    def _lose(self, lease: Lease) -> Callable[[Any], None]:
+        claimed, seconds = lease.claimed, self.leases.device_seconds(lease)
+
+        def write(connection: Any) -> None:
+            slices.lose(connection, claimed.slice_id, claimed.lease_token, "engine child died", device_seconds=seconds)
+
+        return write
+
+    def _release_failed(self, lease: Lease, error: Exception) -> Callable[[Any], None]:
         """Give the slice back after a fault that may pass: the store or Postgres away, a bug in one spot."""
+        claimed, seconds = lease.claimed, self.leases.device_seconds(lease)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
 
         def write(connection: Any) -> None:
-            delay = backoff_seconds(claimed.losses + 1, claimed.slice_id)
+            delay = backoff_seconds(claimed.failures + 1, claimed.slice_id)
             slices.release(
                 connection,
                 claimed.slice_id,
@@ -203,6 +243,7 @@ class SliceRunner:
                 delay_seconds=delay,
                 error=first_line,
                 traceback=repr(error)[:4000],
+                device_seconds=seconds,
             )
 
         return write
@@ -213,6 +254,9 @@ class SliceRunner:
         self._write(lease, RecordedLines(), lambda c: done.update(slices.recorded_lines(c, claimed)))
         if is_dead_letter(claimed.lo, claimed.hi, claimed.losses):
             self._dead_letter(lease, done)
+            return
+        if claimed.failures >= MOST_FAILURES:
+            self._give_up(lease, done)
             return
         buffer = RecordedLines()
         lines = self._prepare(claimed, done, buffer)
@@ -230,7 +274,19 @@ class SliceRunner:
         claimed, buffer = lease.claimed, RecordedLines()
         for line_no, entry in self._raw_lines(claimed, done):
             _add_error(buffer, claimed, line_no, entry["custom_id"], None, LINE_FAILED)
-        self._write(lease, buffer, lambda c: slices.finish(c, claimed.slice_id, claimed.lease_token, SliceState.DEAD))
+        self._write(lease, buffer, lambda c: self._finish(c, lease, SliceState.DEAD))
+
+    def _give_up(self, lease: Lease, done: set[int]) -> None:
+        """Record every line without an answer as failed, even when the input itself cannot be read any more."""
+        claimed, buffer = lease.claimed, RecordedLines()
+        try:
+            names = {line_no: entry["custom_id"] for line_no, entry in self._raw_lines(claimed, done)}
+        except (OSError, ValueError):
+            log.exception("the input of a slice cannot be read", extra={"slice_id": claimed.slice_id})
+            names = {}
+        for line_no in sorted(set(range(claimed.lo, claimed.hi)) - done):
+            _add_error(buffer, claimed, line_no, names.get(line_no, ""), None, SLICE_FAILED)
+        self._write(lease, buffer, lambda c: self._finish(c, lease, SliceState.DEAD))
 
     def _prepare(self, claimed: ClaimedSlice, done: set[int], buffer: RecordedLines) -> list[_Line]:
         """Check the lines' bodies; those that their endpoint would refuse go straight into `buffer`."""
@@ -300,14 +356,23 @@ class SliceRunner:
 
         def end(connection: Connection) -> None:
             if len(slices.recorded_lines(connection, claimed)) == claimed.hi - claimed.lo:
-                slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DONE)
+                self._finish(connection, lease, SliceState.DONE)
             elif lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
-                slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.CANCELLED)
+                self._finish(connection, lease, SliceState.CANCELLED)
             else:
-                outcome = AttemptOutcome.PREEMPTED
-                slices.release(connection, claimed.slice_id, claimed.lease_token, outcome=outcome)
+                slices.release(
+                    connection,
+                    claimed.slice_id,
+                    claimed.lease_token,
+                    outcome=AttemptOutcome.PREEMPTED,
+                    device_seconds=self.leases.device_seconds(lease),
+                )
 
         self._write(lease, buffer, end)
+
+    def _finish(self, connection: Connection, lease: Lease, state: SliceState) -> None:
+        seconds = self.leases.device_seconds(lease)
+        slices.finish(connection, lease.claimed.slice_id, lease.claimed.lease_token, state, device_seconds=seconds)
 
     def _write(self, lease: Lease, buffer: RecordedLines, then: Callable[[Connection], None]) -> None:
         """Record lines and do `then` in one transaction; while Postgres is away, wait as long as the lease lives.

@@ -21,6 +21,7 @@ from services.worker.children import EngineChild
 from services.worker.online import OnlineServer
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
+from services.worker.threads import vital
 from services.worker.translation import ModelDirectory
 from shared.db import slices, workers
 from shared.db.session import connect_engine
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STOP_POLL_SECONDS = 1.0
 LOST_DOORBELL_SECONDS = 20.0
+DEAF_BEATS = 3
 SELF_ABORT_SHARE = 5 / 6
 """A lease that could not be renewed for this share of its length is given up before anybody else may take it."""
 EXIT_LOST = 3
@@ -56,6 +58,7 @@ class Heart:
     ) -> None:
         self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
         self._online = online_server
+        self._deaf_beats = 0
         self.stop = threading.Event()
 
     def run(self, settings: Settings) -> None:
@@ -96,8 +99,12 @@ class Heart:
                 lease.lost.set()
         if not is_welcome:
             self._leave("declared lost")
-        elif lost_doorbells and not leases:
-            # Idle while slices wait in our queue: the consumer has gone deaf (celery #8030, #9054). Begin anew.
+            return
+        # Idle while slices wait in our queue, at several beats: the consumer has gone deaf (celery #8030, #9054). One
+        # beat says little: a slice may be between two others, or wait for Postgres to be claimed.
+        is_deaf = bool(lost_doorbells) and not leases and not self._online.in_flight and not self._runner.claiming
+        self._deaf_beats = self._deaf_beats + 1 if is_deaf else 0
+        if self._deaf_beats >= DEAF_BEATS:
             self._leave("deaf to its queue")
 
     def _stats(self) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     child = runner._child  # noqa: SLF001  # wiring
     online_server = OnlineServer(engine, settings.redis_url.get_secret_value(), child, runner.models, identity)
     heart = Heart(engine, runner, child, online_server, identity)
-    heart_thread = threading.Thread(target=heart.run, args=(settings,), name="heart", daemon=True)
+    heart_thread = threading.Thread(target=vital, args=(lambda: heart.run(settings),), name="heart", daemon=True)
     heart_thread.start()
     signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
     app.conf.task_queues = [declare_worker_queue(identity.worker_id)]

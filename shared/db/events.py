@@ -28,10 +28,29 @@ def add(
     connection.execute(_ADD, parameters | {"data": data})
 
 
+# A transaction takes its number before it writes and may commit long after another that took a later one. Whoever reads
+# by id alone would pass over what commits late. So events are read in the order of their transactions, and only those
+# of transactions below every one still writing: nothing can come to stand before them any more. Should a transaction
+# hang, it holds no reader up for longer than five minutes.
+_IS_SETTLED = (
+    "(transaction_id < pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+    " OR created_at < now() - interval '5 minutes')"
+)
+PAGE = f"""
+    SELECT event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at
+    FROM event WHERE job_id = :job_id AND {_IS_SETTLED}
+        AND (transaction_id, event_id) > (
+            coalesce((SELECT transaction_id FROM event WHERE event_id = :after AND job_id = :job_id), 0), :after)
+    ORDER BY transaction_id, event_id LIMIT :limit
+"""
+
+
 def page(connection: Connection, job_id: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
-    """Return events of a job with ids above `after`, oldest first."""
-    statement = text("""
-        SELECT event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at
-        FROM event WHERE job_id = :job_id AND event_id > :after ORDER BY event_id LIMIT :limit
-    """)
-    return connection.execute(statement, {"job_id": job_id, "after": after, "limit": limit}).all()
+    """Return events of a job that follow event `after` (0: from the first), oldest first."""
+    return connection.execute(text(PAGE), {"job_id": job_id, "after": after, "limit": limit}).all()
+
+
+def are_settled(connection: Connection, job_id: UUID) -> bool:
+    """Return whether `page`, called after this, shows every event that has been committed until now."""
+    statement = text(f"SELECT NOT EXISTS (SELECT FROM event WHERE job_id = :job_id AND NOT {_IS_SETTLED})")
+    return bool(connection.execute(statement, {"job_id": job_id}).scalar_one())

@@ -1,5 +1,6 @@
 """File rows. Contents lie in the store, or are rendered from results."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -44,11 +45,15 @@ def add(connection: Connection, **columns: Any) -> FileView:
     return get(connection, columns["file_id"])
 
 
-def get(connection: Connection, file_id: UUID) -> FileView:
-    """Return a file of the transaction's tenant; raises NotFound, also for one deleted or expired."""
+def get(connection: Connection, file_id: UUID, *, is_kept: bool = False) -> FileView:
+    """Return a file of the transaction's tenant; raises NotFound, also for one deleted or expired.
+
+    With `is_kept` nobody can delete it before this transaction has ended.
+    """
     statement = text(f"""
         SELECT {_COLUMNS} FROM file
         WHERE file_id = :file_id AND deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        {"FOR SHARE" if is_kept else ""}
     """)
     row = connection.execute(statement, {"file_id": file_id}).mappings().one_or_none()
     if row is None:
@@ -106,11 +111,25 @@ _REMOVABLE = text("""
 """)
 
 
-def take_removable(connection: Connection) -> list[str]:
-    """Forget the contents of deleted files that no open job reads; return the store paths to remove."""
+def removable(connection: Connection) -> dict[UUID, list[str]]:
+    """Lock and return deleted files that no open job reads, with the store paths of their contents."""
     rows = connection.execute(_REMOVABLE).all()
+    return {row.file_id: [path for path in (row.store_path, row.index_path) if path] for row in rows}
+
+
+def forget_contents(connection: Connection, file_ids: Iterable[UUID]) -> None:
+    """Note that contents were removed."""
     connection.execute(
         text("UPDATE file SET store_path = NULL, index_path = NULL WHERE file_id = ANY(:ids)"),
-        {"ids": [row.file_id for row in rows]},
+        {"ids": list(file_ids)},
     )
-    return [path for row in rows for path in (row.store_path, row.index_path) if path]
+
+
+def known_contents(connection: Connection, paths: Sequence[str]) -> set[str]:
+    """Return those of some store paths that belong to a file."""
+    statement = text("""
+        SELECT path FROM unnest(cast(:ids AS uuid[]), cast(:paths AS text[])) AS stored (file_id, path)
+        JOIN file USING (file_id) WHERE file.store_path = path OR file.index_path = path
+    """)
+    ids = [UUID(path.rsplit("/", 1)[-1].split(".")[0]) for path in paths]
+    return set(connection.execute(statement, {"ids": ids, "paths": list(paths)}).scalars())

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, text
-from sqlalchemy.dialects.postgresql import JSONB
+import orjson
+from sqlalchemy import Connection, text
 
 from shared.domain.errors import Conflict, IdempotencyMismatch
 
@@ -15,13 +15,19 @@ _FIND = text("SELECT request_sha256, status, response FROM idempotency WHERE ten
 _ADD = text("""
     INSERT INTO idempotency (tenant_id, key, request_sha256, status, response)
     VALUES (:tenant_id, :key, :request_sha256, :status, :response)
-""").bindparams(bindparam("response", type_=JSONB))
+""")
+_ADD_IF_FIRST = text("""
+    INSERT INTO idempotency (tenant_id, key, request_sha256, status, response)
+    VALUES (:tenant_id, :key, :request_sha256, :status, :response) ON CONFLICT DO NOTHING
+""")
 
 
 @dataclass(frozen=True)
 class FirstAnswer:
+    """An answer as it was given; `body` is JSON."""
+
     status: int
-    body: dict[str, Any]
+    body: bytes
 
 
 def begin(connection: Connection, tenant_id: str, key: str, request_sha256: str) -> FirstAnswer | None:
@@ -32,12 +38,7 @@ def begin(connection: Connection, tenant_id: str, key: str, request_sha256: str)
     if not connection.execute(_TRY_LOCK, {"tenant_id": tenant_id, "key": key}).scalar_one():
         message = "A request with this Idempotency-Key is being served. Try again in a moment."
         raise Conflict(message, code="idempotency_in_flight", retry_after_seconds=1)
-    row = connection.execute(_FIND, {"tenant_id": tenant_id, "key": key}).one_or_none()
-    if row is None:
-        return None
-    if row.request_sha256 != request_sha256:
-        raise IdempotencyMismatch(param="Idempotency-Key")
-    return FirstAnswer(row.status, row.response)
+    return find(connection, tenant_id, key, request_sha256)
 
 
 def complete(
@@ -45,4 +46,22 @@ def complete(
 ) -> None:
     """Keep the answer that goes out once this transaction commits."""
     parameters = {"tenant_id": tenant_id, "key": key, "request_sha256": request_sha256}
-    connection.execute(_ADD, parameters | {"status": status, "response": body})
+    connection.execute(_ADD, parameters | {"status": status, "response": orjson.dumps(body).decode()})
+
+
+def find(connection: Connection, tenant_id: str, key: str, request_sha256: str) -> FirstAnswer | None:
+    """Return the first answer under a key, claiming nothing. Raises IdempotencyMismatch."""
+    row = connection.execute(_FIND, {"tenant_id": tenant_id, "key": key}).one_or_none()
+    if row is None:
+        return None
+    if row.request_sha256 != request_sha256:
+        raise IdempotencyMismatch(param="Idempotency-Key")
+    return FirstAnswer(row.status, row.response.encode())
+
+
+def keep_if_first(
+    connection: Connection, tenant_id: str, key: str, request_sha256: str, status: int, body: str
+) -> None:
+    """Keep an answer, the JSON text `body`, unless there is one under this key already."""
+    parameters = {"tenant_id": tenant_id, "key": key, "request_sha256": request_sha256}
+    connection.execute(_ADD_IF_FIRST, parameters | {"status": status, "response": body})

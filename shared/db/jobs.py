@@ -207,10 +207,13 @@ def unfinished_lines(connection: Connection, tenant_id: str) -> tuple[int, int]:
 def lines_per_second(connection: Connection, over_seconds: float = 300.0) -> float:
     """Return how many of the tenant's lines were finished a second, over its jobs that ended lately or run."""
     statement = text("""
-        SELECT coalesce(sum(slice.completed + slice.failed), 0) / :seconds FROM slice
-        JOIN job ON job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id
+        WITH lately AS (
+            SELECT job_id FROM job WHERE ended_at > now() - make_interval(secs => :seconds) AND kind <> 'online'
+            UNION ALL
+            SELECT job_id FROM job WHERE state IN ('running', 'cancelling', 'finalizing', 'paused'))
+        SELECT coalesce(sum(slice.completed + slice.failed), 0) / :seconds
+        FROM lately JOIN slice ON slice.job_id = lately.job_id
         WHERE slice.progress_at > now() - make_interval(secs => :seconds)
-            AND coalesce(job.ended_at, now()) > now() - make_interval(secs => :seconds)
     """)
     rate = connection.execute(statement, {"seconds": over_seconds}).scalar_one()
     return float(rate)
@@ -232,13 +235,14 @@ _NEXT_VALIDATING = text("""
     SELECT job.tenant_id, job.job_id, job.created_on, job.endpoint, job.model, job.priority, file.validation,
         file.bytes AS input_bytes
     FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
-    WHERE job.state = 'validating' ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
+    WHERE job.state = 'validating' AND job.job_id <> ALL(cast(:skipped AS uuid[]))
+    ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
 """)
 
 
-def next_validating(connection: Connection) -> ValidatingJob | None:
-    """Lock and return the oldest job that waits to be planned; another scheduler's are skipped."""
-    row = connection.execute(_NEXT_VALIDATING).mappings().one_or_none()
+def next_validating(connection: Connection, skipped: Sequence[UUID] = ()) -> ValidatingJob | None:
+    """Lock and return the oldest job that waits to be planned; `skipped` ones and another scheduler's are left out."""
+    row = connection.execute(_NEXT_VALIDATING, {"skipped": list(skipped)}).mappings().one_or_none()
     return None if row is None else ValidatingJob(**row)
 
 
@@ -323,13 +327,18 @@ def resume(connection: Connection, job_id: UUID) -> JobView:
 
 
 def set_priority(connection: Connection, job_id: UUID, priority: int) -> JobView:
-    """Give a job and its waiting slices another priority (0..9, 9 first). Raises NotFound, Conflict."""
+    """Give a job and its open slices another priority (0..9, 9 first). Raises NotFound, Conflict."""
     job = _lock(connection, job_id, None)
     if job.state.is_terminal:
         raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
     connection.execute(text("UPDATE job SET priority = :p WHERE job_id = :j"), {"j": job_id, "p": priority})
     connection.execute(
-        text("UPDATE slice SET priority = :p WHERE job_id = :j AND state IN ('held', 'queued')"),
+        # Those that run, too: what is given back or split goes on with it.
+        text("""
+            UPDATE slice SET priority = :p WHERE slice_id IN (
+                SELECT slice_id FROM slice WHERE job_id = :j AND state IN ('held', 'queued', 'dispatched', 'running')
+                ORDER BY slice_id FOR UPDATE)
+        """),
         {"j": job_id, "p": priority},
     )
     return get(connection, job_id)
@@ -374,16 +383,16 @@ FINALIZABLE = """
         (job.spec -> 'output_expires_after' ->> 'seconds')::int AS output_ttl_seconds,
         file.store_path AS input_path, file.index_path
     FROM job LEFT JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
-    WHERE job.state IN ('running', 'cancelling', 'finalizing')
+    WHERE job.state IN ('running', 'cancelling', 'finalizing') AND job.job_id <> ALL(cast(:skipped AS uuid[]))
         AND NOT EXISTS (SELECT FROM slice WHERE slice.job_id = job.job_id
                         AND slice.state IN ('held', 'queued', 'dispatched', 'running'))
     ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
 """
 
 
-def next_finalizable(connection: Connection) -> EndingJob | None:
-    """Lock and return a job that only waits for its end."""
-    row = connection.execute(text(FINALIZABLE)).mappings().one_or_none()
+def next_finalizable(connection: Connection, skipped: Sequence[UUID] = ()) -> EndingJob | None:
+    """Lock and return a job that only waits for its end, none of `skipped`."""
+    row = connection.execute(text(FINALIZABLE), {"skipped": list(skipped)}).mappings().one_or_none()
     return None if row is None else EndingJob(**row)
 
 
@@ -468,15 +477,17 @@ def attempts(connection: Connection, job_id: UUID, *, after: int, limit: int) ->
     return [dict(row) for row in rows]
 
 
-def queue_place(connection: Connection, job_id: UUID) -> int | None:
-    """Return how many jobs' slices stand before this job's first waiting one, plus one; None when none waits."""
+def queue_places(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:
+    """Return the places in the queue, from 1, of those of the jobs that have waiting slices: by their first ones."""
+    if not job_ids:
+        return {}
+    # Read once for a whole page of jobs.
     statement = text("""
-        WITH mine AS (
-            SELECT slice_class, priority, slice_id FROM slice WHERE job_id = :job_id AND state = 'queued'
-            ORDER BY slice_class, priority DESC, slice_id LIMIT 1)
-        SELECT count(DISTINCT other.job_id) + 1 FROM slice AS other, mine
-        WHERE other.state = 'queued' AND other.job_id <> :job_id
-            AND (other.slice_class, -other.priority, other.slice_id) < (mine.slice_class, -mine.priority, mine.slice_id)
-        HAVING EXISTS (SELECT FROM mine)
+        WITH firsts AS (
+            SELECT DISTINCT ON (job_id) job_id, slice_class, priority, slice_id FROM slice WHERE state = 'queued'
+            ORDER BY job_id, slice_class, priority DESC, slice_id
+        ), placed AS (
+            SELECT job_id, row_number() OVER (ORDER BY slice_class, priority DESC, slice_id) AS place FROM firsts)
+        SELECT job_id, place FROM placed WHERE job_id = ANY(cast(:job_ids AS uuid[]))
     """)
-    return connection.execute(statement, {"job_id": job_id}).scalar_one_or_none()
+    return {row.job_id: row.place for row in connection.execute(statement, {"job_ids": list(job_ids)})}

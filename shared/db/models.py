@@ -109,6 +109,12 @@ class File(Base):
         UniqueConstraint("file_id"),
         Index("file_page_idx", "tenant_id", "created_at", "file_id", postgresql_where=text("deleted_at IS NULL")),
         Index("file_expiry_idx", "expires_at", postgresql_where=text("deleted_at IS NULL")),
+        Index(
+            "file_removable_idx",
+            "file_id",
+            postgresql_where=text("deleted_at IS NOT NULL AND store_path IS NOT NULL"),
+        ),
+        Index("file_rendered_idx", "rendered_job_id", postgresql_where=text("rendered_job_id IS NOT NULL")),
     )
 
 
@@ -163,6 +169,15 @@ class Job(Base):
             postgresql_where=text("state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')"),
         ),
         Index("job_day_idx", "created_on"),
+        Index(
+            "job_tenant_page_idx",
+            "tenant_id",
+            "created_at",
+            "job_id",
+            postgresql_where=text("kind <> 'online'"),
+        ),
+        Index("job_all_page_idx", "created_at", "job_id", postgresql_where=text("kind <> 'online'")),
+        Index("job_ended_idx", "ended_at"),
     )
 
 
@@ -193,6 +208,8 @@ class Slice(Base):
     claimed_done: Mapped[int] = mapped_column(Integer, server_default="0")
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    failures: Mapped[int] = mapped_column(Integer, server_default="0")
+    """Tries that failed without progress, one after another."""
     dispatch_no: Mapped[int] = mapped_column(Integer, server_default="0")
     dispatched_at: Mapped[datetime | None]
     completed: Mapped[int] = mapped_column(Integer, server_default="0")
@@ -321,6 +338,8 @@ class DeviceLease(Base):
 
 
 class Event(Base):
+    """What happened to a job. Readers go by (transaction_id, event_id): ids alone are not in the order of commits."""
+
     __tablename__ = "event"
 
     tenant_id: Mapped[str] = tenant_column()
@@ -331,10 +350,11 @@ class Event(Base):
     message: Mapped[str]
     data: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    transaction_id: Mapped[int] = mapped_column(server_default=text("(pg_current_xact_id()::text)::bigint"))
 
     __table_args__ = (
         ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
-        Index("event_job_idx", "job_id", "event_id"),
+        Index("event_job_idx", "job_id", "transaction_id", "event_id"),
     )
 
 
@@ -397,7 +417,7 @@ class Usage(Base):
 
 
 class Idempotency(Base):
-    """The first answer given under a key; kept as long as what it made."""
+    """The first answer given under a key, kept as long as results. Text: JSONB cannot hold every JSON string."""
 
     __tablename__ = "idempotency"
 
@@ -405,8 +425,10 @@ class Idempotency(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     request_sha256: Mapped[str]
     status: Mapped[int] = mapped_column(SmallInteger)
-    response: Mapped[dict[str, Any]]
+    response: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (Index("idempotency_created_idx", "created_at"),)
 
 
 class Webhook(Base):

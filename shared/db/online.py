@@ -1,4 +1,4 @@
-"""Online calls are recorded as results of one unlisted job per tenant and day, and counted like batches."""
+"""Online calls are recorded as results of one unlisted job per tenant, day, key and model, and counted like batches."""
 
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -6,32 +6,45 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from sqlalchemy import Connection, text
 
+from shared.db import idempotency
+
 
 @dataclass(frozen=True)
 class OnlineResult:
     """What became of one call. `body` is the JSON text of the answer, an error's too."""
 
-    tenant_id: str
     call_id: str
     status_code: int
     body: str
     input_tokens: int
     output_tokens: int
+    kept_under: tuple[str, str] | None = None
+    """(idempotency key, request's SHA-256) under which the answer is to be replayed."""
+
+
+@dataclass(frozen=True)
+class OnlineDay:
+    """Whose calls of which day to which model a job holds: what usage is asked by."""
+
+    tenant_id: str
+    day: date
+    key_id: str
+    model: str
+
+    @property
+    def job_id(self) -> UUID:
+        name = f"lamplighter:online:{self.tenant_id}:{self.day.isoformat()}:{self.key_id}:{self.model}"
+        return uuid5(NAMESPACE_URL, name)
 
 
 def today() -> date:
     return datetime.now(UTC).date()
 
 
-def online_job_id(tenant_id: str, day: date) -> UUID:
-    """Return the id of the job that holds a tenant's online calls of a day."""
-    return uuid5(NAMESPACE_URL, f"lamplighter:online:{tenant_id}:{day.isoformat()}")
-
-
 # It stands as succeeded from the start: it has no slices, is never dispatched, and its results can be dropped on time.
 _OPEN_JOB = text("""
-    INSERT INTO job (tenant_id, job_id, kind, state, created_on, started_at, spec)
-    VALUES (:tenant_id, :job_id, 'online', 'succeeded', :day, now(), '{}') ON CONFLICT DO NOTHING
+    INSERT INTO job (tenant_id, job_id, kind, state, created_on, started_at, key_id, model, spec)
+    VALUES (:tenant_id, :job_id, 'online', 'succeeded', :day, now(), :key_id, :model, '{}') ON CONFLICT DO NOTHING
 """)
 
 # The job's row is locked by the update, so line numbers are drawn without gaps or doubles.
@@ -53,16 +66,20 @@ _RECORD = text("""
 """)
 
 
-def open_job(connection: Connection, tenant_id: str, day: date) -> None:
-    """Make the day's job of a tenant if there is none yet."""
-    connection.execute(_OPEN_JOB, {"tenant_id": tenant_id, "job_id": online_job_id(tenant_id, day), "day": day})
+def open_job(connection: Connection, place: OnlineDay) -> None:
+    """Make the day's job if there is none yet."""
+    parameters = {"tenant_id": place.tenant_id, "job_id": place.job_id, "day": place.day}
+    connection.execute(_OPEN_JOB, parameters | {"key_id": place.key_id, "model": place.model})
 
 
-def record(connection: Connection, tenant_id: str, day: date, results: list[OnlineResult]) -> int:
-    """Record results of one tenant and count them; return the number of the last one's line. The job must be open."""
+def record(connection: Connection, place: OnlineDay, results: list[OnlineResult]) -> int:
+    """Record results and count them; return the number of the last one's line. The job must be open.
+
+    Answers that are to be replayed are kept under their idempotency keys, where nobody was first.
+    """
     parameters = {
-        "tenant_id": tenant_id,
-        "job_id": online_job_id(tenant_id, day),
+        "tenant_id": place.tenant_id,
+        "job_id": place.job_id,
         "count": len(results),
         "completed": sum(result.status_code == 200 for result in results),
         "input_tokens": sum(result.input_tokens for result in results),
@@ -75,6 +92,10 @@ def record(connection: Connection, tenant_id: str, day: date, results: list[Onli
     }
     lines = connection.execute(_RECORD, parameters).scalars().all()
     assert len(lines) == len(results), "the day's job was not open"
+    for result in results:
+        if result.kept_under is not None:
+            key, digest = result.kept_under
+            idempotency.keep_if_first(connection, place.tenant_id, key, digest, result.status_code, result.body)
     return int(max(lines))
 
 
@@ -84,15 +105,15 @@ _RECORDED = text("""
 """)
 
 
-def recorded(connection: Connection, tenant_id: str, day: date, call_ids: list[str], after_line: int) -> set[str]:
+def recorded(connection: Connection, place: OnlineDay, call_ids: list[str], after_line: int) -> set[str]:
     """Return which calls were recorded after a line: what an unanswered commit has left behind."""
-    parameters = {"day": day, "job_id": online_job_id(tenant_id, day), "after": after_line, "call_ids": call_ids}
+    parameters = {"day": place.day, "job_id": place.job_id, "after": after_line, "call_ids": call_ids}
     return set(connection.execute(_RECORDED, parameters).scalars())
 
 
 _CLOSE_DAYS = text("""
-    INSERT INTO usage (tenant_id, job_id, model, kind, requests, input_tokens, output_tokens, device_seconds)
-    SELECT tenant_id, job_id, NULL, kind, total, input_tokens, output_tokens, device_seconds FROM job
+    INSERT INTO usage (tenant_id, job_id, key_id, model, kind, requests, input_tokens, output_tokens, device_seconds)
+    SELECT tenant_id, job_id, key_id, model, kind, total, input_tokens, output_tokens, device_seconds FROM job
     WHERE kind = 'online' AND created_on < :today AND ended_at IS NULL
         AND now() > (created_on + 1) + interval '10 minutes' ON CONFLICT DO NOTHING
 """)

@@ -43,6 +43,7 @@ class ClaimedSlice:
     lo: int
     hi: int
     losses: int
+    failures: int
     lease_token: int
     endpoint: str
     job_created: int
@@ -121,8 +122,8 @@ _CLAIM = text("""
         WHERE slice.slice_id = :slice_id AND slice.state IN ('queued', 'dispatched') AND slice.run_after <= now()
             AND owner.tenant_id = slice.tenant_id AND owner.job_id = slice.job_id
         RETURNING slice.tenant_id, slice.slice_id, slice.job_id, slice.created_on, slice.lo, slice.hi, slice.losses,
-            slice.lease_token, owner.endpoint, extract(epoch FROM owner.created_at)::bigint AS job_created,
-            owner.input_file_id
+            slice.failures, slice.lease_token, owner.endpoint, owner.input_file_id,
+            extract(epoch FROM owner.created_at)::bigint AS job_created
     ), try AS (
         INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device)
         SELECT tenant_id, job_id, slice_id, lease_token, :task_id, :worker_id, :worker, :device FROM claimed
@@ -220,7 +221,7 @@ _END_ATTEMPT = """
 
 _FINISH = text("""
     UPDATE slice SET state = :state, lease_token = NULL, lease_until = NULL,
-        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+        device_seconds = device_seconds + coalesce(:device_seconds, extract(epoch FROM now() - claimed_at))
     WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
 """)
 
@@ -231,9 +232,19 @@ _OUTCOME_OF_STATE = {
 }
 
 
-def finish(connection: Connection, slice_id: int, lease_token: int, state: SliceState) -> None:
-    """End the slice in a terminal state: done, dead (dead-lettered) or cancelled. Raises LeaseLost."""
-    parameters = {"slice_id": slice_id, "lease_token": lease_token, "state": state}
+def finish(
+    connection: Connection,
+    slice_id: int,
+    lease_token: int,
+    state: SliceState,
+    *,
+    device_seconds: float | None = None,
+) -> None:
+    """End the slice in a terminal state: done, dead (dead-lettered) or cancelled. Raises LeaseLost.
+
+    `device_seconds` is its share of the device while it was leased; without it, all of that time counts.
+    """
+    parameters = {"slice_id": slice_id, "lease_token": lease_token, "state": state, "device_seconds": device_seconds}
     if connection.execute(_FINISH, parameters).rowcount == 0:
         raise LeaseLost
     _end_attempt(connection, lease_token, _OUTCOME_OF_STATE[state])
@@ -243,7 +254,8 @@ _RELEASE = text("""
     UPDATE slice SET state = CASE WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END, lease_token = NULL,
         lease_until = NULL, worker_id = NULL, stop_reason = NULL,
         run_after = now() + make_interval(secs => :delay_seconds), last_error = coalesce(:error, last_error),
-        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+        failures = CASE WHEN completed + failed > claimed_done THEN 0 ELSE failures END + :failures,
+        device_seconds = device_seconds + coalesce(:device_seconds, extract(epoch FROM now() - claimed_at))
     WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running'
 """)
 
@@ -257,8 +269,11 @@ def release(
     delay_seconds: float = 0,
     error: str | None = None,
     traceback: str | None = None,
+    device_seconds: float | None = None,
 ) -> None:
     """Give an unfinished slice back, at no cost in losses: drained, paused, or failed for a passing reason.
+
+    A slice that fails again and again without any progress is one whose reason does not pass: `failures` counts.
 
     Whether it is held or queued is decided by its row at this moment: the job may have been resumed meanwhile.
     """
@@ -267,6 +282,8 @@ def release(
         "lease_token": lease_token,
         "delay_seconds": delay_seconds,
         "error": error,
+        "failures": int(outcome is AttemptOutcome.FAILED),
+        "device_seconds": device_seconds,
     }
     if connection.execute(_RELEASE, parameters).rowcount == 0:
         raise LeaseLost
@@ -285,9 +302,14 @@ def _end_attempt(
 
 
 _RENEW = text("""
+    WITH ours AS (
+        SELECT slice.slice_id FROM slice
+        JOIN unnest(cast(:slice_ids AS bigint[]), cast(:lease_tokens AS bigint[])) AS mine (slice_id, lease_token)
+            ON slice.slice_id = mine.slice_id AND slice.lease_token = mine.lease_token
+        WHERE slice.state = 'running' ORDER BY slice.slice_id FOR UPDATE OF slice
+    )
     UPDATE slice SET lease_until = now() + make_interval(secs => :lease_seconds)
-    FROM unnest(cast(:slice_ids AS bigint[]), cast(:lease_tokens AS bigint[])) AS mine (slice_id, lease_token)
-    WHERE slice.slice_id = mine.slice_id AND slice.lease_token = mine.lease_token AND slice.state = 'running'
+    FROM ours WHERE slice.slice_id = ours.slice_id
     RETURNING slice.lease_token, slice.stop_reason
 """)
 
@@ -345,12 +367,14 @@ def lose_of_worker(connection: Connection, worker_id: UUID) -> int:
     return lost
 
 
-def lose(connection: Connection, slice_id: int, lease_token: int, error: str) -> None:
+def lose(
+    connection: Connection, slice_id: int, lease_token: int, error: str, *, device_seconds: float | None = None
+) -> None:
     """Give up a slice whose engine child died under it. Raises LeaseLost."""
     rows = connection.execute(_BY_TOKEN, {"slice_id": slice_id, "lease_token": lease_token}).all()
     if not rows:
         raise LeaseLost
-    _lose(connection, rows, error, ENGINE_DEATH)
+    _lose(connection, rows, error, ENGINE_DEATH, device_seconds)
 
 
 _AFTER_LOSS = text("""
@@ -358,7 +382,7 @@ _AFTER_LOSS = text("""
         state = CASE WHEN stop_reason IN ('cancel', 'expire') THEN 'cancelled'
                      WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END,
         stop_reason = NULL, lease_token = NULL, lease_until = NULL, worker_id = NULL,
-        device_seconds = device_seconds + extract(epoch FROM now() - claimed_at)
+        device_seconds = device_seconds + coalesce(:device_seconds, extract(epoch FROM now() - claimed_at) / :together)
     WHERE slice_id = :slice_id
 """)
 
@@ -371,14 +395,16 @@ _ADD_PART = text("""
 """)
 
 
-def _lose(connection: Connection, rows: Sequence[Row[Any]], error: str, suspicion: int) -> int:
-    """Apply `decide_after_loss` to slices whose rows are locked."""
+def _lose(
+    connection: Connection, rows: Sequence[Row[Any]], error: str, suspicion: int, device_seconds: float | None = None
+) -> int:
+    """Apply `decide_after_loss` to slices whose rows are locked; nobody knows better, so these shared their device."""
     for row in rows:
         decision = decide_after_loss(row.lo, row.hi, row.losses, progressed=row.progressed, suspicion=suspicion)
         # A split keeps the first part in the row itself: the parts of a job always tile its lines exactly.
         lo, hi = decision.parts[0] if decision.parts else (row.lo, row.hi)
         parameters = {"slice_id": row.slice_id, "lo": lo, "hi": hi, "losses": decision.losses, "error": error}
-        connection.execute(_AFTER_LOSS, parameters)
+        connection.execute(_AFTER_LOSS, parameters | {"device_seconds": device_seconds, "together": len(rows)})
         for part_lo, part_hi in decision.parts[1:]:
             connection.execute(_ADD_PART, {"slice_id": row.slice_id, "lo": part_lo, "hi": part_hi})
         _end_attempt(connection, row.lease_token, AttemptOutcome.LOST, error)
@@ -396,7 +422,8 @@ def _tell(connection: Connection, row: Row[Any], action: LossAction, error: str)
 
 _REQUEUE = """
     UPDATE slice SET state = 'queued', worker_id = NULL, dispatched_at = NULL
-    WHERE state = 'dispatched' AND {condition}
+    WHERE slice_id IN (SELECT slice_id FROM slice WHERE state = 'dispatched' AND {condition}
+                       ORDER BY slice_id FOR UPDATE)
 """
 
 
@@ -417,18 +444,33 @@ def requeue_dispatched(
 
 _STOP = (
     text("""
-        UPDATE slice SET state = :quiet, worker_id = NULL, dispatched_at = NULL
-        WHERE job_id = :job_id AND state IN ('held', 'queued', 'dispatched')
+        UPDATE slice SET stop_reason = :reason
+        WHERE slice_id IN (SELECT slice_id FROM slice WHERE job_id = :job_id AND state = 'running'
+                           ORDER BY slice_id FOR UPDATE)
     """),
-    text("UPDATE slice SET stop_reason = :reason WHERE job_id = :job_id AND state = 'running'"),
+    text("""
+        UPDATE slice SET state = :quiet, worker_id = NULL, dispatched_at = NULL
+        WHERE slice_id IN (SELECT slice_id FROM slice
+                           WHERE job_id = :job_id AND state IN ('held', 'queued', 'dispatched')
+                           ORDER BY slice_id FOR UPDATE)
+    """),
 )
 
 
 def stop_job(connection: Connection, job_id: UUID, reason: str, *, quiet: SliceState) -> None:
-    """Put waiting slices of a job into state `quiet` and ask running ones to flush and end for `reason`."""
-    connection.execute(_STOP[0], {"job_id": job_id, "quiet": quiet})
-    connection.execute(_STOP[1], {"job_id": job_id, "reason": reason})
+    """Ask running slices of a job to flush and end for `reason`, and put waiting ones into state `quiet`.
 
+    In this order: a slice that is given back while the first statement waits for its row is seen by the second.
+    """
+    connection.execute(_STOP[0], {"job_id": job_id, "reason": reason})
+    connection.execute(_STOP[1], {"job_id": job_id, "quiet": quiet})
+
+
+_HOLD_STRAYS = text("""
+    UPDATE slice SET state = 'held', worker_id = NULL, dispatched_at = NULL FROM job
+    WHERE job.state = 'paused' AND slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
+        AND slice.state IN ('queued', 'dispatched')
+""")
 
 _CANCEL_STRAYS = text("""
     UPDATE slice SET state = 'cancelled', worker_id = NULL FROM job
@@ -438,7 +480,11 @@ _CANCEL_STRAYS = text("""
 
 
 def cancel_strays(connection: Connection) -> int:
-    """Cancel waiting slices of ending jobs: parts that a loss split off while the job was being cancelled."""
+    """Cancel waiting slices of ending jobs: parts that a loss split off while the job was being cancelled.
+
+    Those of paused jobs are held for the same reason.
+    """
+    connection.execute(_HOLD_STRAYS)
     return connection.execute(_CANCEL_STRAYS).rowcount
 
 
@@ -493,10 +539,15 @@ def candidates(connection: Connection, per_tenant: int) -> list[Candidate]:
 
 
 DISPATCH = """
-    UPDATE slice SET state = 'dispatched', worker_id = release.worker_id, dispatch_no = dispatch_no + 1,
+    WITH free AS (
+        SELECT slice.slice_id, release.worker_id FROM slice
+        JOIN unnest(cast(:slice_ids AS bigint[]), cast(:worker_ids AS uuid[])) AS release (slice_id, worker_id)
+            ON slice.slice_id = release.slice_id
+        WHERE slice.state = 'queued' ORDER BY slice.slice_id FOR UPDATE OF slice SKIP LOCKED
+    )
+    UPDATE slice SET state = 'dispatched', worker_id = free.worker_id, dispatch_no = dispatch_no + 1,
         dispatched_at = now()
-    FROM unnest(cast(:slice_ids AS bigint[]), cast(:worker_ids AS uuid[])) AS release (slice_id, worker_id)
-    WHERE slice.slice_id = release.slice_id AND slice.state = 'queued'
+    FROM free WHERE slice.slice_id = free.slice_id
     RETURNING slice.slice_id, slice.job_id, slice.worker_id, slice.dispatch_no, slice.model
 """
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +35,9 @@ def accept_batch(
     connection: Connection, settings: Settings, caller: Caller, body: BatchCreate, key: str | None
 ) -> UUID:
     """Write an accepted batch and return its id. Raises InvalidRequest, QueueFull."""
+    # Here and not where the body is read: the same request again, later, gets its first answer.
+    if body.deadline_at is not None and body.deadline_at <= datetime.now(UTC):
+        raise InvalidRequest("deadline: lies in the past.", param="deadline", code="invalid_value")
     file = _input_file(connection, body.input_file_id)
     check_queue(connection, settings, caller.tenant_id, file.lines or 0)
     expiry = body.output_expires_after
@@ -57,7 +61,8 @@ def accept_batch(
 def _input_file(connection: Connection, public_id: str) -> FileView:
     """Return the input file; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one."""
     try:
-        file = files.get(connection, parse_file_id(public_id))
+        # Kept until the job is committed: from then on the job keeps it.
+        file = files.get(connection, parse_file_id(public_id), is_kept=True)
     except NotFound:
         message = f"No file found with id {public_id[:80]!r}."
         raise InvalidRequest(message, param="input_file_id", code="invalid_value") from None

@@ -79,7 +79,8 @@ def heartbeat(
 def stale_dispatches(connection: Connection, worker_id: UUID, older_than_seconds: float) -> int:
     """Count slices that were sent to this worker so long ago that its message must be lost."""
     statement = text("""
-        SELECT count(*) FROM slice WHERE worker_id = :worker_id AND state = 'dispatched'
+        SELECT count(*) FROM slice JOIN job ON job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id
+        WHERE slice.worker_id = :worker_id AND slice.state = 'dispatched' AND job.state IN ('queued', 'running')
             AND dispatched_at < now() - make_interval(secs => :age)
     """)
     parameters = {"worker_id": worker_id, "age": older_than_seconds}
@@ -89,9 +90,11 @@ def stale_dispatches(connection: Connection, worker_id: UUID, older_than_seconds
 
 def retire(connection: Connection, worker_id: UUID) -> int:
     """Declare a worker process dead and give its slices and its device back at once; return its lost slices."""
+    # Slices first, as a heartbeat locks them: the other way round the two would deadlock.
+    lost = slices.lose_of_worker(connection, worker_id)
     connection.execute(text("UPDATE worker SET state = 'lost' WHERE worker_id = :w"), {"w": worker_id})
     connection.execute(text("DELETE FROM device_lease WHERE worker_id = :w"), {"w": worker_id})
-    return slices.lose_of_worker(connection, worker_id)
+    return lost
 
 
 def silent(connection: Connection, after_seconds: float) -> list[UUID]:

@@ -25,6 +25,14 @@ class Payload(BaseModel):
 
     model: str = Field(min_length=1, max_length=400)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        """OpenAI's SDKs send explicit nulls for fields that were not set."""
+        if isinstance(data, dict) and None in data.values():
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
@@ -67,14 +75,6 @@ class GenerationPayload(Payload):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream to be true")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        """OpenAI's SDKs send explicit nulls for fields that were not set."""
-        if isinstance(data, dict) and None in data.values():
-            return {key: value for key, value in data.items() if value is not None}
-        return data
 
 
 class ContentPart(BaseModel):

@@ -1,6 +1,6 @@
 """What a producer submits, over HTTP or as a Celery message: the same body, checked by the same rules."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -51,7 +51,7 @@ class BatchCreate(BaseModel):
 
     @field_validator("deadline")
     @classmethod
-    def _is_a_time_to_come(cls, deadline: str | None) -> str | None:
+    def _is_a_time(cls, deadline: str | None) -> str | None:
         if deadline is None or deadline == "none":
             return deadline
         try:
@@ -60,8 +60,6 @@ class BatchCreate(BaseModel):
             raise ValueError("must be an RFC 3339 time, or 'none'") from None
         if moment.tzinfo is None:
             raise ValueError("must name its time zone")
-        if moment <= datetime.now(UTC):
-            raise ValueError("lies in the past")
         return deadline
 
     @property

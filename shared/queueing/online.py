@@ -36,6 +36,8 @@ class Call(msgspec.Struct, tag="call"):
     replies_to: str
     created: int
     is_streamed: bool
+    idempotency: tuple[str, str] | None = None
+    """(key, request's SHA-256): the answer is kept under it, in the transaction that records it."""
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -79,7 +81,6 @@ Entry = dict[Any, Any]
 
 _ENCODER = msgspec.msgpack.Encoder()
 _CALLS = msgspec.msgpack.Decoder(ToWorker)
-_REPLIES = msgspec.msgpack.Decoder(list[ToGateway])
 
 
 def encode_call(message: ToWorker) -> Entry:
@@ -93,12 +94,24 @@ def decode_call(entry: dict[bytes, bytes]) -> ToWorker:
     return call
 
 
-def encode_replies(messages: list[ToGateway]) -> Entry:
-    """Return the stream entry of what became of some calls, in order."""
-    return {FIELD: _ENCODER.encode(messages)}
+class Replies(msgspec.Struct):
+    """What became of some calls, in order. `number` counts a worker's entries for one gateway, from 1: so an entry that
+    was sent twice or lost on the way shows.
+    """
+
+    worker_id: str
+    number: int
+    messages: list[ToGateway]
 
 
-def decode_replies(entry: dict[bytes, bytes]) -> list[ToGateway]:
+_REPLIES = msgspec.msgpack.Decoder(Replies)
+
+
+def encode_replies(replies: Replies) -> Entry:
+    return {FIELD: _ENCODER.encode(replies)}
+
+
+def decode_replies(entry: dict[bytes, bytes]) -> Replies:
     """Raises msgspec.MsgspecError for what no worker wrote."""
-    replies: list[ToGateway] = _REPLIES.decode(entry[FIELD])
+    replies: Replies = _REPLIES.decode(entry[FIELD])
     return replies

@@ -143,6 +143,16 @@ def test_postgres_away_is_503(stack, http):
     works_again(http)
 
 
+def test_a_gateway_asked_to_leave_answers_what_it_can_and_refuses_the_rest(stack, http):
+    works_again(http)
+    with Waiting(http, delay_ms=30_000) as endless, Waiting(http, delay_ms=3000) as short:
+        stack.processes["gateway"].running.terminate()
+    assert short.answer.status_code == 200, short.answer.text
+    refused(endless, 10)
+    assert endless.answer.json()["error"]["code"] == "restarting"
+    works_again(http)
+
+
 def test_a_worker_asked_to_leave_answers_first(stack, http):
     works_again(http)
     with Waiting(http, delay_ms=2000) as waiting:

@@ -1,16 +1,18 @@
 """The lease protocol on a real Postgres: every promise of `shared.db.slices`, statement by statement."""
 
 import threading
+import time
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
 from services.scheduler.planner import Planner
-from shared.db import jobs, slices, workers
+from shared.db import files, jobs, slices, workers
+from shared.db.session import tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
-from shared.domain.errors import LeaseLost
+from shared.domain.errors import LeaseLost, NotFound
 from shared.domain.slice import AttemptOutcome, SliceState
 from tests.support.batches import chat_lines, make_job, rows, scalar
 
@@ -288,7 +290,6 @@ def test_parts_split_off_during_a_cancel_do_not_keep_the_job_open(database, job_
 
 def test_a_worker_stopped_in_a_transaction_blocks_its_slice_only_briefly(database, job_id):
     """Its row locks are set free by Postgres; the reaper skips locked rows and would wait for ever."""
-    import time
 
     from shared.db.session import connect_engine
 
@@ -304,3 +305,71 @@ def test_a_worker_stopped_in_a_transaction_blocks_its_slice_only_briefly(databas
             taken = slices.lose_expired(scheduler)
     connection.invalidate()
     stopped.dispose()
+
+
+def test_a_slice_given_back_while_its_job_is_paused_is_held(database, job_id):
+    """Whichever of the two comes first, the row says so at that moment."""
+    claimed = claim(database, slice_ids(database)[0])
+    tenant = text("SELECT set_config('lamplighter.tenant_id', 'default', true)")
+    release, pause = database.engine("worker").connect(), database.engine("gateway").connect()
+    with release, pause:
+        slices.release(release, claimed.slice_id, claimed.lease_token, outcome=AttemptOutcome.PREEMPTED)
+        pause.execute(tenant)
+        pausing = threading.Thread(target=lambda: (jobs.pause(pause, job_id), pause.commit()))
+        pausing.start()
+        time.sleep(0.3)  # it waits for the slice's row
+        release.commit()
+        pausing.join(10)
+    states = rows(database.engine("scheduler"), "SELECT DISTINCT state FROM slice")
+    assert states == [("held",)]
+
+
+def test_failures_without_progress_are_counted_and_progress_forgives_them(database, job_id):
+    slice_id = slice_ids(database)[0]
+
+    def fail(lines=None):
+        claimed = claim(database, slice_id)
+        if lines is not None:
+            record(database, claimed, lines)
+        lease = claimed.slice_id, claimed.lease_token
+        in_worker(database, slices.release, *lease, outcome=AttemptOutcome.FAILED, error="away")
+        return scalar(database.engine("scheduler"), "SELECT failures FROM slice WHERE slice_id = :s", s=slice_id)
+
+    assert [fail(), fail(), fail()] == [1, 2, 3]
+    assert fail(some_lines(0, 5)) == 1
+
+
+def test_a_file_is_deleted_or_taken_by_a_job_never_both(database, store):
+    """Under contention, a job that was accepted has its input, and a file that went has no job."""
+    engine = database.engine("gateway")
+    outcomes = []
+    for _ in range(20):
+        make_job(engine, store, chat_lines(1))
+        with tenant_transaction(engine, "default") as connection:
+            file = files.page(connection, tenant_id="default", limit=1, after=None, purpose="batch", newest_first=True)[
+                0
+            ]
+        barrier = threading.Barrier(2)
+
+        def take(file=file, barrier=barrier):
+            barrier.wait()
+            try:
+                with tenant_transaction(engine, "default") as connection:
+                    files.get(connection, file.file_id, is_kept=True)
+                    time.sleep(0.01)
+                    deleted = text("SELECT deleted_at FROM file WHERE file_id = :f")
+                    outcomes.append(connection.execute(deleted, {"f": file.file_id}).scalar_one())
+            except NotFound:
+                outcomes.append("gone")
+
+        def delete(file=file, barrier=barrier):
+            barrier.wait()
+            with tenant_transaction(engine, "default") as connection:
+                files.delete(connection, file.file_id)
+
+        threads = [threading.Thread(target=action) for action in (take, delete)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(outcomes) == 20 and set(outcomes) <= {None, "gone"}

@@ -5,9 +5,11 @@ import time
 
 import httpx
 import pytest
+from celery import Celery
 
 from services.local.stack import Stack, StackOptions
 from tests.support.batches import chat_lines, jsonl
+from tests.support.servers import wait_until
 
 LIMITS = {
     "LAMPLIGHTER_ONLINE_LIMIT": "3",
@@ -64,6 +66,12 @@ def batch(client, lines, delay_ms=0):
     return client.post("/v1/batches", json=body)
 
 
+def patiently(action, *arguments, **more):
+    """Requests are limited here, polling too."""
+    time.sleep(0.5)
+    return action(*arguments, **more)
+
+
 def test_calls_in_flight_are_limited_by_tenant_and_by_worker(clients):
     first, second, third = clients
     threads = [threading.Thread(target=chat, args=(client, 2500)) for client in (first, first, second)]
@@ -101,6 +109,33 @@ def test_concurrent_submissions_do_not_pass_the_limit_together(clients):
         thread.join()
     assert sum(answer.status_code == 200 for answer in answers) <= 3
     assert {answer.status_code for answer in answers} <= {200, 429}
+
+
+def test_a_submission_for_a_full_queue_waits_in_redis_until_there_is_room(stack, clients):
+    first = clients[0]
+    wait_until(lambda: patiently(batch, first, 95, delay_ms=4000).status_code == 200, 30)
+    (full,) = [job for job in first.get("/v1/jobs?kind=batch").json()["data"] if job["progress"]["total"] == 95]
+    token = first.post("/v1/keys", json={"scopes": ["submit"]}).json()["key"]
+    spec = {"endpoint": "/v1/chat/completions", "requests": [line["body"] for line in chat_lines(10)]}
+    arguments = {"kind": "batch", "spec": spec, "idempotency_key": "for-a-full-queue"}
+    app = Celery("producer", broker=stack.redis_url, set_as_current=False)
+    with app:
+        app.send_task(
+            "lamplighter.submit",
+            kwargs=arguments,
+            queue="submit",
+            headers={"lamplighter_token": token},
+            ignore_result=True,
+        )
+
+    def found():
+        return first.get("/v1/jobs?idempotency_key=for-a-full-queue").json()["data"]
+
+    log = stack.log_directory / "preprocessor.log"
+    wait_until(lambda: "a submission waits" in log.read_text(), 10)
+    assert found() == []
+    first.post(f"/v1/jobs/{full['id']}/cancel")
+    wait_until(lambda: patiently(found), 30)
 
 
 def test_requests_a_minute_are_limited_by_tenant(clients):

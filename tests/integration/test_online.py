@@ -1,6 +1,7 @@
 """Online calls through the whole stack, with the official SDK, unmodified."""
 
 import base64
+import json
 import threading
 import time
 
@@ -164,7 +165,31 @@ def test_idempotency_keys(stack, admin_key):
     again = post(body)
     assert again.headers["idempotent-replay"] == "true" and again.json() == answers[0].json()
     assert post(body | {"delay_ms": 1}).status_code == 422
-    assert post(body | {"stream": True}).status_code == 400
+    assert post(body | {"stream": True}).status_code == 422
+
+
+def test_a_stream_is_replayed_as_events(stack, admin_key, rows):
+    headers = {"Authorization": f"Bearer {admin_key}", "Idempotency-Key": f"streamed-{time.time_ns()}"}
+    message = {"role": "user", "content": "a \u0000b c"}  # Postgres' own JSON types hold no NUL
+    body = {"model": "echo", "messages": [message], "stream": True, "n": 2, "stream_options": {"include_usage": True}}
+
+    def stream():
+        answer = httpx.post(f"{stack.url}/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+        chunks = [json.loads(event[6:]) for event in answer.text.split("\n\n")[:-2]]
+        texts = ["", ""]
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+        reasons = {c["index"]: c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]}
+        return answer.headers.get("idempotent-replay"), texts, reasons, chunks[-1]["usage"], {c["id"] for c in chunks}
+
+    first, again = stream(), stream()
+    assert first[0] is None and again[0] == "true" and again[1:] == first[1:] and first[1] == ["a \u0000b c"] * 2
+    # Work was done once.
+    (call_id,) = first[4]
+    query = "SELECT count(*) FROM result WHERE custom_id = :c"
+    assert rows(query, c=call_id.partition("-")[2])[0][0] == 1
 
 
 def test_many_at_once(sdk):

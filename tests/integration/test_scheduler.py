@@ -1,18 +1,21 @@
 """The scheduler's loops on a real Postgres and a real Redis."""
 
+import os
+import time
 from datetime import date, timedelta
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
+from services.scheduler import troubled
 from services.scheduler.auditor import INVARIANTS, Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
-from shared.db import slices, workers
+from shared.db import events, slices, workers
 from shared.db.workers import WorkerIdentity
 from shared.queueing.celery_app import create_app
 from shared.queueing.names import CANARY_KEY, worker_queue
@@ -207,3 +210,107 @@ def test_a_tenant_with_a_long_queue_does_not_keep_another_waiting(database, stor
     Planner(database.engine("scheduler"), database.settings("scheduler")).tick()
     dispatcher(database, redis_server).tick()
     assert scalar(database.engine("scheduler"), "SELECT state FROM slice WHERE job_id = :j", j=job) == "dispatched"
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_job_that_cannot_be_planned_stands_in_nobodys_way_and_fails_in_the_end(database, store, monkeypatch):
+    bad = make_job(database.engine("gateway"), store, chat_lines(30))
+    good = make_job(database.engine("gateway"), store, chat_lines(30))
+    planner = Planner(database.engine("scheduler"), database.settings("scheduler"))
+    plan = planner._plan
+
+    def plan_some(connection, job):
+        if job.job_id == bad:
+            raise Broken
+        plan(connection, job)
+
+    monkeypatch.setattr(planner, "_plan", plan_some)
+    state = "SELECT state FROM job WHERE job_id = :j"
+    planner.tick()
+    engine = database.engine("scheduler")
+    assert [scalar(engine, state, j=job) for job in (bad, good)] == ["validating", "queued"]
+    planner.tick()
+    assert planner._troubled.failures(bad) == 1  # it rests
+    monkeypatch.setattr(troubled, "PAUSE_SECONDS", 0.0)
+    planner._troubled._failures[bad] = (1, 0.0)
+    planner.tick()
+    (row,) = rows(engine, "SELECT state, errors FROM job WHERE job_id = :j", j=bad)
+    assert row.state == "failed" and row.errors[0]["code"] == "server_error"
+
+
+def test_a_job_that_cannot_be_ended_stands_in_nobodys_way(database, store, tmp_path, monkeypatch):
+    lost, other = (planned(database, store, 40, slice_lines=20) for _ in range(2))
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET expires_at = now() - interval '1 second'"))
+        path = connection.execute(
+            text("SELECT store_path FROM file JOIN job ON input_file_id = file_id WHERE job_id = :j"), {"j": lost}
+        ).scalar_one()
+    (tmp_path / "store" / path).unlink()
+    finalizer = Finalizer(database.engine("scheduler"), store)
+    finalizer.tick()
+    engine, query = database.engine("scheduler"), "SELECT state, failed FROM job WHERE job_id = :j"
+    assert rows(engine, query, j=other) == [("expired", 40)]
+    assert rows(engine, query, j=lost)[0].state not in ("expired", "failed")
+    # Its input stays away: in the end it expires too, and every line is recorded, by its number at least.
+    monkeypatch.setattr(troubled, "PAUSE_SECONDS", 0.0)
+    finalizer._troubled._failures[lost] = (1, 0.0)
+    finalizer.tick()
+    assert rows(engine, query, j=lost) == [("expired", 40)]
+
+
+def test_content_that_no_file_knows_is_swept_after_a_day(database, store, tmp_path):
+    planned(database, store)
+    directory = tmp_path / "store" / "files" / "default"
+    orphan, unfinished, fresh, other = (
+        directory / name for name in (uuid4().hex, f"{uuid4().hex}.part", uuid4().hex, "notes.txt")
+    )
+    kept = [path for path in directory.iterdir()]
+    for path in (orphan, unfinished, fresh, other):
+        path.write_bytes(b"x")
+    yesterday = time.time() - 90_000
+    for path in (*kept, orphan, unfinished, other):
+        os.utime(path, (yesterday, yesterday))
+    Retention(database.engine("scheduler"), store, database.settings("scheduler")).tick()
+    assert set(directory.iterdir()) == {*kept, fresh, other}
+
+
+def test_details_and_first_answers_are_forgotten_on_time_and_jobs_stay(database, store):
+    job = planned(database, store)
+    engine = database.engine("migration")
+    old, answer = "now() - interval '400 days'", "INSERT INTO idempotency VALUES ('default', :k, '', 200, '{}', "
+    with engine.begin() as connection:
+        connection.execute(text(f"UPDATE job SET state = 'failed', ended_at = {old}"))
+        connection.execute(text(f"{answer} now() - interval '31 days')"), {"k": "old"})
+        connection.execute(text(f"{answer} now())"), {"k": "new"})
+    recent = planned(database, store)
+    Retention(database.engine("scheduler"), store, database.settings("scheduler")).tick()
+    for table in ("slice", "event"):
+        assert {row.job_id for row in rows(engine, f"SELECT DISTINCT job_id FROM {table}")} == {recent}
+    assert {row.job_id for row in rows(engine, "SELECT job_id FROM job")} == {job, recent}
+    assert [row.key for row in rows(engine, "SELECT key FROM idempotency")] == ["new"]
+
+
+def test_events_are_read_in_the_order_of_their_commits_and_none_is_passed_over(database, store):
+    job = planned(database, store)
+    engine = database.engine("scheduler")
+
+    def page(after):
+        with engine.begin() as connection:
+            return list(events.page(connection, job, after=after, limit=100)), events.are_settled(connection, job)
+
+    before, settled = page(0)
+    assert settled and before
+    last = before[-1].event_id
+    slow, quick = engine.connect(), engine.connect()
+    with slow, quick:
+        events.add(slow, "default", job, "message", "slow")  # takes its numbers first, commits last
+        events.add(quick, "default", job, "message", "quick")
+        quick.commit()
+        assert page(last) == ([], False)
+        slow.commit()
+    after, settled = page(last)
+    assert settled and [row.message for row in after] == ["slow", "quick"]
+    assert [row.message for row in page(after[0].event_id)[0]] == ["quick"]

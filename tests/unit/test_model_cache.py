@@ -3,6 +3,7 @@ import time
 
 import pytest
 
+from services.worker import model_cache
 from services.worker.model_cache import ModelCache
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
@@ -48,6 +49,36 @@ def test_a_model_is_loaded_once_however_many_ask():
     release.set()
     first = load(cache, "a")
     assert cache.get(spec("a")) is first and started == ["a"] and cache.loads == 1
+
+
+def test_a_model_that_is_always_busy_makes_room_in_time(cache, monkeypatch):
+    monkeypatch.setattr(model_cache, "PATIENCE_SECONDS", 0.2)
+    a, b = load(cache, "a"), load(cache, "b")
+    a.busy = b.busy = True
+    assert cache.get(spec("c")) is None and cache.get(spec("a")) is a  # not at once
+    time.sleep(0.3)
+    assert cache.get(spec("c")) is None
+    assert cache.get(spec("a")) is None and cache.get(spec("b")) is b  # the oldest takes nothing new
+    assert not a.closed
+    a.busy = False  # it has ended what it had
+    load(cache, "c").busy = True
+    assert a.closed and cache.names == ["b", "c"]
+    # Whoever had to go waits its own turn: the next to go is the one that is there for longest.
+    assert cache.get(spec("a")) is None and cache.get(spec("b")) is b
+    time.sleep(0.3)
+    assert cache.get(spec("a")) is None and cache.get(spec("b")) is None
+
+
+def test_a_model_that_nobody_wants_any_more_keeps_none_from_working(cache, monkeypatch):
+    monkeypatch.setattr(model_cache, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(model_cache, "FORGET_SECONDS", 0.3)
+    a, b = load(cache, "a"), load(cache, "b")
+    a.busy = b.busy = True
+    assert cache.get(spec("c")) is None
+    time.sleep(0.1)
+    assert cache.get(spec("c")) is None and cache.get(spec("a")) is None
+    time.sleep(0.4)
+    assert cache.get(spec("a")) is a
 
 
 def test_the_least_recently_used_model_makes_room(cache):

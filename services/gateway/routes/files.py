@@ -1,5 +1,6 @@
 """`/v1/files`: uploads by stream, downloads by stream; outputs are rendered from result rows."""
 
+import logging
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
@@ -7,7 +8,7 @@ from uuid import UUID, uuid4
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from services.gateway.dependencies import (
     IdempotencyKey,
@@ -23,10 +24,12 @@ from shared.db import files, results
 from shared.db.files import FileView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
-from shared.domain.errors import InvalidRequest, NotFound
+from shared.domain.errors import InvalidRequest, NotFound, RequestError, Unavailable
 from shared.domain.job import parse_file_id, public_file_id
 from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
 from shared.store import file_path
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/files")
 
@@ -43,9 +46,7 @@ async def upload_file(request: Request, parts: PartsDependency, caller: Writer, 
         raise
 
 
-def _keep(
-    parts: Parts, caller: Caller, key: str | None, file_id: UUID, upload: Upload, ingest: FileIngest
-) -> JSONResponse:
+def _keep(parts: Parts, caller: Caller, key: str | None, file_id: UUID, upload: Upload, ingest: FileIngest) -> Response:
     """Make the content durable, then write the row: a file that is listed can be read."""
     purpose = upload.fields.get("purpose")
     if purpose not in FILE_PURPOSES:
@@ -62,7 +63,13 @@ def _keep(
         expires_after_seconds=expires_after_seconds(upload.fields, BATCH_FILE_SECONDS if purpose == "batch" else None),
     )
     digest = body_digest("upload", {"sha256": ingest.sha256, "purpose": purpose, "filename": columns["filename"]})
-    answer = answer_once(parts, caller, key, digest, lambda connection: file_object(files.add(connection, **columns)))
+    try:
+        answer = answer_once(
+            parts, caller, key, digest, lambda connection: file_object(files.add(connection, **columns))
+        )
+    except RequestError:  # raised by us, so nothing was committed; what Postgres raises leaves that open
+        remove_file(parts.store, columns)
+        raise
     if "Idempotent-Replay" in answer.headers:  # the first upload's content stays; this copy has no row
         remove_file(parts.store, columns)
     return answer
@@ -109,11 +116,22 @@ def download_file(file_id: str, parts: PartsDependency, caller: Reader) -> Respo
     if file.rendered_job_id is not None:
         content = _render(parts, caller, file)
     elif file.store_path is not None:
-        content = parts.store.read(file.store_path)
+        content = _open(parts, file.store_path)
     else:
         raise NotFound("This file's content is gone.", param="id")
     headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
     return StreamingResponse(content, media_type="application/octet-stream", headers=headers)
+
+
+def _open(parts: Parts, path: str) -> Iterator[bytes]:
+    """Open a file's content before a status is sent."""
+    try:
+        return parts.store.read(path)
+    except FileNotFoundError:
+        raise NotFound("This file's content is gone.", param="id") from None
+    except OSError:
+        log.exception("cannot read a file's content")
+        raise Unavailable("This file's content cannot be read now.", retry_after_seconds=5) from None
 
 
 def _render(parts: Parts, caller: Caller, file: FileView) -> Iterator[bytes]:

@@ -1,19 +1,22 @@
 """OpenAI's online calls: chat, completions and embeddings, whole or streamed."""
 
 import asyncio
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, require
 from services.gateway.errors import error_response
 from services.gateway.idempotency import OnlineKey
 from services.gateway.online import OnlineCall
 from services.gateway.warnings import warn_of_unknown
+from shared.db.idempotency import FirstAnswer
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, RequestError
@@ -66,25 +69,56 @@ async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None
         refuse_unsupported(payload)
     is_streamed = not isinstance(payload, EmbeddingPayload) and bool(payload.stream)
     headers = warn_of_unknown(unknown_fields(endpoint, body))
-    if is_streamed:
-        if key is not None:
-            message = "A streamed call is not replayed; send it without an Idempotency-Key."
-            raise InvalidRequest(message, param="Idempotency-Key", code="invalid_value")
-        call = await parts.online.open(caller, endpoint, raw, payload.model, is_streamed=True)
-        return await _stream(_Line(request, parts, call), call, payload, headers)
-    async with OnlineKey(parts, caller, key, body_digest(endpoint, body)) as once:
-        if once.first is not None:
-            return JSONResponse(once.first.body, once.first.status, {"Idempotent-Replay": "true"})
-        call = await parts.online.open(caller, endpoint, raw, payload.model, is_streamed=False)
-        line = _Line(request, parts, call)
-        try:
-            reply = await line.end()
-        finally:
-            line.close()
+    once = OnlineKey(parts, caller, key, body_digest(endpoint, body)) if key is not None else None
+    first = await once.begin() if once is not None else None
+    if first is not None:
+        return _replay(first, payload, headers)
+    try:
+        kept_under = once.kept_under if once is not None else None
+        call = await parts.online.open(
+            caller, endpoint, raw, payload.model, is_streamed=is_streamed, idempotency=kept_under
+        )
+    except BaseException:
+        if once is not None:
+            once.end()
+        raise
+    line = _Line(request, parts, call, once)
+    return await (_stream(line, call, payload, headers) if is_streamed else _whole(line, once, headers))
+
+
+async def _whole(line: "_Line", once: OnlineKey | None, headers: dict[str, str]) -> Response:
+    """Answer with what was recorded."""
+    try:
+        reply = await line.end()
         if isinstance(reply, Refused):
             return error_response(refusal(reply))
-        await once.keep(reply.body)
-        return Response(reply.body, headers=headers, media_type="application/json")
+        # Had our claim run out in an outage, another call may have been recorded first: then its answer stands.
+        first = await once.first_answer() if once is not None else None
+    finally:
+        line.close()
+    body = reply.body if first is None else first.body
+    return Response(body, headers=headers, media_type="application/json")
+
+
+def _replay(first: FirstAnswer, payload: AnyPayload, headers: dict[str, str]) -> Response:
+    """Give the first answer once more, as a stream where one was asked for."""
+    headers = headers | {"Idempotent-Replay": "true"}
+    if isinstance(payload, EmbeddingPayload) or not payload.stream:
+        return Response(first.body, first.status, headers, "application/json")
+    answer = orjson.loads(first.body)
+    name = _Name(answer["id"].partition("-")[2], answer["created"])
+    replies: list[ToGateway] = [Piece(name.id, choice["index"], _text(choice)) for choice in answer["choices"]]
+    reasons = [choice["finish_reason"] for choice in answer["choices"]]
+    replies.append(Done(name.id, first.body, reasons))
+    render = _chat_events if isinstance(payload, ChatPayload) else _completion_events
+    begun: set[int] = set()
+    content = b"".join(render(name, payload, reply, begun) for reply in replies)
+    return Response(content, 200, headers | _STREAM_HEADERS, "text/event-stream")
+
+
+def _text(choice: dict[str, Any]) -> str:
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    return str(text or "")
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -106,23 +140,34 @@ def refusal(reply: Refused) -> RequestError:
     return error
 
 
+@dataclass(frozen=True)
+class _Name:
+    """What an answer's events are called by."""
+
+    id: str
+    created: int
+
+
 class _Line:
     """A call and its client: what comes of the one, and whether the other is still there."""
 
-    def __init__(self, request: Request, parts: Parts, call: OnlineCall) -> None:
-        self._parts, self._call = parts, call
+    def __init__(self, request: Request, parts: Parts, call: OnlineCall, once: OnlineKey | None) -> None:
+        self._parts, self._call, self._once = parts, call, once
         self._leaving = asyncio.ensure_future(_until_left(request))
         self._is_finished = False
 
     async def next(self, timeout_seconds: float | None = None) -> ToGateway | None:
         """Return what comes next, None on time-out; raises ClientDisconnect when the client leaves first."""
-        if not self._call.replies.empty():
-            return self._note(self._call.replies.get_nowait())
-        replying = asyncio.ensure_future(self._call.replies.get())
-        await asyncio.wait({replying, self._leaving}, timeout=timeout_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if replying.done():
-            return self._note(replying.result())
-        replying.cancel()
+        reply = self._call.take()
+        if reply is None:
+            waiting = asyncio.ensure_future(self._call.wait())
+            try:
+                await asyncio.wait({waiting, self._leaving}, timeout=timeout_seconds, return_when=FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+            reply = self._call.take()
+        if reply is not None:
+            return self._note(reply)
         if self._leaving.done():
             raise ClientDisconnect
         return None
@@ -141,6 +186,8 @@ class _Line:
     def close(self) -> None:
         self._leaving.cancel()
         self._parts.online.close(self._call, is_finished=self._is_finished)
+        if self._once is not None:
+            self._once.end()
 
 
 async def _until_left(request: Request) -> None:
@@ -183,7 +230,7 @@ async def _events(line: _Line, call: OnlineCall, payload: AnyPayload, first: ToG
         line.close()
 
 
-def _chat_events(call: OnlineCall, payload: AnyPayload, reply: ToGateway, begun: set[int]) -> bytes:
+def _chat_events(call: OnlineCall | _Name, payload: AnyPayload, reply: ToGateway, begun: set[int]) -> bytes:
     def chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         return chat_chunk(call.id, call.created, payload.model, index, delta, finish_reason)
 
@@ -198,7 +245,7 @@ def _chat_events(call: OnlineCall, payload: AnyPayload, reply: ToGateway, begun:
     return _end(reply, payload, begin, lambda index, reason: chunk(index, {}, reason))
 
 
-def _completion_events(call: OnlineCall, payload: AnyPayload, reply: ToGateway, _begun: set[int]) -> bytes:
+def _completion_events(call: OnlineCall | _Name, payload: AnyPayload, reply: ToGateway, _begun: set[int]) -> bytes:
     def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         return completion_chunk(call.id, call.created, payload.model, index, text, finish_reason)
 

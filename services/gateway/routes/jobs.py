@@ -58,24 +58,28 @@ def list_jobs(
             idempotency_key=idempotency_key,
             tenant_id=tenant_id,
         )
-        data = [job_object(job, _waiting(connection, job)) for job in found[:limit]]
+        data = _objects(connection, found[:limit])
     return list_page(data, has_more=len(found) > limit)
 
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        job = jobs.get(connection, parse_job_id(job_id))
-        return job_object(job, _waiting(connection, job))
+        return _objects(connection, [jobs.get(connection, parse_job_id(job_id))])[0]
 
 
-def _waiting(connection: Connection, job: JobView) -> dict[str, Any] | None:
+def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
+    """Return jobs as the API shows them, each with why it waits."""
+    places = jobs.queue_places(connection, [job.job_id for job in found if job.state is JobState.QUEUED])
+    return [job_object(job, _waiting(job, places.get(job.job_id))) for job in found]
+
+
+def _waiting(job: JobView, place: int | None) -> dict[str, Any] | None:
     """Return why a job waits; None when it does not."""
     if job.state is JobState.PAUSED:
         return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
     if job.state is not JobState.QUEUED:
         return None
-    place = jobs.queue_place(connection, job.job_id)
     detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
     return {"reason": "capacity", "detail": detail, "place": place, "until": None}
 
@@ -110,8 +114,7 @@ def _change(
     row_id = parse_job_id(job_id)
 
     def make(connection: Connection) -> dict[str, Any]:
-        job = change(connection, row_id)
-        return job_object(job, _waiting(connection, job))
+        return _objects(connection, [change(connection, row_id)])[0]
 
     digest = body_digest(change.__name__, {"job": row_id.hex})
     answer = answer_once(parts, caller, key, digest, make, as_admin=True)
@@ -159,15 +162,17 @@ async def job_events(
         await run_in_threadpool(_read_events, parts, caller, row_id, start, 1)  # an unknown job is a 404, not a stream
         stream = _event_stream(request, parts, caller, row_id, start)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    found, _ = await run_in_threadpool(_read_events, parts, caller, row_id, start, limit + 1)
+    found, _, _ = await run_in_threadpool(_read_events, parts, caller, row_id, start, limit + 1)
     return JSONResponse(list_page(found[:limit], has_more=len(found) > limit))
 
 
 def _read_events(
     parts: Parts, caller: Caller, job_id: UUID, after: int, limit: int
-) -> tuple[list[dict[str, Any]], JobView]:
+) -> tuple[list[dict[str, Any]], JobView, bool]:
+    """Return a job's events after one, the job, and whether nothing more can come of it once these are read."""
     with parts.transaction(caller) as connection:
         job = jobs.get(connection, job_id)
+        has_ended = job.state.is_terminal and events.are_settled(connection, job_id)
         rows = events.page(connection, job_id, after=after, limit=limit)
     found = [
         {
@@ -181,7 +186,7 @@ def _read_events(
         }
         for row in rows
     ]
-    return found, job
+    return found, job, has_ended
 
 
 async def _event_stream(
@@ -191,7 +196,7 @@ async def _event_stream(
     progress: dict[str, Any] | None = None
     quiet = 0
     while not await request.is_disconnected():
-        found, job = await run_in_threadpool(_read_events, parts, caller, job_id, after, EVENT_PAGE)
+        found, job, has_ended = await run_in_threadpool(_read_events, parts, caller, job_id, after, EVENT_PAGE)
         for event in found:
             after = int(event["id"])
             yield _sse(event["type"], event, event["id"])
@@ -200,7 +205,7 @@ async def _event_stream(
             progress = now
             # Without an id of its own: a client that comes back resumes at the last recorded event.
             yield _sse("progress", now, None)
-        if job.state.is_terminal and not found:
+        if has_ended and not found:
             return
         quiet = 0 if found else quiet + 1
         if quiet % KEEP_ALIVE_POLLS == KEEP_ALIVE_POLLS - 1:

@@ -5,12 +5,20 @@ import heapq
 import re
 import struct
 import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 
-from services.worker.protocol import Delta, Output, Request, Response
+from services.worker.protocol import Delta, Output, Request, RequestFault, Response
 
 EMBEDDING_FLOATS = 8
 STEP_REQUESTS = 32
 """Requests answered in one step: what has come meanwhile is looked at soon."""
+STEP_WORDS = 1024
+"""Words of one streamed answer sent in one step."""
+MOST_CHARACTERS = 8 * 2**20
+"""What one request may have echoed, all its choices together."""
 _WORD = re.compile(r"\s*\S+\s*$|\s*\S+|\s+$")
 
 
@@ -18,8 +26,11 @@ class EchoEngine:
     """Answers the last user message (or the prompt), one word a token, after the request's `delay_ms`."""
 
     def __init__(self) -> None:
-        self._due: list[tuple[float, int, Request]] = []
-        self._aborted: set[int] = set()
+        self._requests: dict[int, Request] = {}
+        self._due: list[tuple[float, int]] = []
+        """(when, request id), a heap; ids that are not in `_requests` any more were aborted."""
+        self._sending: deque[_Sending] = deque()
+        self._refused: list[Response] = []
         self._steps = 0
         self._tokens = 0
 
@@ -36,35 +47,66 @@ class EchoEngine:
         return self._tokens
 
     def add(self, request: Request) -> None:
+        fault = _too_much(request)
+        if fault is not None:
+            self._refused.append(Response(request.id, fault=fault))
+            return
         # An online request goes before the batches that are due: they are held until now or later, it from the start.
         due_at = time.monotonic() + request.delay_ms / 1000 if request.delay_ms or not request.is_online else 0.0
-        heapq.heappush(self._due, (due_at, request.id, request))
+        self._requests[request.id] = request
+        heapq.heappush(self._due, (due_at, request.id))
 
-    def abort(self, request_id: int) -> None:
-        self._aborted.add(request_id)
+    def abort(self, request_id: int) -> Response | None:
+        sending = next((each for each in self._sending if each.response.id == request_id), None)
+        if sending is not None:
+            self._sending.remove(sending)
+            used = (sending.response.prompt_tokens, sending.sent)
+        elif (request := self._requests.pop(request_id, None)) is not None:
+            used = (_prompt_words(request), 0)
+        else:
+            return None
+        return Response(request_id, prompt_tokens=used[0], completion_tokens=used[1], is_aborted=True)
 
     def step(self) -> Output:
         self._steps += 1
         now = time.monotonic()
-        output = Output()
-        while self._due and self._due[0][0] <= now and len(output.responses) < STEP_REQUESTS:
-            _, request_id, request = heapq.heappop(self._due)
-            if request_id in self._aborted:
-                self._aborted.discard(request_id)
+        output, self._refused = Output(self._refused), []
+        answered = 0
+        while self._due and self._due[0][0] <= now and answered < STEP_REQUESTS:
+            _, request_id = heapq.heappop(self._due)
+            request = self._requests.pop(request_id, None)
+            if request is None:  # aborted
                 continue
+            answered += 1
             response = self._answer(request)
-            output.responses.append(response)
             if request.is_streamed:
-                output.deltas += word_deltas(response)
-        if not self._due:
-            self._aborted.clear()
+                self._sending.append(_Sending(response, word_deltas(response)))
+            else:
+                output.responses.append(response)
+        for _ in range(len(self._sending)):
+            self._send(self._sending.popleft(), output)
         return output
 
+    def _send(self, sending: "_Sending", output: Output) -> None:
+        """Send the next words of a streamed answer; the answer itself after the last of them."""
+        pieces = list(islice(sending.deltas, STEP_WORDS))
+        output.deltas += pieces
+        sending.sent += len(pieces)
+        if len(pieces) == STEP_WORDS:
+            self._sending.append(sending)
+        else:
+            output.responses.append(sending.response)
+
     def wait_seconds(self) -> float | None:
+        if self._sending or self._refused:
+            return 0.0
+        while self._due and self._due[0][1] not in self._requests:
+            heapq.heappop(self._due)
         return max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
 
     def close(self) -> None:
         self._due.clear()
+        self._requests.clear()
 
     def _answer(self, request: Request) -> Response:
         if request.task == "embed":
@@ -72,16 +114,42 @@ class EchoEngine:
             count = sum(len(text.split()) for text in texts)
             self._tokens += count
             return Response(request.id, embeddings=[embed(text) for text in texts], prompt_tokens=count)
-        if request.messages is not None:
-            texts = [_last_user_text(request)]
-            prompt_tokens = sum(len(message["content"].split()) for message in request.messages)
-        else:
-            texts = [_text(prompt) for prompt in request.prompts]
-            prompt_tokens = sum(len(text.split()) for text in texts)
+        texts, prompt_tokens = _texts(request), _prompt_words(request)
         answers = [cut(text, request.params.max_tokens) for text in texts for _ in range(request.params.n)]
         count = sum(len(text.split()) for text, _ in answers)
         self._tokens += count
         return Response(request.id, choices=answers, prompt_tokens=prompt_tokens, completion_tokens=count)
+
+
+@dataclass
+class _Sending:
+    """A streamed answer on its way, `sent` words of it so far."""
+
+    response: Response
+    deltas: Iterator[Delta]
+    sent: int = 0
+
+
+def _texts(request: Request) -> list[str]:
+    """Return what is answered: the last user message, or every prompt."""
+    if request.messages is not None:
+        return [_last_user_text(request)]
+    return [_text(prompt) for prompt in request.prompts]
+
+
+def _prompt_words(request: Request) -> int:
+    if request.messages is not None:
+        return sum(len(message["content"].split()) for message in request.messages)
+    return sum(len(_text(prompt).split()) for prompt in request.prompts)
+
+
+def _too_much(request: Request) -> RequestFault | None:
+    """Refuse what would fill memories between here and the client: as a model's context would."""
+    size = sum(map(len, _texts(request))) * request.params.n
+    if size <= MOST_CHARACTERS:
+        return None
+    message = f"The answers would have {size} characters; at most {MOST_CHARACTERS} are echoed."
+    return RequestFault(message, 400, "messages" if request.messages else "prompt", "context_length_exceeded")
 
 
 def cut(text: str, max_tokens: int | None) -> tuple[str, str]:
@@ -92,13 +160,11 @@ def cut(text: str, max_tokens: int | None) -> tuple[str, str]:
     return " ".join(words[:max_tokens]), "length"
 
 
-def word_deltas(response: Response) -> list[Delta]:
-    """Return a delta for each word of each choice, with the space that leads to it."""
-    return [
-        Delta(response.id, index, word)
-        for index, (text, _) in enumerate(response.choices)
-        for word in _WORD.findall(text)
-    ]
+def word_deltas(response: Response) -> Iterator[Delta]:
+    """Yield a delta for each word of each choice, with the space that leads to it."""
+    for index, (text, _) in enumerate(response.choices):
+        for word in _WORD.finditer(text):
+            yield Delta(response.id, index, word.group())
 
 
 def embed(text: str) -> bytes:

@@ -95,9 +95,13 @@ class EncoderEngine:
     def _refuse(self, request_id: int, message: str, param: str, code: str) -> None:
         self._refused.append(Response(request_id, fault=RequestFault(message, 400, param, code)))
 
-    def abort(self, request_id: int) -> None:
-        if self._pending.pop(request_id, None) is not None:
-            self._rows = [row for row in self._rows if row.request_id != request_id]
+    def abort(self, request_id: int) -> Response | None:
+        pending = self._pending.pop(request_id, None)
+        if pending is None:
+            return None
+        left = sum(row.length for row in self._rows if row.request_id == request_id)
+        self._rows = [row for row in self._rows if row.request_id != request_id]
+        return Response(request_id, prompt_tokens=pending.tokens - left, is_aborted=True)
 
     def wait_seconds(self) -> float | None:
         return 0.0 if self._rows or self._refused else None

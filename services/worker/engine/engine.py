@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from services.worker.protocol import Output, Request
+from services.worker.protocol import Output, Request, Response
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions."""
@@ -30,8 +30,8 @@ class Engine(Protocol):
         """Take a request in; it is answered by some later `step`."""
         ...
 
-    def abort(self, request_id: int) -> None:
-        """Forget a request; unknown ones are ignored."""
+    def abort(self, request_id: int) -> Response | None:
+        """Forget a request and return what it has used; None for one that is not known."""
         ...
 
     def step(self) -> Output:

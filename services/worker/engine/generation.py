@@ -89,9 +89,13 @@ class GenerationEngine:
             text=StreamedText(self._prompts.decode, request.params.stop) if is_read else None,
         )
 
-    def abort(self, request_id: int) -> None:
-        if self._running.pop(request_id, None) is not None:
-            self.scheduler.remove(request_id)
+    def abort(self, request_id: int) -> Response | None:
+        running = self._running.pop(request_id, None)
+        if running is None:
+            return None
+        self.scheduler.remove(request_id)
+        generated = sum(sequence.generated for sequence in running.sequences)
+        return Response(request_id, prompt_tokens=running.prompt_tokens, completion_tokens=generated, is_aborted=True)
 
     def step(self) -> Output:
         """Compute one pass over whatever the scheduler chose, and draw the tokens that it brings."""

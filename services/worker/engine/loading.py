@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from services.worker.engine.decoding import build_decoder, kv_bytes_per_token
@@ -65,7 +66,15 @@ def load_model(spec: ModelSpec, device: str) -> Engine:
     `CUDA_VISIBLE_DEVICES` shows this process one GPU, so that is always `cuda:0` here.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    torch_device = torch.device("cuda:0" if device.startswith("cuda") else "cpu")
+    try:
+        return _load(spec, torch.device("cuda:0" if device.startswith("cuda") else "cpu"))
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
+        # What transformers raises for files that are missing, cut off, of no known kind, or want code of their own.
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelRefused(f"Its files cannot be loaded: {first_line[:300]}") from error
+
+
+def _load(spec: ModelSpec, torch_device: torch.device) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     auto_class = AutoModel if spec.kind == "encoder" else AutoModelForCausalLM
     model: Any = auto_class.from_pretrained(

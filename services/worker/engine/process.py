@@ -87,20 +87,24 @@ class EngineProcess:
             if isinstance(message, Submit):
                 self._waiting.setdefault(message.model.key, (message.model, []))[1].extend(message.requests)
             elif isinstance(message, Abort):
-                self._abort(set(message.ids))
+                self._send(Output(self._abort(set(message.ids))))
             elif isinstance(message, Ping):
                 self._pong()
             elif isinstance(message, Stop):
                 return False
         return True
 
-    def _abort(self, ids: set[int]) -> None:
+    def _abort(self, ids: set[int]) -> list[Response]:
+        """Forget requests; return what each of those that are known has used."""
+        aborted = []
         for identifier in ids:
             engine = self._owner.pop(identifier, None)
-            if engine is not None:
-                engine.abort(identifier)
+            if engine is not None and (response := engine.abort(identifier)) is not None:
+                aborted.append(response)
         for _, requests in self._waiting.values():
+            aborted += [Response(request.id, is_aborted=True) for request in requests if request.id in ids]
             requests[:] = [request for request in requests if request.id not in ids]
+        return aborted
 
     def _place_waiting(self) -> list[Response]:
         """Give requests to their engines once these are loaded; refuse those whose model cannot be served."""
@@ -110,9 +114,10 @@ class EngineProcess:
                 engine = self._cache.get(spec)
             except ModelRefused as error:
                 fault = RequestFault(f"The model {spec.name!r}: {error.message}", 400, "model", "model_refused")
-            except Exception as error:
+            except Exception:
+                # Not the model's fault, as far as is known: memory, a disk. Without a status it is tried again.
                 log.exception("model did not load", extra={"model": spec.name})
-                fault = RequestFault(f"The model {spec.name!r} did not load: {error}", 500, "model", "model_refused")
+                fault = RequestFault(f"The model {spec.name!r} could not be loaded just now.")
             else:
                 if engine is not None:
                     del self._waiting[key]

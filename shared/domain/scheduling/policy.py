@@ -89,19 +89,19 @@ def plan_releases(
         waiting = queues[tenant_id].pop(0)
         if not queues[tenant_id]:
             del queues[tenant_id]
-        worker = _place(waiting, workers, room)
+        worker = _place(waiting, workers, room, window)
         room[worker.worker_id] -= 1
         fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
 
 
-def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int]) -> Host:
+def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int], window: int) -> Host:
     """Return the best worker with room: free slots first, then a warm model, then the emptiest."""
 
     def preference(worker: Host) -> tuple[bool, bool, int, str]:
         space = room[worker.worker_id]
-        has_slot = space > 0 and worker.slots > 0
+        has_slot = space > window  # what is left beyond the few that may wait in Redis
         return (not has_slot, waiting.model not in worker.models, -space, worker.worker_id.hex)
 
     return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference)
