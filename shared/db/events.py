@@ -38,16 +38,19 @@ _IS_SETTLED = (
 )
 PAGE = f"""
     SELECT event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at
-    FROM event WHERE job_id = :job_id AND {_IS_SETTLED}
-        AND (transaction_id, event_id) > (
-            coalesce((SELECT transaction_id FROM event WHERE event_id = :after AND job_id = :job_id), 0), :after)
+    FROM event WHERE job_id = :job_id AND {_IS_SETTLED} AND (transaction_id, event_id) > (:after_transaction, :after)
     ORDER BY transaction_id, event_id LIMIT :limit
 """
+
+_TRANSACTION = text("SELECT transaction_id FROM event WHERE event_id = :after AND job_id = :job_id")
 
 
 def page(connection: Connection, job_id: UUID, *, after: int, limit: int) -> Sequence[Row[Any]]:
     """Return events of a job that follow event `after` (0: from the first), oldest first."""
-    return connection.execute(text(PAGE), {"job_id": job_id, "after": after, "limit": limit}).all()
+    parameters = {"job_id": job_id, "after": after, "limit": limit}
+    found = connection.execute(_TRANSACTION, parameters).scalar_one_or_none() if after else None
+    # A place in the index, so a value and no subquery: with that, all events before it would be read.
+    return connection.execute(text(PAGE), parameters | {"after_transaction": found or 0}).all()
 
 
 def are_settled(connection: Connection, job_id: UUID) -> bool:

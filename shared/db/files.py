@@ -65,8 +65,7 @@ PAGE = """
     SELECT {columns} FROM file
     WHERE deleted_at IS NULL AND (expires_at IS NULL OR expires_at > now())
         AND tenant_id = :tenant_id AND (cast(:purpose AS text) IS NULL OR purpose = :purpose)
-        AND (cast(:after AS uuid) IS NULL OR (created_at, file_id) {compare}
-             (SELECT cursor.created_at, cursor.file_id FROM file AS cursor WHERE cursor.file_id = :after))
+        AND (cast(:after AS uuid) IS NULL OR (created_at, file_id) {compare} (:after_created, :after))
     ORDER BY created_at {order}, file_id {order} LIMIT :limit
 """
 
@@ -81,11 +80,16 @@ def page(
     newest_first: bool,
 ) -> list[FileView]:
     """Return up to `limit` files beyond file `after`. Raises NotFound when `after` is unknown."""
-    if after is not None:
-        get(connection, after)
+    after_created = get(connection, after).created_at if after is not None else None
     order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
     statement = text(PAGE.format(columns=_COLUMNS, order=order, compare=compare))
-    parameters = {"tenant_id": tenant_id, "limit": limit, "after": after, "purpose": purpose}
+    parameters = {
+        "tenant_id": tenant_id,
+        "limit": limit,
+        "after": after,
+        "after_created": after_created,
+        "purpose": purpose,
+    }
     return [FileView(**row) for row in connection.execute(statement, parameters).mappings()]
 
 

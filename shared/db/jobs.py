@@ -81,7 +81,8 @@ def get(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> Jo
     return _view(row)
 
 
-# The page is read by index: (created_at, job_id) below the cursor's, newest first.
+# The page is read by index: (created_at, job_id) below the cursor's, newest first. The cursor's values are parameters:
+# an index cannot be entered at what a subquery says.
 PAGE = (
     _VIEW
     + """
@@ -90,8 +91,7 @@ PAGE = (
         AND job.kind <> 'online'
         AND (cast(:state AS text[]) IS NULL OR job.state = ANY(:state))
         AND (cast(:key AS text) IS NULL OR job.idempotency_key = :key)
-        AND (cast(:after AS uuid) IS NULL OR (job.created_at, job.job_id) <
-             (SELECT cursor.created_at, cursor.job_id FROM job AS cursor WHERE cursor.job_id = :after))
+        AND (cast(:after AS uuid) IS NULL OR (job.created_at, job.job_id) < (:after_created, :after))
     ORDER BY job.created_at DESC, job.job_id DESC LIMIT :limit
 """
 )
@@ -108,11 +108,10 @@ def page(
     tenant_id: str | None = None,
 ) -> list[JobView]:
     """Return up to `limit` jobs older than job `after`, newest first. Raises NotFound when `after` is unknown."""
-    if after is not None:
-        get(connection, after)
     parameters = {
         "limit": limit,
         "after": after,
+        "after_created": get(connection, after).created_at if after is not None else None,
         "kind": kind,
         "state": [str(state) for state in states] if states is not None else None,
         "key": idempotency_key,
@@ -477,17 +476,20 @@ def attempts(connection: Connection, job_id: UUID, *, after: int, limit: int) ->
     return [dict(row) for row in rows]
 
 
+# Read once for a whole page of jobs.
+PLACES = """
+    WITH firsts AS (
+        SELECT DISTINCT ON (job_id) job_id, slice_class, priority, slice_id FROM slice WHERE state = 'queued'
+        ORDER BY job_id, slice_class, priority DESC, slice_id
+    ), placed AS (
+        SELECT job_id, row_number() OVER (ORDER BY slice_class, priority DESC, slice_id) AS place FROM firsts)
+    SELECT job_id, place FROM placed WHERE job_id = ANY(cast(:job_ids AS uuid[]))
+"""
+
+
 def queue_places(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:
     """Return the places in the queue, from 1, of those of the jobs that have waiting slices: by their first ones."""
     if not job_ids:
         return {}
-    # Read once for a whole page of jobs.
-    statement = text("""
-        WITH firsts AS (
-            SELECT DISTINCT ON (job_id) job_id, slice_class, priority, slice_id FROM slice WHERE state = 'queued'
-            ORDER BY job_id, slice_class, priority DESC, slice_id
-        ), placed AS (
-            SELECT job_id, row_number() OVER (ORDER BY slice_class, priority DESC, slice_id) AS place FROM firsts)
-        SELECT job_id, place FROM placed WHERE job_id = ANY(cast(:job_ids AS uuid[]))
-    """)
-    return {row.job_id: row.place for row in connection.execute(statement, {"job_ids": list(job_ids)})}
+    rows = connection.execute(text(PLACES), {"job_ids": list(job_ids)})
+    return {row.job_id: row.place for row in rows}

@@ -7,7 +7,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from shared.db import files, jobs, results, slices, workers
+from shared.db import events, files, jobs, results, slices, workers
+from tests.support.batches import rows
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.timeout(240)
@@ -17,7 +18,7 @@ JOBS, SLICES, RESULTS = 1000, 100_000, 1_000_000
 
 @pytest.fixture(scope="module")
 def seeded(cluster):
-    """A database with 50 tenants, 1,000 open jobs, 100,000 queued slices and a million results."""
+    """A database with 50 tenants, 1,000 open jobs, 50,000 ended ones, 100,000 queued slices and a million results."""
     database = Database(cluster)
     with database.engine("migration").begin() as connection:
         connection.execute(text("SET LOCAL synchronous_commit = off"))
@@ -29,28 +30,37 @@ def seeded(cluster):
             " now() - random() * interval '1 day', '{}', '/v1/chat/completions', file_id, 5000 FROM file",
             "INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, model, estimated_tokens)"
             " SELECT tenant_id, job_id, created_on, n * 50, n * 50 + 50, 'queued', 'm', 1000 FROM job, generate_series(0, 99) n",
+            "INSERT INTO event (tenant_id, job_id, type, message) SELECT tenant_id, job_id, 'message', 'm' FROM job, generate_series(1, 100)",
             "SELECT ensure_result_partition(current_date)",
             "INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body, input_tokens, output_tokens)"
             " SELECT created_on, job_id, n, tenant_id, 1, 1, 'c' || n, CASE WHEN n % 500 = 0 THEN 400 ELSE 200 END, '{}', 1, 1"
             " FROM (SELECT * FROM job ORDER BY job_id LIMIT 200) j, generate_series(0, 4999) n",
+            "INSERT INTO job (tenant_id, job_id, kind, state, created_on, created_at, ended_at, spec)"
+            " SELECT 't' || CASE WHEN i % 2 = 0 THEN 1 ELSE i % 50 + 1 END, gen_random_uuid(), 'batch', 'succeeded', current_date - i % 90,"
+            " now() - (i % 90 + random()) * interval '1 day', now(), '{}'"
+            " FROM generate_series(1, 50000) i",
         ):
             connection.execute(text(statement))
     with database.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for table in ("slice", "job", "result", "file"):
+        for table in ("slice", "job", "result", "file", "event"):
             connection.execute(text(f"VACUUM ANALYZE {table}"))
     yield database
     database.drop()
 
 
-def explain(database, statement, role="scheduler", **parameters):
+def explain(database, statement, role="scheduler", *, is_admin=False, **parameters):
     """Run a statement under EXPLAIN ANALYZE, roll it back, and return (tables scanned in sequence, rows read, ms)."""
     with database.engine(role).connect() as connection, connection.begin() as transaction:
         if role == "gateway":
             connection.execute(
-                text("SELECT set_config('lamplighter.tenant_id', :t, true)"), {"t": parameters.get("tenant_id", "t1")}
+                text(
+                    "SELECT set_config('lamplighter.tenant_id', :t, true), set_config('lamplighter.is_admin', :a, true)"
+                ),
+                {"t": parameters.get("tenant_id") or "t1", "a": "on" if is_admin else "off"},
             )
         plan = connection.execute(text("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + statement), parameters).scalar_one()
         transaction.rollback()
+
     plan = plan if isinstance(plan, list) else json.loads(plan)
     sequential, read = [], 0
 
@@ -111,7 +121,7 @@ def test_recorded_lines_of_a_slice_are_a_range_of_the_key(seeded):
 
 
 def test_finalize_looks_at_running_jobs_only(seeded):
-    sequential, read, _ = explain(seeded, jobs.FINALIZABLE)
+    sequential, read, _ = explain(seeded, jobs.FINALIZABLE, skipped=[])
     # Each of the 20 running jobs costs one probe that finds an open slice, or its slices.
     assert "slice" not in sequential and read <= 20 * 110
 
@@ -125,16 +135,56 @@ def test_a_page_of_results_reads_a_page(seeded, page):
     assert sequential == [] and read <= 110
 
 
-def test_a_page_of_jobs_reads_a_page(seeded):
-    after = one(seeded, "SELECT job_id FROM job WHERE tenant_id = 't1' ORDER BY created_at LIMIT 1 OFFSET 10")[0]
-    parameters = {"limit": 21, "after": after, "kind": "batch", "state": None, "key": None, "tenant_id": "t1"}
-    sequential, read, _ = explain(seeded, jobs.PAGE, "gateway", **parameters)
+@pytest.mark.parametrize("kind", ["batch", None])
+@pytest.mark.parametrize("tenant_id", ["t1", None])
+def test_a_page_of_jobs_reads_a_page(seeded, kind, tenant_id):
+    """A tenant's page, and an admin's over all tenants."""
+    cursor = "SELECT job_id, created_at FROM job WHERE tenant_id = 't1' ORDER BY created_at DESC LIMIT 1 OFFSET 2000"
+    after, created = one(seeded, cursor)
+    parameters = {"limit": 21, "after": after, "after_created": created, "kind": kind, "state": None, "key": None}
+    parameters |= {"tenant_id": tenant_id}
+    sequential, read, _ = explain(seeded, jobs.PAGE, "gateway", is_admin=tenant_id is None, **parameters)
     assert "job" not in sequential and "slice" not in sequential
-    # 21 jobs of 100 slices each are summed; the other jobs and slices are not touched.
-    assert read <= 21 * 101 + 60
+    assert read <= 25  # those before the cursor are not touched
+    parameters |= {"after": None, "after_created": None}
+    sequential, read, _ = explain(seeded, jobs.PAGE, "gateway", is_admin=tenant_id is None, **parameters)
+    # 21 open jobs of 100 slices each are summed; the other jobs and slices are not touched.
+    assert "job" not in sequential and "slice" not in sequential and read <= 21 * 101 + 60
 
 
-def test_a_page_of_files_reads_a_page(seeded):
+def test_a_page_of_events_reads_a_page(seeded):
+    job_id, tenant_id = one(seeded, "SELECT job_id, tenant_id FROM event LIMIT 1")
+    cursor = f"SELECT event_id, transaction_id FROM event WHERE job_id = '{job_id}' ORDER BY event_id OFFSET 20 LIMIT 1"
+    after, transaction = one(seeded, cursor)
+    parameters = {
+        "job_id": job_id,
+        "tenant_id": tenant_id,
+        "after": after,
+        "after_transaction": transaction,
+        "limit": 20,
+    }
+    sequential, read, _ = explain(seeded, events.PAGE, "gateway", **parameters)
+    assert sequential == [] and read <= 25
+
+
+def test_the_places_of_a_page_of_jobs_are_read_in_one_pass(seeded):
+    ids = [
+        row.job_id for row in rows(seeded.engine("scheduler"), "SELECT job_id FROM job WHERE state = 'queued' LIMIT 20")
+    ]
+    sequential, read, milliseconds = explain(seeded, jobs.PLACES, job_ids=ids)
+    assert read <= SLICES + len(ids) and sequential in ([], ["slice"])
+    print(f"places of {len(ids)} jobs among {SLICES} waiting slices: {milliseconds:.0f} ms")
+
+
+def test_contents_to_remove_are_found_without_reading_the_files(seeded):
+    sequential, read, _ = explain(seeded, files._REMOVABLE.text)
+    assert "file" not in sequential and read <= 10
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_page_of_files_reads_a_page(seeded, is_first):
+    cursor = "SELECT file_id, created_at FROM file WHERE tenant_id = 't1' ORDER BY file_id DESC LIMIT 1 OFFSET 9"
+    after = dict(zip(("after", "after_created"), (None, None) if is_first else one(seeded, cursor), strict=True))
     statement = files.PAGE.format(columns="file_id", order="DESC", compare="<")
-    sequential, read, _ = explain(seeded, statement, "gateway", tenant_id="t1", purpose=None, after=None, limit=10)
+    sequential, read, _ = explain(seeded, statement, "gateway", tenant_id="t1", purpose=None, limit=10, **after)
     assert "file" not in sequential and read <= 25
