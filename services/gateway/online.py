@@ -121,6 +121,7 @@ class OnlineCalls:
         self._by_worker: Counter[UUID] = Counter()
         self._by_tenant: Counter[str] = Counter()
         self._fleet: list[WorkerLoad] = []
+        self._blind_until = 0.0
         self._finished = 0
         self._rate = 0.0
         self._outbox: asyncio.Queue[tuple[str, ToWorker]] = asyncio.Queue()
@@ -337,7 +338,16 @@ class OnlineCalls:
         return time.monotonic() - call.moved_at > self._settings.online_timeout_seconds
 
     async def _look_at_fleet(self) -> None:
-        self._fleet = await run_in_threadpool(self._read_fleet)
+        try:
+            fleet = await run_in_threadpool(self._read_fleet)
+        except SQLAlchemyError:
+            # While Postgres was away nobody could say that they live: once it is back, they get the time to.
+            self._blind_until = time.monotonic() + self._settings.heartbeat_seconds * MISSED_HEARTBEATS
+            raise
+        if time.monotonic() < self._blind_until:
+            seen = {worker.worker_id for worker in fleet}
+            fleet += [worker for worker in self._fleet if worker.worker_id not in seen]
+        self._fleet = fleet
         alive = {worker.worker_id for worker in self._fleet}
         self._fail(lambda call: call.worker_id not in alive, _WORKER_LOST)
 

@@ -2,9 +2,11 @@
 
 import logging
 import secrets
+import time
 
 import redis
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from shared.db import slices, workers
 from shared.queueing.names import CANARY_KEY
@@ -18,9 +20,22 @@ class Reaper:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
+        self._resting_until = 0.0
 
     def tick(self) -> int:
-        """Take back everything that is overdue; return how many slices."""
+        """Take back everything that is overdue; return how many slices. Raises OperationalError while Postgres is away.
+
+        After that nothing is overdue for two heartbeats: while it was away, nobody could renew anything.
+        """
+        if time.monotonic() < self._resting_until:
+            return 0
+        try:
+            return self._take_back()
+        except OperationalError:
+            self._resting_until = time.monotonic() + 2 * self._settings.heartbeat_seconds
+            raise
+
+    def _take_back(self) -> int:
         with self._engine.begin() as connection:
             taken = slices.lose_expired(connection)
             taken += slices.cancel_strays(connection)

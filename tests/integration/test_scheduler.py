@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from services.scheduler import troubled
 from services.scheduler.auditor import INVARIANTS, Auditor
@@ -16,6 +17,7 @@ from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
 from shared.db import events, slices, workers
+from shared.db.session import connect_engine
 from shared.db.workers import WorkerIdentity
 from shared.queueing.celery_app import create_app
 from shared.queueing.names import CANARY_KEY, worker_queue
@@ -314,3 +316,24 @@ def test_events_are_read_in_the_order_of_their_commits_and_none_is_passed_over(d
     after, settled = page(last)
     assert settled and [row.message for row in after] == ["slow", "quick"]
     assert [row.message for row in page(after[0].event_id)[0]] == ["quick"]
+
+
+def test_after_an_outage_of_postgres_leases_get_the_time_to_be_renewed(database, store, monkeypatch):
+    worker = register(database)
+    planned(database, store, slice_lines=50)
+    engine = database.engine("scheduler")
+    first = scalar(engine, "SELECT min(slice_id) FROM slice")
+    with database.engine("worker").begin() as connection:
+        more = {"worker_id": worker.worker_id, "worker": "w", "device": "cpu", "task_id": "t", "lease_seconds": 0.0}
+        claimed = slices.claim(connection, first, **more)
+    reaper = Reaper(engine, database.settings("scheduler", heartbeat_seconds=0.5))
+    away = connect_engine(database.settings("scheduler", database_url="postgresql://x@127.0.0.1:1/x"))
+    reaper._engine = away
+    with pytest.raises(OperationalError):
+        reaper.tick()
+    reaper._engine = engine
+    assert reaper.tick() == 0  # its lease is over, but who could have renewed it?
+    with database.engine("worker").begin() as connection:
+        assert slices.renew(connection, [(first, claimed.lease_token)], 60.0)
+    time.sleep(1.1)
+    assert reaper.tick() == 0 and scalar(engine, "SELECT count(*) FROM slice WHERE state = 'running'") == 1

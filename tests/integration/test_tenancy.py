@@ -1,10 +1,16 @@
 """Row-level security and grants, tried with each role's own login."""
 
 import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
+from services.gateway.app import create_app
+from shared.db import model_registry, tenants
 from shared.db.session import tenant_transaction
+from shared.domain.errors import NotFound
+from shared.logging import JsonFormatter
 from tests.support.batches import chat_lines, make_job
 
 TABLES = ("file", "job", "event")
@@ -77,3 +83,46 @@ def test_roles_may_do_their_own_work_only(two_tenants, role, statement):
         two_tenants.engine(role).begin() as connection,
     ):
         connection.execute(text(statement))
+
+
+def test_a_tenants_own_model_is_seen_and_found_by_nobody_else(two_tenants):
+    columns = {"kind": "causal_lm", "source": "/m", "revision": None, "dtype": "float32"}
+    more = {"context_length": 8, "weight_bytes": 1}
+    with tenant_transaction(two_tenants.engine("gateway"), "other", is_admin=True) as connection:
+        model_registry.add(connection, tenant_id="other", name="private", **columns, **more)
+    with tenant_transaction(two_tenants.engine("gateway"), "other") as connection:
+        assert "private" in {model.name for model in model_registry.visible(connection, "other")}
+    with tenant_transaction(two_tenants.engine("gateway"), "default") as connection:
+        assert "private" not in {model.name for model in model_registry.visible(connection, "default")}
+        with pytest.raises(NotFound):
+            model_registry.find(connection, "default", "private")
+
+
+def test_logs_and_tracebacks_hold_no_secrets(two_tenants, tmp_path, monkeypatch, caplog):
+    """A fault that nobody foresaw, and a database that cannot be reached: the log has neither keys, prompts nor passwords."""
+    with tenant_transaction(two_tenants.engine("gateway"), "default", is_admin=True) as connection:
+        _, key = tenants.create_key(connection, "default", "k", ["write"])
+    prompt, password = "a-prompt-that-nobody-may-read", "a-password-that-nobody-may-read"
+    redis_url = f"redis://:{password}@127.0.0.1:1/0"
+    body = {"model": "echo", "messages": [{"role": "user", "content": prompt}]}
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": "k"}
+
+    def post(settings, path, fault=None):
+        app = create_app(settings)
+        if fault is not None:
+            monkeypatch.setattr(app.state.parts.lookups, "model", fault)
+        client = TestClient(app, raise_server_exceptions=False)
+        return client.post(path, json=body, headers=headers)
+
+    async def raise_it(*arguments):
+        raise RuntimeError("an accident")
+
+    good = two_tenants.settings("gateway", redis_url=redis_url, store_url=str(tmp_path))
+    assert post(good, "/v1/chat/completions", raise_it).status_code == 500
+    assert post(good, "/v1/chat/completions").status_code == 503  # no Redis
+    away = good.model_copy(update={"database_url": SecretStr(f"postgresql://gateway:{password}@127.0.0.1:1/x")})
+    assert post(away, "/v1/chat/completions").status_code == 503
+    text_ = "\n".join(JsonFormatter("gateway").format(record) for record in caplog.records)
+    assert "an accident" in text_ and "Traceback" in text_
+    for secret in (key, key.split("-", 2)[2], prompt, password):
+        assert secret not in text_
