@@ -113,8 +113,14 @@ def test_concurrent_submissions_do_not_pass_the_limit_together(clients):
 
 def test_a_submission_for_a_full_queue_waits_in_redis_until_there_is_room(stack, clients):
     first = clients[0]
-    wait_until(lambda: patiently(batch, first, 95, delay_ms=4000).status_code == 200, 30)
-    (full,) = [job for job in first.get("/v1/jobs?kind=batch").json()["data"] if job["progress"]["total"] == 95]
+    accepted = []
+
+    def fill():
+        answer = patiently(batch, first, 95, delay_ms=4000)
+        accepted.extend([answer.json()["id"]] if answer.status_code == 200 else [])
+        return accepted
+
+    wait_until(fill, 30)
     token = first.post("/v1/keys", json={"scopes": ["submit"]}).json()["key"]
     spec = {"endpoint": "/v1/chat/completions", "requests": [line["body"] for line in chat_lines(10)]}
     arguments = {"kind": "batch", "spec": spec, "idempotency_key": "for-a-full-queue"}
@@ -134,7 +140,7 @@ def test_a_submission_for_a_full_queue_waits_in_redis_until_there_is_room(stack,
     log = stack.log_directory / "preprocessor.log"
     wait_until(lambda: "a submission waits" in log.read_text(), 10)
     assert found() == []
-    first.post(f"/v1/jobs/{full['id']}/cancel")
+    first.post(f"/v1/jobs/{accepted[0]}/cancel")
     wait_until(lambda: patiently(found), 30)
 
 
