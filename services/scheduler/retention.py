@@ -104,13 +104,15 @@ class Retention:
                 continue
             with self._engine.begin() as connection:
                 connection.execute(_LOCK_TIMEOUT)
-                dropped = connection.execute(text("SELECT drop_result_partition(:day)"), {"day": day}).scalar_one()
-                if dropped:
+                # It stays while a job of the day ended lately, or a file that stands for its results is promised.
+                if connection.execute(_DROP, {"day": day, "days": self._settings.result_retention_days}).scalar_one():
                     connection.execute(_FORGET_RENDERED, {"day": day})
                     log.info("dropped results", extra={"day": str(day)})
 
 
 _LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+
+_DROP = text("SELECT drop_result_partition(:day, :days)")
 
 _FORGET_RENDERED = text("""
     UPDATE file SET deleted_at = now() FROM job

@@ -17,6 +17,7 @@ from services.worker.children import Batch, EngineChild
 from services.worker.protocol import Response
 from services.worker.translation import ModelDirectory, answer, engine_request
 from shared.db import slices
+from shared.db.session import is_outage
 from shared.db.slices import ClaimedSlice, RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.batch_file import batch_request_id, render_line
@@ -31,6 +32,9 @@ from shared.store import Store
 log = logging.getLogger(__name__)
 
 OUTAGE_PAUSE_SECONDS = 0.25
+FLUSH_BYTES = 16 * 2**20
+"""Answers recorded with one statement; Postgres takes no message above 1 GB."""
+STOP_CHECK_SECONDS = 1.0
 
 MOST_FAILURES = 600
 """Tries in a row that failed without an answer before a slice's lines are given up. With pauses of up to a minute that
@@ -106,26 +110,43 @@ class AloneGate:
         self._waiting_alone = 0
 
     @contextmanager
-    def enter(self, *, alone: bool) -> Iterator[None]:
+    def enter(self, *, alone: bool, must_stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Wait for a place; yields False when the slice must stop before it has one. What `must_stop` raises passes."""
+        has_entered = self._enter(alone, must_stop)
+        try:
+            yield has_entered
+        finally:
+            if has_entered:
+                self._leave(alone)
+
+    def _enter(self, alone: bool, must_stop: Callable[[], bool]) -> bool:
         with self._changed:
+            self._waiting_alone += alone
+            try:
+                while not self._has_place(alone):
+                    if must_stop():
+                        return False
+                    self._changed.wait(STOP_CHECK_SECONDS)
+            finally:
+                self._waiting_alone -= alone
+                self._changed.notify_all()
             if alone:
-                self._waiting_alone += 1
-                self._changed.wait_for(lambda: not self._alone and self._running == 0)
-                self._waiting_alone -= 1
                 self._alone = True
             else:
-                # Newcomers queue behind a waiting suspect, or it would wait for ever.
-                self._changed.wait_for(lambda: not self._alone and self._waiting_alone == 0)
                 self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                if alone:
-                    self._alone = False
-                else:
-                    self._running -= 1
-                self._changed.notify_all()
+            return True
+
+    def _has_place(self, alone: bool) -> bool:
+        # Newcomers queue behind a waiting suspect, or it would wait for ever.
+        return not self._alone and (self._running == 0 if alone else self._waiting_alone == 0)
+
+    def _leave(self, alone: bool) -> None:
+        with self._changed:
+            if alone:
+                self._alone = False
+            else:
+                self._running -= 1
+            self._changed.notify_all()
 
 
 @dataclass
@@ -178,8 +199,12 @@ class SliceRunner:
             return
         with self.leases.hold(claimed) as lease:
             try:
-                with self._gate.enter(alone=must_run_alone(claimed.losses)):
-                    self._run(lease)
+                alone = must_run_alone(claimed.losses)
+                with self._gate.enter(alone=alone, must_stop=lambda: self._must_stop(lease)) as has_entered:
+                    if has_entered:
+                        self._run(lease)
+                    else:
+                        self._end(lease, RecordedLines())
             except LeaseGivenUp:
                 log.warning("lease given up", extra={"slice_id": slice_id, "token": claimed.lease_token})
             except LeaseLost:
@@ -335,8 +360,11 @@ class SliceRunner:
             with self._turn:
                 for response in responses:
                     _add_response(buffer, lease.claimed, waiting.pop(response.id), response)
+                    if buffer.bytes >= FLUSH_BYTES:
+                        self._flush(lease, buffer)
             age = time.monotonic() - flushed_at
-            if len(buffer) >= self._settings.flush_lines or (len(buffer) and age >= self._settings.flush_seconds):
+            is_full = len(buffer) >= self._settings.flush_lines or buffer.bytes >= FLUSH_BYTES
+            if is_full or (len(buffer) and age >= self._settings.flush_seconds):
                 self._flush(lease, buffer)
                 flushed_at = time.monotonic()
 
@@ -389,6 +417,8 @@ class SliceRunner:
                         slices.record(connection, claimed.slice_id, claimed.lease_token, lines, self._record_statement)
                     then(connection)
             except OperationalError as error:
+                if not is_outage(error):
+                    raise  # it would be refused again and again
                 log.warning("cannot record yet", extra={"error": str(error).splitlines()[0]})
                 is_retry = True
                 if lease.lost.wait(OUTAGE_PAUSE_SECONDS):

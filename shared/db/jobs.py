@@ -189,14 +189,19 @@ def add_refused(
 
 
 _UNFINISHED = text("""
-    SELECT coalesce(sum(file.lines), 0)::bigint AS mine, unfinished_lines() AS everybody FROM job
-    JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
+    SELECT coalesce(sum(file.lines - coalesce(live.done, 0)), 0)::bigint AS mine, unfinished_lines() AS everybody
+    FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
+    LEFT JOIN LATERAL (
+        SELECT sum(completed + failed) AS done FROM slice WHERE slice.job_id = job.job_id) AS live ON true
     WHERE job.tenant_id = :tenant_id AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
 """)
 
 
 def unfinished_lines(connection: Connection, tenant_id: str) -> tuple[int, int]:
-    """Return how many lines the open jobs of a tenant, and of all, have. Locks the tenant's submissions till commit."""
+    """Return how many lines of the open jobs of a tenant, and of all, are unfinished.
+
+    Locks the tenant's submissions until the commit.
+    """
     lock = text("SELECT pg_advisory_xact_lock(hashtextextended('queue:' || :tenant_id, 0))")
     connection.execute(lock, {"tenant_id": tenant_id})
     row = connection.execute(_UNFINISHED, {"tenant_id": tenant_id}).one()
@@ -476,15 +481,8 @@ def attempts(connection: Connection, job_id: UUID, *, after: int, limit: int) ->
     return [dict(row) for row in rows]
 
 
-# Read once for a whole page of jobs.
-PLACES = """
-    WITH firsts AS (
-        SELECT DISTINCT ON (job_id) job_id, slice_class, priority, slice_id FROM slice WHERE state = 'queued'
-        ORDER BY job_id, slice_class, priority DESC, slice_id
-    ), placed AS (
-        SELECT job_id, row_number() OVER (ORDER BY slice_class, priority DESC, slice_id) AS place FROM firsts)
-    SELECT job_id, place FROM placed WHERE job_id = ANY(cast(:job_ids AS uuid[]))
-"""
+# Read once for a whole page of jobs; a function, as a tenant's own rows do not say who else waits.
+PLACES = "SELECT job_id, place FROM queue_places(cast(:job_ids AS uuid[]))"
 
 
 def queue_places(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, int]:

@@ -227,6 +227,7 @@ class Slice(Base):
         ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
         CheckConstraint("lo < hi", name="range"),
         Index("slice_job_idx", "job_id"),
+        Index("slice_first_idx", "job_id", "slice_id", postgresql_where=text("state = 'queued'")),
         Index(
             "slice_queue_idx",
             "tenant_id",

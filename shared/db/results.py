@@ -11,17 +11,20 @@ from sqlalchemy import Connection, text
 from shared.domain.batch_file import batch_request_id, render_line
 
 PAGE_ROWS = 2000
+PAGE_BYTES = 4 * 2**20
 
-OUTPUT_PAGE = """
-    SELECT line_no, custom_id, status_code, body, error FROM result
-    WHERE created_on = :created_on AND job_id = :job_id AND line_no > :after AND status_code = 200
-    ORDER BY line_no LIMIT :limit
+# A page ends at so many bytes, or lines: sizes of stored texts are known without reading them.
+_PAGE = """
+    SELECT line_no, custom_id, status_code, body, error FROM (
+        SELECT line_no, custom_id, status_code, body, error,
+            sum(coalesce(octet_length(body), 0)) OVER (ORDER BY line_no) - coalesce(octet_length(body), 0) AS before
+        FROM (SELECT line_no, custom_id, status_code, body, error FROM result
+            WHERE created_on = :created_on AND job_id = :job_id AND line_no > :after AND {condition}
+            ORDER BY line_no LIMIT :limit) AS rows
+    ) AS sized WHERE before < :bytes ORDER BY line_no
 """
-ERROR_PAGE = """
-    SELECT line_no, custom_id, status_code, body, error FROM result
-    WHERE created_on = :created_on AND job_id = :job_id AND line_no > :after AND status_code IS DISTINCT FROM 200
-    ORDER BY line_no LIMIT :limit
-"""
+OUTPUT_PAGE = _PAGE.format(condition="status_code = 200")
+ERROR_PAGE = _PAGE.format(condition="status_code IS DISTINCT FROM 200")
 
 
 def render_page(
@@ -29,14 +32,14 @@ def render_page(
 ) -> tuple[bytes, int | None]:
     """Return the next lines of an output (or error) file and the line number to go on after; None at the end."""
     statement = text(ERROR_PAGE if failed else OUTPUT_PAGE)
-    parameters = {"created_on": created_on, "job_id": job_id, "after": after, "limit": PAGE_ROWS}
+    parameters = {"created_on": created_on, "job_id": job_id, "after": after, "limit": PAGE_ROWS, "bytes": PAGE_BYTES}
     rows = connection.execute(statement, parameters).all()
     job_hex = job_id.hex
     content = b"".join(
         render_line(batch_request_id(job_hex, line_no), custom_id, status_code, body, error)
         for line_no, custom_id, status_code, body, error in rows
     )
-    return content, rows[-1].line_no if len(rows) == PAGE_ROWS else None
+    return content, rows[-1].line_no if rows else None
 
 
 def missing_ranges(connection: Connection, created_on: date, job_id: UUID, total: int) -> Iterator[range]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from shared.settings import Settings
 
@@ -50,6 +51,16 @@ def connect_engine(settings: Settings, *, pool_size: int = 8, idle_seconds: floa
             "application_name": "lamplighter",
         },
     )
+
+
+def is_outage(error: OperationalError) -> bool:
+    """Whether an error says that Postgres is away or busy and will be back, rather than that it refuses the statement.
+
+    Without a code the connection itself failed; 08 is the connection, 57P a shutdown, 53 a lack of resources, 40 and 55
+    are conflicts with others.
+    """
+    code = getattr(error.orig, "sqlstate", None)
+    return code is None or code.startswith(("08", "57P", "53", "40", "55"))
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class RecordedLines:
     def __len__(self) -> int:
         return len(self.line_nos)
 
+    @property
+    def bytes(self) -> int:
+        """Length of all lines as they will stand in the output and error files."""
+        return self.output_bytes + self.error_bytes
+
     def without(self, done: set[int]) -> "RecordedLines":
         """Return these lines if none is in `done`, and no lines if all are: a flush happens as a whole or not at all.
 

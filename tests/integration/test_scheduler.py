@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 
 from services.scheduler import troubled
 from services.scheduler.auditor import INVARIANTS, Auditor
@@ -337,3 +337,55 @@ def test_after_an_outage_of_postgres_leases_get_the_time_to_be_renewed(database,
         assert slices.renew(connection, [(first, claimed.lease_token)], 60.0)
     time.sleep(1.1)
     assert reaper.tick() == 0 and scalar(engine, "SELECT count(*) FROM slice WHERE state = 'running'") == 1
+
+
+def test_results_are_kept_while_their_job_ended_lately_or_their_file_is_promised(database, store):
+    """A job may take a month; its results are promised from its end, and its files until they say they expire."""
+    job_id = make_job(database.engine("gateway"), store, chat_lines(1))
+    old = date.today() - timedelta(days=40)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("SELECT ensure_result_partition(:d)"), {"d": old})
+        connection.execute(
+            text("UPDATE job SET created_on = :d, state = 'succeeded', ended_at = now() WHERE job_id = :j"),
+            {"d": old, "j": job_id},
+        )
+    name = f"result_{old:%Y%m%d}"
+    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
+
+    def is_there():
+        return scalar(database.engine("scheduler"), f"SELECT to_regclass('{name}') IS NOT NULL")
+
+    retention.tick()
+    assert is_there()
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET ended_at = now() - interval '31 days'"))
+        connection.execute(
+            text("""INSERT INTO file (tenant_id, file_id, purpose, filename, bytes, rendered_job_id, expires_at)
+                    SELECT tenant_id, gen_random_uuid(), 'batch_output', 'x', 1, job_id, now() + interval '1 hour'
+                    FROM job""")
+        )
+    retention.tick()
+    assert is_there()
+    with database.engine("migration").begin() as connection:
+        connection.execute(
+            text("UPDATE file SET expires_at = now() - interval '1 second' WHERE rendered_job_id IS NOT NULL")
+        )
+    retention.tick()
+    assert not is_there()
+
+
+def test_one_invariant_that_cannot_be_checked_keeps_no_other_from_it(database, monkeypatch):
+    monkeypatch.setitem(INVARIANTS, "slices tile the job's lines", "SELECT 1 / 0, NULL, NULL")
+    seen = []
+    monkeypatch.setattr(Auditor, "_check", _noting(Auditor._check, seen))
+    with pytest.raises(DataError):
+        Auditor(database.engine("scheduler")).tick()
+    assert seen == list(INVARIANTS)
+
+
+def _noting(check, seen):
+    def noted(self, invariant, findings):
+        seen.append(invariant)
+        check(self, invariant, findings)
+
+    return noted

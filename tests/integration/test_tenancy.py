@@ -70,7 +70,7 @@ def test_rows_of_another_tenant_cannot_be_written(two_tenants):
         ("worker", "DELETE FROM slice"),
         ("scheduler", "DROP TABLE result"),
         ("gateway", "SELECT ensure_result_partition(current_date)"),
-        ("worker", "SELECT drop_result_partition(current_date)"),
+        ("worker", "SELECT drop_result_partition(current_date, 0)"),
         ("worker", "INSERT INTO model SELECT * FROM model"),
         ("worker", "SELECT find_api_key('x')"),
         ("scheduler", "SET ROLE lamplighter_migration"),

@@ -34,3 +34,23 @@ def test_a_suspect_runs_alone_and_is_not_starved():
     at = log.index(("in", "suspect"))
     assert log[at + 1] == ("out", "suspect")
     assert log[at + 2] == ("in", "late")
+
+
+def test_a_slice_that_must_stop_waits_for_no_place():
+    """A suspect of a cancelled job does not hold its lease until all others on the worker have ended."""
+    gate, asked, outcome = AloneGate(), threading.Event(), []
+    with gate.enter(alone=False):
+
+        def wait():
+            with gate.enter(alone=True, must_stop=asked.is_set) as has_entered:
+                outcome.append(has_entered)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.05)
+        assert outcome == []
+        asked.set()
+        thread.join(3)
+        assert outcome == [False]
+        with gate.enter(alone=False) as has_entered:  # nobody stands behind one that has left
+            assert has_entered

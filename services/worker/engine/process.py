@@ -121,13 +121,27 @@ class EngineProcess:
             else:
                 if engine is not None:
                     del self._waiting[key]
-                    for request in requests:
-                        self._owner[request.id] = engine
-                        engine.add(request)
+                    refused += [fault for request in requests if (fault := self._give(engine, request))]
                 continue
             del self._waiting[key]
             refused += [Response(request.id, fault=fault) for request in requests]
         return refused
+
+    def _give(self, engine: Engine, request: Request) -> Response | None:
+        """Hand a request over; return a refusal when its text cannot be made into tokens, which harms nobody else."""
+        self._owner[request.id] = engine
+        try:
+            engine.add(request)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  # answered to whoever asked
+            # Chat templates refuse roles and orders by raising, and tokenizers have opinions of their own.
+            log.warning("request refused", extra={"reason": type(error).__name__})
+            del self._owner[request.id]
+            param = "prompt" if request.messages is None else "messages"
+            message = f"The model cannot take this request: {str(error)[:300]}"
+            return Response(request.id, fault=RequestFault(message, 400, param, "invalid_value"))
+        return None
 
     def _send(self, output: Output) -> None:
         if output:
