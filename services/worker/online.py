@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.worker.children import EngineChild
 from services.worker.protocol import Output, Response
 from services.worker.threads import vital
-from services.worker.translation import Answer, ModelDirectory, answer, engine_request
+from services.worker.translation import Answer, ModelDirectory, answer, engine_request, logprobs_object
 from shared.db import online
 from shared.db.online import OnlineDay, OnlineResult
 from shared.db.workers import WorkerIdentity
@@ -68,6 +68,8 @@ class _Pending:
     call: Call
     payload: AnyPayload
     request_id: int = 0
+    sent_characters: Counter[int] = field(default_factory=Counter)
+    """Of each choice's text, in pieces."""
     has_left: bool = False
     """Its client is gone: what the engine still says of it is only counted."""
 
@@ -317,7 +319,10 @@ class OnlineServer:
         for delta in output.deltas:
             pending = self._by_request.get(delta.id)
             if pending is not None and not pending.has_left:
-                self._publisher.send(pending.call.replies_to, Piece(pending.call.id, delta.index, delta.text))
+                offset = pending.sent_characters[delta.index]
+                pending.sent_characters[delta.index] += len(delta.text)
+                logprobs = logprobs_object(pending.payload, delta.logprobs, offset)
+                self._publisher.send(pending.call.replies_to, Piece(pending.call.id, delta.index, delta.text, logprobs))
         for response in output.responses:
             with self._lock:
                 pending = self._by_request.pop(response.id, None)

@@ -48,6 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     """How many of the likeliest tokens to name beside each drawn one; None: no log-probabilities at all."""
+    schema: str | None = None
+    """The JSON schema, as JSON, that the answer's text follows."""
 
 
 class Request(msgspec.Struct, omit_defaults=True):
@@ -78,11 +80,15 @@ class RequestFault(msgspec.Struct):
 
 
 class TokenLogprob(msgspec.Struct):
-    """A drawn token's text and natural log-probability, and the same of the likeliest tokens in its place."""
+    """A drawn token's text and natural log-probability, and the same of the likeliest tokens in its place.
+
+    `raw`: its bytes, which may be a part of a character only; None when the tokenizer does not say.
+    """
 
     token: str
     logprob: float
-    top: list[tuple[str, float]] = []
+    top: "list[TokenLogprob]" = []
+    raw: bytes | None = None
 
 
 class Response(msgspec.Struct, omit_defaults=True):
@@ -104,11 +110,15 @@ class Response(msgspec.Struct, omit_defaults=True):
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
-    """The next piece of text of a streamed request's choice `index`; the whole is what its response says."""
+    """The next piece of text of a streamed request's choice `index`; the whole is what its response says.
+
+    `logprobs` are those of the tokens that came since the last piece, where they were asked for.
+    """
 
     id: int
     index: int
     text: str
+    logprobs: list[TokenLogprob] = []
 
 
 class Submit(msgspec.Struct, tag="submit"):

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 from sqlalchemy import Engine
 
-from services.worker.protocol import ModelSpec, Request, RequestFault, Response, SamplingParams
+from services.worker.protocol import ModelSpec, Request, RequestFault, Response, SamplingParams, TokenLogprob
 from shared.db import model_registry
 from shared.db.session import tenant_transaction
 from shared.domain.payloads import (
@@ -71,12 +71,52 @@ def engine_request(payload: AnyPayload, seed: int, tenant_id: str) -> Request:
         frequency_penalty=payload.frequency_penalty,
         repetition_penalty=payload.repetition_penalty,
         logit_bias={int(token): bias for token, bias in (payload.logit_bias or {}).items()},
+        logprobs=payload.named_logprobs,
+        schema=_schema(payload),
     )
     rest: dict[str, Any] = {"params": params, "delay_ms": payload.delay_ms, "namespace": tenant_id}
     if isinstance(payload, ChatPayload):
         messages = [{"role": message.role, "content": message.text} for message in payload.messages]
         return Request(0, "chat", messages=messages, **rest)
     return Request(0, "complete", prompts=payload.prompts, **rest)
+
+
+def _schema(payload: ChatPayload | CompletionPayload) -> str | None:
+    """Return the JSON schema that an answer is to follow; None for free text."""
+    wanted = payload.response_format if isinstance(payload, ChatPayload) else None
+    if wanted is None or wanted.type == "text":
+        return None
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+    return orjson.dumps(schema).decode()
+
+
+def logprobs_object(payload: AnyPayload, tokens: list[TokenLogprob], text_offset: int = 0) -> dict[str, Any] | None:
+    """Return OpenAI's `logprobs` of some tokens of a choice, None when they were not asked for.
+
+    `text_offset`: where in the choice's text the first of them begins, for completions.
+    """
+    if isinstance(payload, EmbeddingPayload) or payload.named_logprobs is None:
+        return None
+    if isinstance(payload, ChatPayload):
+        content = [_chat_logprob(token) | {"top_logprobs": [_chat_logprob(t) for t in token.top]} for token in tokens]
+        return {"content": content, "refusal": None}
+    lengths = [len(token.token) for token in tokens]
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{t.token: t.logprob for t in (*token.top, token)} for token in tokens]
+        if payload.logprobs
+        else None,
+        "text_offset": [text_offset + sum(lengths[:index]) for index in range(len(tokens))],
+    }
+
+
+def _chat_logprob(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": token.token,
+        "logprob": token.logprob,
+        "bytes": list(token.raw) if token.raw is not None else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -102,6 +142,9 @@ def answer(payload: AnyPayload, response: Response, request_id: str, created: in
     else:
         render = completion_body if isinstance(payload, CompletionPayload) else chat_body
         body = render(request_id, created, payload.model, response.choices, *tokens)
+        body["usage"]["prompt_tokens_details"]["cached_tokens"] = response.cached_tokens
+        for choice, each in zip(body["choices"], response.logprobs, strict=False):
+            choice["logprobs"] = logprobs_object(payload, each)
     return Answer(200, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY).decode(), *tokens)
 
 

@@ -107,11 +107,24 @@ class Message(BaseModel):
         return self
 
 
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    name: str = Field(min_length=1, max_length=64)
+    schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
+
+
 class ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _a_schema_is_named(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and with no other")
+        return self
 
 
 class ChatPayload(GenerationPayload):
@@ -122,6 +135,11 @@ class ChatPayload(GenerationPayload):
     top_logprobs: int = Field(0, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
+
+    @property
+    def named_logprobs(self) -> int | None:
+        """How many likeliest tokens to name beside each; None: no log-probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -142,6 +160,11 @@ class CompletionPayload(GenerationPayload):
     echo: bool = False
     suffix: str | None = None
     best_of: int | None = Field(None, ge=1, le=20)
+
+    @property
+    def named_logprobs(self) -> int | None:
+        """How many likeliest tokens to name beside each; None: no log-probabilities."""
+        return self.logprobs
 
     @property
     def token_limit(self) -> int | None:
@@ -219,10 +242,9 @@ def unsupported_parameter(payload: AnyPayload) -> str | None:
         return "dimensions" if payload.dimensions is not None else None
     asked: dict[str, bool] = {}
     if isinstance(payload, ChatPayload):
-        structured = payload.response_format is not None and payload.response_format.type != "text"
-        asked |= {"logprobs": payload.logprobs, "response_format": structured, "tools": bool(payload.tools)}
+        asked |= {"tools": bool(payload.tools)}
     else:
-        asked |= {"logprobs": payload.logprobs is not None, "echo": payload.echo, "suffix": bool(payload.suffix)}
+        asked |= {"echo": payload.echo, "suffix": bool(payload.suffix)}
         asked |= {"best_of": payload.best_of not in (None, payload.n)}
     return next((name for name, is_asked in asked.items() if is_asked), None)
 
@@ -313,10 +335,16 @@ def completion_body(
 
 
 def chat_chunk(
-    request_id: str, created: int, model: str, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    request_id: str,
+    created: int,
+    model: str,
+    index: int,
+    delta: dict[str, Any],
+    finish_reason: str | None = None,
+    logprobs: Any = None,
 ) -> dict[str, Any]:
     """Return a `chat.completion.chunk` with one choice."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     return {
         "id": f"chatcmpl-{request_id}",
         "object": "chat.completion.chunk",
@@ -327,7 +355,13 @@ def chat_chunk(
 
 
 def completion_chunk(
-    request_id: str, created: int, model: str, index: int, text: str, finish_reason: str | None = None
+    request_id: str,
+    created: int,
+    model: str,
+    index: int,
+    text: str,
+    finish_reason: str | None = None,
+    logprobs: Any = None,
 ) -> dict[str, Any]:
     """Return a streamed `text_completion` with one choice."""
     return {
@@ -335,7 +369,7 @@ def completion_chunk(
         "object": "text_completion",
         "created": created,
         "model": model,
-        "choices": [{"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+        "choices": [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}],
     }
 
 

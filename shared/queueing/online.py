@@ -47,11 +47,12 @@ class Abort(msgspec.Struct, tag="abort"):
 
 
 class Piece(msgspec.Struct, tag="piece"):
-    """The next text of choice `index` of a streamed call."""
+    """The next text of choice `index` of a streamed call, with OpenAI's `logprobs` of it where they were asked for."""
 
     id: str
     index: int
     text: str
+    logprobs: dict[str, Any] | None = None
 
 
 class Done(msgspec.Struct, tag="done"):

@@ -135,8 +135,8 @@ def test_logprobs_are_transformers(name):
     for place, (each, token) in enumerate(zip(answer.logprobs[0], drawn, strict=True)):
         assert each.token == str(token) and abs(each.logprob - float(expected[place, token])) < 1e-4
         values, indexes = expected[place].topk(5)
-        assert [name for name, _ in each.top] == [str(index) for index in indexes.tolist()]
-        assert max(abs(a - b) for (_, a), b in zip(each.top, values.tolist(), strict=True)) < 1e-4
+        assert [top.token for top in each.top] == [str(index) for index in indexes.tolist()]
+        assert max(abs(top.logprob - value) for top, value in zip(each.top, values.tolist(), strict=True)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -78,6 +78,7 @@ def test_prompt_forms():
 
 
 def test_what_the_engine_cannot_do_is_named():
-    assert unsupported_parameter(parse_payload(CHAT, CHAT_BODY | {"logprobs": True})) == "logprobs"
+    assert unsupported_parameter(parse_payload(CHAT, CHAT_BODY | {"tools": [{}]})) == "tools"
+    assert unsupported_parameter(parse_payload(CHAT, CHAT_BODY | {"logprobs": True})) is None
     assert unsupported_parameter(parse_payload(CHAT, CHAT_BODY | {"presence_penalty": 0.5})) is None
     assert unsupported_parameter(parse_payload(CHAT, CHAT_BODY | {"response_format": {"type": "text"}})) is None

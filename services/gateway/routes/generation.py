@@ -107,7 +107,9 @@ def _replay(first: FirstAnswer, payload: AnyPayload, headers: dict[str, str]) ->
         return Response(first.body, first.status, headers, "application/json")
     answer = orjson.loads(first.body)
     name = _Name(answer["id"].partition("-")[2], answer["created"])
-    replies: list[ToGateway] = [Piece(name.id, choice["index"], _text(choice)) for choice in answer["choices"]]
+    replies: list[ToGateway] = [
+        Piece(name.id, choice["index"], _text(choice), choice["logprobs"]) for choice in answer["choices"]
+    ]
     reasons = [choice["finish_reason"] for choice in answer["choices"]]
     replies.append(Done(name.id, first.body, reasons))
     render = _chat_events if isinstance(payload, ChatPayload) else _completion_events
@@ -231,8 +233,10 @@ async def _events(line: _Line, call: OnlineCall, payload: AnyPayload, first: ToG
 
 
 def _chat_events(call: OnlineCall | _Name, payload: AnyPayload, reply: ToGateway, begun: set[int]) -> bytes:
-    def chunk(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        return chat_chunk(call.id, call.created, payload.model, index, delta, finish_reason)
+    def chunk(
+        index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        return chat_chunk(call.id, call.created, payload.model, index, delta, finish_reason, logprobs)
 
     def begin(index: int) -> list[dict[str, Any]]:
         if index in begun:
@@ -241,16 +245,16 @@ def _chat_events(call: OnlineCall | _Name, payload: AnyPayload, reply: ToGateway
         return [chunk(index, {"role": "assistant", "content": "", "refusal": None})]
 
     if isinstance(reply, Piece):
-        return _sse([*begin(reply.index), chunk(reply.index, {"content": reply.text})], payload)
+        return _sse([*begin(reply.index), chunk(reply.index, {"content": reply.text}, None, reply.logprobs)], payload)
     return _end(reply, payload, begin, lambda index, reason: chunk(index, {}, reason))
 
 
 def _completion_events(call: OnlineCall | _Name, payload: AnyPayload, reply: ToGateway, _begun: set[int]) -> bytes:
-    def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
-        return completion_chunk(call.id, call.created, payload.model, index, text, finish_reason)
+    def chunk(index: int, text: str, finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        return completion_chunk(call.id, call.created, payload.model, index, text, finish_reason, logprobs)
 
     if isinstance(reply, Piece):
-        return _sse([chunk(reply.index, reply.text)], payload)
+        return _sse([chunk(reply.index, reply.text, None, reply.logprobs)], payload)
     return _end(reply, payload, lambda _: [], lambda index, reason: chunk(index, "", reason))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from services.worker.protocol import Delta, Output, Request, RequestFault, Response
+from services.worker.protocol import Delta, Output, Request, RequestFault, Response, TokenLogprob
 
 EMBEDDING_FLOATS = 8
 STEP_REQUESTS = 32
@@ -118,7 +118,10 @@ class EchoEngine:
         answers = [cut(text, request.params.max_tokens) for text in texts for _ in range(request.params.n)]
         count = sum(len(text.split()) for text, _ in answers)
         self._tokens += count
-        return Response(request.id, choices=answers, prompt_tokens=prompt_tokens, completion_tokens=count)
+        response = Response(request.id, choices=answers, prompt_tokens=prompt_tokens, completion_tokens=count)
+        if (top := request.params.logprobs) is not None:
+            response.logprobs = [[_certain(word, top) for word in _words(text)] for text, _ in answers]
+        return response
 
 
 @dataclass
@@ -163,8 +166,19 @@ def cut(text: str, max_tokens: int | None) -> tuple[str, str]:
 def word_deltas(response: Response) -> Iterator[Delta]:
     """Yield a delta for each word of each choice, with the space that leads to it."""
     for index, (text, _) in enumerate(response.choices):
-        for word in _WORD.finditer(text):
-            yield Delta(response.id, index, word.group())
+        logprobs = iter(response.logprobs[index] if response.logprobs else [])
+        for word in _words(text):
+            yield Delta(response.id, index, word, list(islice(logprobs, 1)))
+
+
+def _words(text: str) -> Iterator[str]:
+    return (word.group() for word in _WORD.finditer(text))
+
+
+def _certain(word: str, top: int) -> TokenLogprob:
+    """An echo has no doubts: a word's probability is one."""
+    named = TokenLogprob(word, 0.0, raw=word.encode())
+    return TokenLogprob(word, 0.0, [named] if top else [], named.raw)
 
 
 def embed(text: str) -> bytes:

@@ -8,13 +8,14 @@ import torch
 from services.worker.engine.blocks import BlockPool
 from services.worker.engine.decoder import Decoder
 from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
+from services.worker.engine.grammar import Constraint, SchemaRefused
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, Span, plan_layout
 from services.worker.engine.prompts import Prompts
 from services.worker.engine.sampling import sample
 from services.worker.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.streaming import StreamedText
-from services.worker.protocol import Delta, Output, Request, Response, TokenLogprob
+from services.worker.protocol import Delta, Output, Request, RequestFault, Response, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ class GenerationEngine:
         if limit is None and request.task == "complete":
             limit = DEFAULT_COMPLETION_TOKENS
         fault = self._prompts.fault(request, prompts, limit or 1)
+        constraints: list[Constraint | None] = [None for _ in range(len(prompts) * request.params.n)]
+        if fault is None and request.params.schema is not None:
+            try:
+                constraints = [self._prompts.grammars.constraint(request.params.schema) for _ in constraints]
+            except SchemaRefused as error:
+                fault = RequestFault(f"The schema cannot be followed: {error}", 400, "response_format", "invalid_value")
         if fault is not None:
             self._refused.append(Response(request.id, fault=fault))
             return
@@ -70,6 +77,7 @@ class GenerationEngine:
         for index in range(len(prompts) * request.params.n):
             prompt = prompts[index // request.params.n]
             sequence = self._sequence(request, index, prompt, limit or self._prompts.context - len(prompt))
+            sequence.constraint = constraints[index]
             running.sequences.append(sequence)
             self.scheduler.add(sequence)
 
@@ -132,8 +140,7 @@ class GenerationEngine:
         """Give a sequence its next token; answer its request when that was the last one of all."""
         sequence.append(token)
         self._tokens += 1
-        ended = sequence.finish_reason == "stop"
-        if sequence.text is not None and not ended:
+        if sequence.text is not None and not sequence.has_end_token:
             self._send(sequence, sequence.text.grow(sequence.answer), output)
             if sequence.text.is_stopped:
                 sequence.finish_reason = "stop"
@@ -147,16 +154,18 @@ class GenerationEngine:
             output.responses.append(self._respond(running))
 
     def _send(self, sequence: Sequence, piece: str, output: Output) -> None:
-        if piece and self._running[sequence.request_id].request.is_streamed:
-            output.deltas.append(Delta(sequence.request_id, sequence.index, piece))
+        if not self._running[sequence.request_id].request.is_streamed:
+            return
+        logprobs = self._logprobs(sequence, sequence.sent_logprobs) if piece or sequence.finish_reason else []
+        if piece or logprobs:
+            sequence.sent_logprobs += len(logprobs)
+            output.deltas.append(Delta(sequence.request_id, sequence.index, piece, logprobs))
 
     def _final_text(self, sequence: Sequence) -> str:
         if sequence.text is not None and sequence.text.is_stopped:
             return sequence.text.stopped_text
         answer = sequence.answer
-        # An end token that ended the answer is no part of its text.
-        is_ended = sequence.finish_reason == "stop"
-        return self._prompts.decode(answer[:-1] if is_ended else answer)
+        return self._prompts.decode(answer[:-1] if sequence.has_end_token else answer)
 
     def _respond(self, running: _Running) -> Response:
         del self._running[running.request.id]
@@ -169,11 +178,15 @@ class GenerationEngine:
             cached_tokens=running.sequences[0].cached_tokens,
         )
 
-    def _logprobs(self, sequence: Sequence) -> list[TokenLogprob]:
-        name = self._prompts.token_text
+    def _logprobs(self, sequence: Sequence, first: int = 0) -> list[TokenLogprob]:
+        """Return those of the tokens of its text, from number `first` on."""
+
+        def named(token: int, value: float, top: list[TokenLogprob]) -> TokenLogprob:
+            return TokenLogprob(self._prompts.token_text(token), value, top, self._prompts.token_bytes(token))
+
+        drawn = sequence.logprobs[first : len(sequence.logprobs) - sequence.has_end_token]
         return [
-            TokenLogprob(name(each.token), each.logprob, [(name(token), value) for token, value in each.top])
-            for each in sequence.logprobs
+            named(each.token, each.logprob, [named(token, value, []) for token, value in each.top]) for each in drawn
         ]
 
     def check_integrity(self) -> None:

@@ -121,7 +121,7 @@ class EngineProcess:
             else:
                 if engine is not None:
                     del self._waiting[key]
-                    refused += [fault for request in requests if (fault := self._give(engine, request))]
+                    refused += [refusal for request in requests if (refusal := self._give(engine, request))]
                 continue
             del self._waiting[key]
             refused += [Response(request.id, fault=fault) for request in requests]

@@ -1,9 +1,16 @@
 """Between a request's text and a model's tokens: templates, limits, and the tokens' own text."""
 
-from functools import lru_cache
+import re
+from functools import cached_property, lru_cache
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from services.worker.engine.grammar import Grammars
 from services.worker.protocol import Request, RequestFault
+
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Prompts:
@@ -14,6 +21,7 @@ class Prompts:
         self._vocabulary = vocabulary
         self.context, self.eos = context, eos
         self.token_text = lru_cache(maxsize=65_536)(self._token_text)
+        self.token_bytes = lru_cache(maxsize=65_536)(self._token_bytes)
 
     def encode(self, request: Request) -> list[list[int]]:
         """Return the tokens of each of a request's prompts."""
@@ -47,6 +55,20 @@ class Prompts:
         """Return the text of tokens, without special ones."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self._tokenizer, self._vocabulary, self.eos)
+
+    def _token_bytes(self, token: int) -> bytes | None:
+        """Return what a token stands for, even a part of a character; None when that cannot be known."""
+        text = self._token_text(token)
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if byte := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return bytes(_BYTE_OF[c] for c in piece) if all(c in _BYTE_OF for c in piece) else None
 
     def _token_text(self, token: int) -> str:
         text: str = self._tokenizer.decode([token])

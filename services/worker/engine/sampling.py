@@ -1,6 +1,7 @@
 """Draws tokens: each from its own request's random numbers, so that they do not depend on who else is in the batch.
 
-Order of what is done to a row of logits: biases and penalties, minimum length, temperature, top-k, top-p, min-p, draw.
+Order of what is done to a row of logits: biases and penalties, minimum length, the schema, temperature, top-k, top-p,
+min-p, draw.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     for row, sequence in enumerate(sequences):
         if is_adjusted(sequence):
             adjust(logits[row], sequence)
+        if sequence.constraint is not None:
+            allowed = torch.from_numpy(sequence.constraint.allowed()).to(logits.device)
+            logits[row].masked_fill_(~allowed, NO_TOKEN)
     tokens = _draw(logits, sequences)
     for row, sequence in wanted:
         sequence.logprobs.append(_logprob(model_logprobs[row], tokens[row], sequence.params.logprobs or 0))
@@ -40,7 +44,11 @@ def is_adjusted(sequence: Sequence) -> bool:
     """Whether something is to be done to the logits before they are scaled and filtered."""
     params = sequence.params
     penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(penalties or params.logit_bias or sequence.generated < params.min_tokens)
+    return bool(penalties or params.logit_bias or _is_too_short(sequence))
+
+
+def _is_too_short(sequence: Sequence) -> bool:
+    return sequence.constraint is None and sequence.generated < sequence.params.min_tokens
 
 
 def adjust(row: torch.Tensor, sequence: Sequence) -> None:
@@ -59,7 +67,7 @@ def adjust(row: torch.Tensor, sequence: Sequence) -> None:
         row[seen] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias.items():
         row[token] += bias
-    if sequence.generated < params.min_tokens and sequence.eos:
+    if _is_too_short(sequence) and sequence.eos:
         row[sorted(sequence.eos)] = NO_TOKEN
 
 

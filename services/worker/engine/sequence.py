@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.worker.engine.grammar import Constraint
 from services.worker.engine.streaming import StreamedText
 from services.worker.protocol import SamplingParams
 
@@ -26,6 +27,7 @@ class Sequence:
     namespace: str = ""
     is_online: bool = False
     text: StreamedText | None = None
+    constraint: Constraint | None = None
 
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -38,11 +40,18 @@ class Sequence:
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated."""
     logprobs: list[Any] = field(default_factory=list)
+    sent_logprobs: int = 0
+    """How many of them a stream has."""
     finish_reason: str | None = None
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def has_end_token(self) -> bool:
+        """Whether it ended in a token that is no part of its text."""
+        return self.finish_reason == "stop" and self.generated > 0 and self.tokens[-1] in self.eos
 
     @property
     def answer(self) -> list[int]:
@@ -58,7 +67,14 @@ class Sequence:
         """Take the next token in, and note why it was the last one if it was."""
         self.tokens.append(token)
         self.counts[token] += 1
-        if token in self.eos and self.generated >= self.params.min_tokens and not self.params.ignore_eos:
+        if self.constraint is not None:
+            # The schema says when it is over: neither a minimum length nor `ignore_eos` makes it longer.
+            if token not in self.eos:
+                self.constraint.take(token)
+            is_ended = token in self.eos or self.constraint.is_complete
+        else:
+            is_ended = token in self.eos and self.generated >= self.params.min_tokens and not self.params.ignore_eos
+        if is_ended:
             self.finish_reason = "stop"
         elif self.generated >= self.limit:
             self.finish_reason = "length"
