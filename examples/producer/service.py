@@ -49,7 +49,7 @@ async def submit(reviews: Reviews) -> dict[str, Any]:
 
 @app.get("/reviews/{job_id}")
 async def read(job_id: str) -> dict[str, Any]:
-    """Show how far a job is; once it has succeeded, its answers in the order of the texts."""
+    """Show how far a job is; once it has succeeded, its answers in the order of the texts, null for one that failed."""
     client: AsyncClient = app.state.client
     try:
         job = await client.job(job_id)
@@ -57,6 +57,8 @@ async def read(job_id: str) -> dict[str, Any]:
         raise HTTPException(404, "no such review") from None
     answers = None
     if job["status"] == "succeeded":
-        lines = [line async for line in client.results(job_id)]
-        answers = [line["response"]["body"]["choices"][0]["message"]["content"] for line in lines]
+        # By custom_id and never by position: a text that failed has its line in the error file, not here.
+        bodies = {line["custom_id"]: line["response"]["body"] async for line in client.results(job_id)}
+        names = [f"review-{number}" for number in range(job["progress"]["total"])]
+        answers = [bodies[name]["choices"][0]["message"]["content"] if name in bodies else None for name in names]
     return {"id": job_id, "status": job["status"], "progress": job["progress"], "answers": answers}

@@ -260,7 +260,9 @@ class Stack:
     def _wait_until(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not holds():
-            if self.stop.is_set() or time.monotonic() > deadline:
+            if self.stop.is_set():
+                raise SystemExit(f"Stopped before {what}.")
+            if time.monotonic() > deadline:
                 raise RuntimeError(f"Gave up waiting until {what}; the logs are in {self.log_directory}.")
             time.sleep(POLL_SECONDS)
 
@@ -335,22 +337,33 @@ def running_state(data: Path) -> dict[str, Any] | None:
     return state
 
 
+def is_supervised(state: dict[str, Any]) -> bool:
+    """Return whether the supervisor that wrote `state` lives; another process with its number is not it."""
+    return _same_process(state["pid"], state) is not None
+
+
 def shut_down(data: Path) -> None:
-    """End every process of the stack in `data`, and return when they are gone; nothing there is no error."""
+    """End every process of the stack in `data`, and return when they are gone; nothing there is no error.
+
+    Raises RuntimeError for one that even SIGKILL does not end; it stays written down then.
+    """
     state = running_state(data)
     if state is None:
         return
     supervisor = _same_process(state["pid"], state)
     if supervisor is not None:
         supervisor.terminate()
-        _wait_gone([supervisor], STOP_SECONDS * 2)
+        _wait_gone(state["pid"], state, STOP_SECONDS * 2)
     # The supervisor was killed, or hangs: end what it had started, workers first.
     for name, pid in reversed(state["processes"].items()):
         process = _same_process(pid, state)
-        if process is not None:
-            process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
-            if not _wait_gone([process], STOP_SECONDS):
-                process.kill()
+        if process is None:
+            continue
+        process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
+        if not _wait_gone(pid, state, STOP_SECONDS):
+            process.kill()
+            if not _wait_gone(pid, state, STOP_SECONDS):
+                raise RuntimeError(f"{name} (process {pid}) does not end.")
     (data / "stack.json").unlink(missing_ok=True)
 
 
@@ -364,9 +377,14 @@ def _same_process(pid: int, state: dict[str, Any]) -> psutil.Process | None:
     return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
 
 
-def _wait_gone(processes: list[psutil.Process], seconds: float) -> bool:
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return not alive
+def _wait_gone(pid: int, state: dict[str, Any], seconds: float) -> bool:
+    """Return whether the process that was written down is gone in time; a zombie that nobody reaps is gone too."""
+    deadline = time.monotonic() + seconds
+    while _same_process(pid, state) is not None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def run_in_foreground(options: StackOptions, on_ready: Callable[[Stack], None]) -> None:

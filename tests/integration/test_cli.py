@@ -1,17 +1,21 @@
 """The command line, as a user runs it: its exit codes, its output, and a stack of its own that it starts and ends."""
 
+import http.server
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
+from uuid import uuid4
 
 import psutil
 import pytest
 
 from tests.support.batches import chat_line, chat_lines, jsonl
-from tests.support.servers import ROOT
+from tests.support.servers import ROOT, wait_until
 
 CLI = [sys.executable, "-m", "lamplighter.cli"]
 
@@ -35,6 +39,12 @@ def test_submit_wait_and_download(cli, tmp_path):
     out = cli("submit", "in.jsonl", "--endpoint", "/v1/chat/completions", "-o", "out.jsonl")
     assert "succeeded: 20 of 20 lines" in out
     assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 20
+
+
+def test_a_file_submitted_twice_under_one_key_is_one_batch(cli, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(3)))
+    command = ["submit", "in.jsonl", "--endpoint", "/v1/chat/completions", "--idempotency-key", f"cli-{uuid4().hex}"]
+    assert cli(*command) == cli(*command)
 
 
 def test_a_failed_job_is_exit_code_1_and_says_why(cli, tmp_path):
@@ -68,7 +78,35 @@ def test_keys_models_and_doctor(cli, tiny_llama):
     assert key["id"] in cli("keys", "list") and key["key"] not in cli("keys", "list")
     assert "causal_lm, float32" in cli("models", "add", "tiny-cli", str(tiny_llama))
     cli("models", "add", "tiny-cli", str(tiny_llama), code=1)
-    assert "cpu:0" in cli("doctor")
+    assert "cpu:0" in cli("doctor") and "bfloat16: " in cli("doctor")
+
+
+def test_doctor_says_that_postgres_is_away(cli):
+    """It asked /readyz as any other call and took its 503 for a failure of the server."""
+
+    class Gateway(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = {"status": "unavailable", "postgres": False, "redis": True}
+            content = json.dumps(body if self.path == "/readyz" else {"error": {"message": "no"}}).encode()
+            self.send_response(503)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        out = cli("doctor", code=1, LAMPLIGHTER_URL=url)
+        found = {
+            finding["check"]: finding for finding in json.loads(cli("doctor", "--json", code=1, LAMPLIGHTER_URL=url))
+        }
+        server.shutdown()
+    (line,) = [line for line in out.splitlines() if "Postgres" in line]
+    assert "WRONG" in line and "no job is accepted" in line
+    assert not found["Postgres"]["ok"] and found["Redis"]["ok"] and "bfloat16: " in found["This CPU"]["detail"]
 
 
 @pytest.mark.parametrize(
@@ -85,40 +123,90 @@ def test_exit_codes(cli, arguments, code):
 
 
 def test_no_server_is_exit_code_3(cli):
-    cli("jobs", code=3, LAMPLIGHTER_URL="http://127.0.0.1:9")
+    for command in (["jobs"], ["watch", "batch_0"], ["doctor"]):
+        cli(*command, code=3, LAMPLIGHTER_URL="http://127.0.0.1:9")
+
+
+def tree_of(data):
+    """Return every process of the stack in a data directory, and all that they have started."""
+    state = json.loads((data / "stack.json").read_text())
+    recorded = [psutil.Process(pid) for pid in (state["pid"], *state["processes"].values())]
+    return {*recorded, *(child for process in recorded for child in process.children(recursive=True))}
+
+
+def living(processes):
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def none_lives(processes):
+    wait_until(lambda: not living(processes), 10, "all processes are gone")
+    return True
 
 
 def test_up_and_down_leave_nothing_behind(scratch):
     data = scratch / "own-stack"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LAMPLIGHTER_")}
-    command = [*CLI, "up", "--data", str(data), "--port", "0", "--device", "cpu", "--detach"]
-    up = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert up.returncode == 0 and up.stdout.startswith("ready http://127.0.0.1:"), up.stderr
-    assert stat.S_IMODE((data / "admin.key").stat().st_mode) == 0o600
-    state = json.loads((data / "stack.json").read_text())
-    pids = [state["pid"], *state["processes"].values()]
-    tree = {child for pid in pids for child in psutil.Process(pid).children(recursive=True)} | {
-        psutil.Process(pid) for pid in pids
-    }
-    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 1 and "already" in again.stderr
-    key = (data / "admin.key").read_text().strip()
-    listed = subprocess.run(
-        [*CLI, "models"],
-        env=environment | {"LAMPLIGHTER_URL": state["url"], "LAMPLIGHTER_API_KEY": key},
-        capture_output=True,
-        text=True,
-    )
-    assert "echo" in listed.stdout
-    # The supervisor killed, its processes orphaned: `down` still ends them all.
-    psutil.Process(state["pid"]).kill()
     down = [*CLI, "down", "--data", str(data)]
+
+    def up():
+        command = [*CLI, "up", "--data", str(data), "--port", "0", "--device", "cpu", "--detach"]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+    def models():
+        url, key = json.loads((data / "stack.json").read_text())["url"], (data / "admin.key").read_text().strip()
+        named = environment | {"LAMPLIGHTER_URL": url, "LAMPLIGHTER_API_KEY": key}
+        return subprocess.run([*CLI, "models"], env=named, capture_output=True, text=True).stdout
+
+    # What a machine that was switched off leaves: its numbers belong to others now. `up` took one for its supervisor.
+    stranger = subprocess.Popen(["sleep", "300"])
+    then = {str(stranger.pid): psutil.Process(stranger.pid).create_time() - 3600}
+    state = {"pid": stranger.pid, "url": "x", "processes": {"valkey": stranger.pid}, "started": then}
+    data.mkdir(mode=0o711)
+    (data / "stack.json").write_text(json.dumps(state))
+    first = up()
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+    assert first.returncode == 0 and first.stdout.startswith("ready http://127.0.0.1:"), first.stderr
+    assert stat.S_IMODE((data / "admin.key").stat().st_mode) == 0o600
+    first_life = tree_of(data)
+    again = up()
+    assert again.returncode == 1 and "already" in again.stderr and len(living(first_life)) == len(first_life)
+    assert "echo" in models()
+    # The supervisor killed, its processes orphaned: `up` ends them before its own servers take the same directories.
+    psutil.Process(json.loads((data / "stack.json").read_text())["pid"]).kill()
+    second = up()
+    assert second.returncode == 0, second.stderr
+    second_life = tree_of(data)
+    assert none_lives(first_life) and "echo" in models()
+    # And `down` ends what a killed supervisor left, of either life.
+    psutil.Process(json.loads((data / "stack.json").read_text())["pid"]).kill()
     assert subprocess.run(down, env=environment, cwd=ROOT, timeout=120).returncode == 0
-    deadline = time.monotonic() + 10
-    while (
-        any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in tree)
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.1)
-    assert not [process for process in tree if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert none_lives(first_life | second_life)
     assert subprocess.run(down, env=environment, cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_terminated_demo_leaves_nothing_running(scratch):
+    """SIGTERM ended it at once, and Postgres, gateway and workers went on."""
+    directory = scratch / "demo"
+    directory.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LAMPLIGHTER_DEMO_MODEL": "/nonexistent"}
+    command = [sys.executable, "-m", "examples.demo.run"]
+    demo = subprocess.Popen(command, env=environment, cwd=directory, stdout=subprocess.DEVNULL)
+    seen = set()
+
+    def has_ended():
+        seen.update(psutil.Process(demo.pid).children(recursive=True))
+        return demo.poll() is not None
+
+    try:
+        data = directory / "build" / "demo" / "stack"
+        wait_until((data / "stack.json").exists, 60)
+        seen |= tree_of(data)
+        demo.send_signal(signal.SIGTERM)
+        wait_until(has_ended, 60)
+        assert len(seen) > 1 and none_lives(seen)
+        assert demo.returncode != 0 and not (data / "stack.json").exists()
+    finally:
+        demo.kill()
+        demo.wait()

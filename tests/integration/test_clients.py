@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import venv
 from contextlib import contextmanager
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -17,7 +19,11 @@ import pytest
 import lamplighter
 from lamplighter import AsyncClient, Client
 from services.local.ports import free_port
+from tests.support.batches import chat_line, jsonl
 from tests.support.servers import ROOT, wait_until
+
+
+CHAT = "/v1/chat/completions"
 
 
 def bodies(count):
@@ -49,6 +55,53 @@ def test_async_client(stack, admin_key):
     batches, results, found = asyncio.run(use())
     assert all(contents(lines) == ["text 0", "text 1", "text 2"] for lines in results)
     assert {batch["id"] for batch in batches} <= set(found)
+
+
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight"
+
+
+def test_a_line_may_hold_every_character_that_others_split_at(stack, native, admin_key):
+    """U+2028 in an answer once cut its line in two, and neither half was JSON."""
+    texts = [SEPARATORS, "plain", SEPARATORS * 5000]
+    batch = native.submit([{"model": "echo", "messages": [{"role": "user", "content": t}]} for t in texts], CHAT)
+    assert contents(native.results(batch["id"])) == texts
+
+    async def read():
+        async with AsyncClient(stack.url, admin_key) as client:
+            return [line async for line in client.results(batch["id"])]
+
+    assert contents(asyncio.run(read())) == texts
+
+
+@pytest.mark.parametrize("key", [f"night-{uuid4().hex}", uuid4().hex * 7 + "x" * 31], ids=["short", "255 characters"])
+def test_a_producers_own_key_makes_one_batch_of_many_submissions(stack, native, admin_key, key):
+    async def submit():
+        async with AsyncClient(stack.url, admin_key) as client:
+            return await client.submit(bodies(3), CHAT, idempotency_key=key)
+
+    first = native.submit(bodies(3), CHAT, idempotency_key=key)
+    with Client(stack.url, admin_key) as another_process:
+        again = another_process.submit(bodies(3), CHAT, idempotency_key=key)
+    assert first["id"] == again["id"] == asyncio.run(submit())["id"]
+    assert [job["id"] for job in native.jobs(idempotency_key=key)] == [first["id"]]
+    with pytest.raises(lamplighter.BadRequest):
+        native.submit(bodies(4), CHAT, idempotency_key=key)
+    assert native.submit(bodies(3), CHAT)["id"] != first["id"]
+
+
+def test_upload_and_create_batch_take_a_key(stack, native, admin_key, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat_line("a")]))
+    key = f"upload-{uuid4().hex}"
+    files = [native.upload(tmp_path / "in.jsonl", idempotency_key=f"{key}:file")["id"] for _ in range(2)]
+    batches = [native.create_batch(files[0], CHAT, idempotency_key=key)["id"] for _ in range(2)]
+
+    async def again():
+        async with AsyncClient(stack.url, admin_key) as client:
+            content = (tmp_path / "in.jsonl").read_bytes()
+            file = await client.upload("in.jsonl", content, idempotency_key=f"{key}:file")
+            return file["id"], (await client.create_batch(file["id"], CHAT, idempotency_key=key))["id"]
+
+    assert {(files[0], batches[0]), (files[1], batches[1]), asyncio.run(again())} == {(files[0], batches[0])}
 
 
 def test_a_failed_job_is_an_error_with_its_reason(native):
@@ -89,6 +142,8 @@ def scripted(answers):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
+
+        do_GET = do_POST
 
         def log_message(self, *_):
             pass
@@ -142,6 +197,113 @@ def test_a_proxys_page_is_an_error_too():
     assert caught.value.status == 502
 
 
+AWAY, LOST = (503, {"Retry-After": "0"}, error("unavailable")), (0, {}, "")
+ENDED = (200, {}, json.dumps({"id": "batch_1", "status": "succeeded", "output_file_id": "file-1"}))
+BROKEN = (200, {"Content-Length": "1000"}, '{"a": 1}\n{"a"')
+
+
+def waited(url, *, is_async, **arguments):
+    """Wait for a job with one of the two clients."""
+    if not is_async:
+        with Client(url, "k") as client:
+            return client.wait("batch_1", **arguments)
+
+    async def wait():
+        async with AsyncClient(url, "k") as client:
+            return await client.wait("batch_1", **arguments)
+
+    return asyncio.run(wait())
+
+
+def result_lines(url, *, is_async):
+    if not is_async:
+        with Client(url, "k") as client:
+            return list(client.results("batch_1"))
+
+    async def read():
+        async with AsyncClient(url, "k") as client:
+            return [line async for line in client.results("batch_1")]
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_outlasts_a_gateway_that_is_away(is_async):
+    """It gave up after four tries, within two seconds: a restart of the gateway ended every wait."""
+    with scripted([AWAY] * 9 + [LOST, ENDED]) as (url, requests):
+        assert waited(url, is_async=is_async)["status"] == "succeeded"
+    assert len(requests) == 11
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_outlasts_an_address_where_nobody_listens(is_async):
+    port, started = free_port(), time.monotonic()
+    server = subprocess.Popen(
+        [sys.executable, "-c", LATE_SERVER, str(port), ENDED[2]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert waited(f"http://127.0.0.1:{port}", is_async=is_async)["status"] == "succeeded"
+        assert time.monotonic() - started > 2.5
+    finally:
+        server.kill()
+        server.wait()
+
+
+LATE_SERVER = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(sys.argv[2].encode())
+time.sleep(2.5)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_waits_patience_has_the_end_that_is_asked_for(is_async):
+    with scripted([AWAY] * 8) as (url, requests), pytest.raises(lamplighter.ServerFailed):
+        waited(url, is_async=is_async, outage_seconds=0.2)
+    assert len(requests) == 8
+    with pytest.raises(lamplighter.ServerUnreachable):
+        waited("http://127.0.0.1:1", is_async=is_async, outage_seconds=0)
+    with scripted([(404, {}, error("x"))]) as (url, _), pytest.raises(lamplighter.NotFound):
+        waited(url, is_async=is_async)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_opening_the_results_is_tried_again(is_async):
+    with scripted([ENDED, AWAY, LOST, (200, {}, '{"a": 1}\n{"a": 2}')]) as (url, _):
+        assert result_lines(url, is_async=is_async) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_results_that_break_are_an_error_of_ours(is_async):
+    """What httpx raised went through to the caller: neither a LamplighterError nor an exit code."""
+    with scripted([ENDED, BROKEN]) as (url, _), pytest.raises(lamplighter.ServerUnreachable):
+        result_lines(url, is_async=is_async)
+    with scripted([ENDED, *[LOST] * 4]) as (url, _), pytest.raises(lamplighter.ServerUnreachable):
+        result_lines(url, is_async=is_async)
+    with scripted([ENDED, *[AWAY] * 4]) as (url, _), pytest.raises(lamplighter.ServerFailed):
+        result_lines(url, is_async=is_async)
+
+
+def test_a_download_is_tried_again_whole_or_not_there(tmp_path):
+    target = tmp_path / "out"
+    with scripted([AWAY, LOST, (200, {}, "content")]) as (url, _), Client(url, "k") as client:
+        assert client.download("file-1", target) == 7 and target.read_text() == "content"
+    target.unlink()
+    for answers, kind in (
+        ([BROKEN], lamplighter.ServerUnreachable),
+        ([LOST] * 4, lamplighter.ServerUnreachable),
+        ([(404, {}, error("x"))], lamplighter.NotFound),
+    ):
+        with scripted(answers) as (url, _), Client(url, "k") as client, pytest.raises(kind):
+            client.download("file-1", target)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_the_client_installs_alone(tmp_path, stack, admin_key):
     """Into an empty environment, from its own folder: it brings nothing of the server's, and it works."""
     venv.create(tmp_path / "alone", with_pip=True)
@@ -158,7 +320,9 @@ def test_the_client_installs_alone(tmp_path, stack, admin_key):
     assert done.returncode == 0 and "echo" in done.stdout, done.stderr
 
 
-def test_the_producer_service(stack, admin_key):
+@contextmanager
+def producer_service(stack, admin_key):
+    """Run the example's service; yields the URL of its reviews."""
     port = free_port()
     environment = os.environ | {"LAMPLIGHTER_URL": stack.url, "LAMPLIGHTER_API_KEY": admin_key}
     command = [sys.executable, "-m", "uvicorn", "service:app", "--port", str(port), "--log-level", "warning"]
@@ -173,11 +337,26 @@ def test_the_producer_service(stack, admin_key):
 
     try:
         wait_until(is_up, 20)
+        yield url
+    finally:
+        service.terminate()
+        service.wait(10)
+
+
+def test_the_producer_service(stack, native, admin_key):
+    with producer_service(stack, admin_key) as url:
         made = httpx.post(url, json={"texts": ["good", "bad", "it depends"]})
         assert made.status_code == 202
         job_id = made.json()["id"]
         wait_until(lambda: httpx.get(f"{url}/{job_id}").json()["status"] == "succeeded", 20)
         assert httpx.get(f"{url}/{job_id}").json()["answers"] == ["good", "bad", "it depends"]
-    finally:
-        service.terminate()
-        service.wait(10)
+        # A text that fails has no line in the output: the later answers moved up to its place.
+        texts = ("good", "fails", "it depends")
+        lines = [chat_line(f"review-{number}", text) for number, text in enumerate(texts)]
+        lines[1]["body"]["temperature"] = 9
+        batch = native.submit(lines, CHAT)
+        assert native.wait(batch["id"])["progress"]["failed"] == 1
+        assert httpx.get(f"{url}/{batch['id']}").json()["answers"] == ["good", None, "it depends"]
+        none = native.submit(lines[1:2], CHAT)
+        native.wait(none["id"])
+        assert httpx.get(f"{url}/{none['id']}").json()["answers"] == [None]

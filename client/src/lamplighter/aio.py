@@ -2,19 +2,26 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 from typing import Any, Self
 
 import httpx
 
-from lamplighter.errors import ServerUnreachable
+from lamplighter.errors import ServerFailed, ServerUnreachable
 from lamplighter.policy import (
+    OUTAGE_SECONDS,
     TERMINAL,
     TIMEOUT_SECONDS,
+    LineSplitter,
+    Outage,
     batch_body,
+    file_key,
     finished,
     input_lines,
     json_answer,
+    key_header,
     pause_seconds,
     request_headers,
 )
@@ -39,36 +46,57 @@ class AsyncClient:
 
     async def request(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         """Send a request, again where that may help, and return its JSON answer."""
+        return json_answer(await self._send(method, path, **arguments))
+
+    async def _send(self, method: str, path: str, *, stream: bool = False, **arguments: Any) -> httpx.Response:
+        """Send a request, again where that may help. A success with `stream` is not read yet: the caller closes it."""
         arguments["headers"] = request_headers(method, dict(arguments.get("headers", {})))
         attempt = 0
         while True:
             response: httpx.Response | None = None
             try:
-                response = await self._http.request(method, path, **arguments)
+                response = await self._http.send(self._http.build_request(method, path, **arguments), stream=stream)
+                if not response.is_success:
+                    await response.aread()
                 pause = pause_seconds(attempt, response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = pause_seconds(attempt)
                 if pause is None:
                     raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
             if pause is None:
                 assert response is not None  # a lost connection was raised above
-                return json_answer(response)
+                return response
             await asyncio.sleep(pause)
             attempt += 1
 
-    async def upload(self, name: str, content: bytes, purpose: str = "batch") -> dict[str, Any]:
-        """Upload a file and return its object."""
+    async def upload(
+        self, name: str, content: bytes, purpose: str = "batch", *, idempotency_key: str | None = None
+    ) -> dict[str, Any]:
+        """Upload a file and return its object; a second upload under the same key returns the first one's."""
         files = {"file": (name, content, "application/jsonl")}
-        return await self.request("POST", "/v1/files", data={"purpose": purpose}, files=files)
+        headers = key_header(idempotency_key)
+        return await self.request("POST", "/v1/files", data={"purpose": purpose}, files=files, headers=headers)
 
-    async def create_batch(self, input_file_id: str, endpoint: str, **fields: Any) -> dict[str, Any]:
-        """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata."""
-        return await self.request("POST", "/v1/batches", json=batch_body(input_file_id, endpoint, fields))
+    async def create_batch(
+        self, input_file_id: str, endpoint: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata.
 
-    async def submit(self, requests: Iterable[dict[str, Any]], endpoint: str, **fields: Any) -> dict[str, Any]:
-        """Upload requests as an input file, submit a batch over it, and return the batch."""
-        file = await self.upload("requests.jsonl", input_lines(requests, endpoint))
-        return await self.create_batch(file["id"], endpoint, **fields)
+        However often it is called with the same key and body, by whatever process, it is one batch.
+        """
+        body = batch_body(input_file_id, endpoint, fields)
+        return await self.request("POST", "/v1/batches", json=body, headers=key_header(idempotency_key))
+
+    async def submit(
+        self, requests: Iterable[dict[str, Any]], endpoint: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Upload requests as an input file, submit a batch over it, and return the batch.
+
+        With a key, a producer that died in between calls it again with the same requests: it is one batch.
+        """
+        lines = input_lines(requests, endpoint)
+        file = await self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
+        return await self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
 
     async def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""
@@ -90,25 +118,59 @@ class AsyncClient:
         return await self.request("POST", f"/v1/jobs/{job_id}/{action}")
 
     async def wait(
-        self, job_id: str, on_progress: Callable[[dict[str, Any]], None] | None = None, poll_seconds: float = 0.5
+        self,
+        job_id: str,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        poll_seconds: float = 0.5,
+        *,
+        outage_seconds: float = OUTAGE_SECONDS,
     ) -> dict[str, Any]:
-        """Return the job once it has ended; `on_progress` is called with it at every look."""
+        """Return the job once it has ended; `on_progress` is called with it at every look.
+
+        A server that is away is asked again for `outage_seconds`, then ServerUnreachable or ServerFailed is raised.
+        """
+        outage = Outage(outage_seconds)
         while True:
-            job = await self.job(job_id)
+            try:
+                job = await self.job(job_id)
+            except (ServerUnreachable, ServerFailed):
+                pause = outage.pause_seconds(time.monotonic())
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+                continue
+            outage.end()
             if on_progress is not None:
                 on_progress(job)
             if job["status"] in TERMINAL:
                 return job
             await asyncio.sleep(poll_seconds)
 
-    async def results(self, job_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Wait for a batch and yield the lines of its output file, parsed. Raises JobFailed when it did not succeed."""
-        job = finished(await self.wait(job_id))
+    async def results(self, job_id: str, *, outage_seconds: float = OUTAGE_SECONDS) -> AsyncIterator[dict[str, Any]]:
+        """Wait for a batch and yield the lines of its output file, parsed.
+
+        Raises JobFailed when it did not succeed, ServerUnreachable when the connection breaks between two lines.
+        """
+        job = finished(await self.wait(job_id, outage_seconds=outage_seconds))
         if job["output_file_id"] is None:
             return
-        async with self._http.stream("GET", f"/v1/files/{job['output_file_id']}/content") as response:
+        splitter = LineSplitter()
+        async with aclosing(self._content(job["output_file_id"])) as blocks:
+            async for block in blocks:
+                for line in splitter.feed(block):
+                    yield json.loads(line)
+        for line in splitter.finish():
+            yield json.loads(line)
+
+    async def _content(self, file_id: str) -> AsyncGenerator[bytes]:
+        """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
+        response = await self._send("GET", f"/v1/files/{file_id}/content", stream=True)
+        try:
             if not response.is_success:
-                await response.aread()
                 json_answer(response)
-            async for line in response.aiter_lines():
-                yield json.loads(line)
+            async for block in response.aiter_bytes():
+                yield block
+        except httpx.RequestError as error:
+            raise ServerUnreachable(f"The connection to {self._http.base_url} broke: {error}") from None
+        finally:
+            await response.aclose()

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lamplighter.client import Client
+from lamplighter.doctor import findings
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
-from lamplighter.policy import TERMINAL
+from lamplighter.policy import TERMINAL, file_key
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_AUTHORISED = 1, 2, 3, 4
 DEFAULT_DATA = Path("lamplighter-data")
@@ -85,9 +86,11 @@ def up(
         raise typer.Exit(EXIT_USAGE)
     stack = _local_stack()
     state = stack.running_state(data)
-    if state is not None and _is_alive(state["pid"]):
+    if state is not None and stack.is_supervised(state):
         errors.print(f"A stack runs in {data} already, at {state['url']}.")
         raise typer.Exit(EXIT_FAILED)
+    # What a killed supervisor left running goes first: two servers must never share a directory.
+    stack.shut_down(data)
     if detach:
         _detach(data)
         return
@@ -117,16 +120,6 @@ def _local_stack() -> Any:
     except ModuleNotFoundError:
         errors.print("'up' and 'down' work in an installation of the server, which this is not.")
         raise typer.Exit(EXIT_USAGE) from None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _detach(data: Path) -> None:
@@ -159,6 +152,9 @@ def submit(
     endpoint: Annotated[str, typer.Option(help="Such as /v1/chat/completions.")],
     priority: Annotated[int, typer.Option(min=0, max=9)] = 5,
     deadline: Annotated[str | None, typer.Option(help="RFC 3339, or 'none'.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="However often FILE is submitted under this key, it is one batch.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end.")] = False,
     output: Annotated[Path | None, typer.Option("-o", help="Where to write the results; implies --wait.")] = None,
     as_json: JsonOption = False,
@@ -166,8 +162,8 @@ def submit(
     """Submit a batch."""
     fields: dict[str, Any] = {"priority": priority} | ({"deadline": deadline} if deadline else {})
     with client() as api:
-        uploaded = api.upload(file)
-        batch = api.create_batch(uploaded["id"], endpoint, **fields)
+        uploaded = api.upload(file, idempotency_key=file_key(idempotency_key))
+        batch = api.create_batch(uploaded["id"], endpoint, idempotency_key=idempotency_key, **fields)
         if not (wait or output):
             print(json.dumps(batch) if as_json else batch["id"])
             return
@@ -213,6 +209,7 @@ def jobs(
 def watch(job_id: str, as_json: JsonOption = False) -> None:
     """Follow a job to its end, with a live progress bar."""
     with client() as api:
+        api.job(job_id)  # a server that was never there is said at once; one that goes away later is waited for
         job = _follow(api, job_id, quiet=as_json)
     print(json.dumps(job) if as_json else _summary(job))
     raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
@@ -349,20 +346,12 @@ def revoke_key(key_id: str) -> None:
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check the server and say in plain words what is wrong."""
-    findings: list[dict[str, Any]] = []
     with client() as api:
-        ready = api.request("GET", "/readyz")
-        findings.append({"check": "Postgres", "ok": ready["postgres"], "detail": "jobs are accepted"})
-        findings.append({"check": "Redis", "ok": ready["redis"], "detail": "workers can be told of work"})
-        live = [w for w in api.request("GET", "/v1/workers")["data"] if w["state"] in ("idle", "busy")]
-        detail = ", ".join(f"{w['name']} on {w['device']}" for w in live) or "none: jobs wait until one is started"
-        findings.append({"check": "Workers", "ok": bool(live), "detail": detail})
-        names = [model["id"] for model in api.request("GET", "/v1/models")["data"]]
-        findings.append({"check": "Models", "ok": True, "detail": ", ".join(names)})
-    for finding in findings:
+        found = findings(api)
+    for finding in found:
         finding["verdict"] = "ok" if finding["ok"] else "WRONG"
-    show(findings, as_json, {"check": "check", "": "verdict", "detail": "detail"})
-    raise typer.Exit(0 if all(finding["ok"] for finding in findings) else EXIT_FAILED)
+    show(found, as_json, {"check": "check", "": "verdict", "detail": "detail"})
+    raise typer.Exit(0 if all(finding["ok"] for finding in found) else EXIT_FAILED)
 
 
 def main() -> None:

@@ -2,21 +2,28 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
-from lamplighter.errors import ServerUnreachable
+from lamplighter.errors import ServerFailed, ServerUnreachable
 from lamplighter.policy import (
+    OUTAGE_SECONDS,
     TERMINAL,
     TIMEOUT_SECONDS,
+    LineSplitter,
+    Outage,
     batch_body,
+    file_key,
     finished,
     input_lines,
     json_answer,
+    key_header,
     pause_seconds,
+    readiness_answer,
     request_headers,
 )
 
@@ -43,38 +50,69 @@ class Client:
 
     def request(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         """Send a request, again where that may help, and return its JSON answer."""
+        return json_answer(self._send(method, path, **arguments))
+
+    def _send(self, method: str, path: str, *, stream: bool = False, **arguments: Any) -> httpx.Response:
+        """Send a request, again where that may help. A success with `stream` is not read yet: the caller closes it."""
         arguments["headers"] = request_headers(method, dict(arguments.get("headers", {})))
         attempt = 0
         while True:
             response: httpx.Response | None = None
             try:
-                response = self._http.request(method, path, **arguments)
+                response = self._http.send(self._http.build_request(method, path, **arguments), stream=stream)
+                if not response.is_success:
+                    response.read()
                 pause = pause_seconds(attempt, response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = pause_seconds(attempt)
                 if pause is None:
                     raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
             if pause is None:
                 assert response is not None  # a lost connection was raised above
-                return json_answer(response)
+                return response
             time.sleep(pause)
             attempt += 1
 
-    def upload(self, path: Path, purpose: str = "batch") -> dict[str, Any]:
-        """Upload a file and return its object."""
+    def upload(self, path: Path, purpose: str = "batch", *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Upload a file and return its object; a second upload under the same key returns the first one's."""
         with path.open("rb") as content:
-            files = {"file": (path.name, content, "application/jsonl")}
-            return self.request("POST", "/v1/files", data={"purpose": purpose}, files=files)
+            return self._upload(path.name, content, purpose, idempotency_key)
 
-    def create_batch(self, input_file_id: str, endpoint: str, **fields: Any) -> dict[str, Any]:
-        """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata."""
-        return self.request("POST", "/v1/batches", json=batch_body(input_file_id, endpoint, fields))
+    def _upload(self, name: str, content: IO[bytes] | bytes, purpose: str, key: str | None) -> dict[str, Any]:
+        files = {"file": (name, content, "application/jsonl")}
+        return self.request("POST", "/v1/files", data={"purpose": purpose}, files=files, headers=key_header(key))
 
-    def submit(self, requests: Iterable[dict[str, Any]], endpoint: str, **fields: Any) -> dict[str, Any]:
-        """Upload requests as an input file, submit a batch over it, and return the batch."""
-        files = {"file": ("requests.jsonl", input_lines(requests, endpoint), "application/jsonl")}
-        file = self.request("POST", "/v1/files", data={"purpose": "batch"}, files=files)
-        return self.create_batch(file["id"], endpoint, **fields)
+    def create_batch(
+        self, input_file_id: str, endpoint: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata.
+
+        However often it is called with the same key and body, by whatever process, it is one batch.
+        """
+        body = batch_body(input_file_id, endpoint, fields)
+        return self.request("POST", "/v1/batches", json=body, headers=key_header(idempotency_key))
+
+    def submit(
+        self, requests: Iterable[dict[str, Any]], endpoint: str, *, idempotency_key: str | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Upload requests as an input file, submit a batch over it, and return the batch.
+
+        With a key, a producer that died in between calls it again with the same requests: it is one batch.
+        """
+        lines = input_lines(requests, endpoint)
+        file = self._upload("requests.jsonl", lines, "batch", file_key(idempotency_key))
+        return self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
+
+    def readiness(self) -> dict[str, Any]:
+        """Return what the server says of its parts: `status`, `postgres`, `redis`. It is asked once.
+
+        "Not ready" is an answer here. Raises ServerFailed for a 503 that somebody else wrote, ServerUnreachable.
+        """
+        try:
+            response = self._http.get("/readyz")
+        except httpx.RequestError as error:
+            raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
+        return readiness_answer(response)
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""
@@ -95,39 +133,70 @@ class Client:
         return self.request("POST", f"/v1/jobs/{job_id}/{action}")
 
     def wait(
-        self, job_id: str, on_progress: Callable[[dict[str, Any]], None] | None = None, poll_seconds: float = 0.5
+        self,
+        job_id: str,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        poll_seconds: float = 0.5,
+        *,
+        outage_seconds: float = OUTAGE_SECONDS,
     ) -> dict[str, Any]:
-        """Return the job once it has ended; `on_progress` is called with it at every look."""
+        """Return the job once it has ended; `on_progress` is called with it at every look.
+
+        A server that is away is asked again for `outage_seconds`, then ServerUnreachable or ServerFailed is raised.
+        """
+        outage = Outage(outage_seconds)
         while True:
-            job = self.job(job_id)
+            try:
+                job = self.job(job_id)
+            except (ServerUnreachable, ServerFailed):
+                pause = outage.pause_seconds(time.monotonic())
+                if pause is None:
+                    raise
+                time.sleep(pause)
+                continue
+            outage.end()
             if on_progress is not None:
                 on_progress(job)
             if job["status"] in TERMINAL:
                 return job
             time.sleep(poll_seconds)
 
-    def results(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Wait for a batch and yield the lines of its output file, parsed. Raises JobFailed when it did not succeed."""
-        job = finished(self.wait(job_id))
+    def results(self, job_id: str, *, outage_seconds: float = OUTAGE_SECONDS) -> Iterator[dict[str, Any]]:
+        """Wait for a batch and yield the lines of its output file, parsed.
+
+        Raises JobFailed when it did not succeed, ServerUnreachable when the connection breaks between two lines.
+        """
+        job = finished(self.wait(job_id, outage_seconds=outage_seconds))
         if job["output_file_id"] is None:
             return
-        with self._http.stream("GET", f"/v1/files/{job['output_file_id']}/content") as response:
-            if not response.is_success:
-                response.read()
-                json_answer(response)
-            for line in response.iter_lines():
-                yield json.loads(line)
+        splitter = LineSplitter()
+        with closing(self._content(job["output_file_id"])) as blocks:
+            for block in blocks:
+                yield from map(json.loads, splitter.feed(block))
+        yield from map(json.loads, splitter.finish())
 
     def download(self, file_id: str, to: Path) -> int:
         """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
         partial = to.with_name(f"{to.name}.part")
         size = 0
-        with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
-            if not response.is_success:
-                response.read()
-                json_answer(response)
-            with partial.open("wb") as output:
-                for block in response.iter_bytes():
+        try:
+            with closing(self._content(file_id)) as blocks, partial.open("wb") as output:
+                for block in blocks:
                     size += output.write(block)
-        partial.rename(to)
+            partial.rename(to)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         return size
+
+    def _content(self, file_id: str) -> Generator[bytes]:
+        """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
+        response = self._send("GET", f"/v1/files/{file_id}/content", stream=True)
+        try:
+            if not response.is_success:
+                json_answer(response)
+            yield from response.iter_bytes()
+        except httpx.RequestError as error:
+            raise ServerUnreachable(f"The connection to {self._http.base_url} broke: {error}") from None
+        finally:
+            response.close()

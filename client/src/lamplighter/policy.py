@@ -1,5 +1,6 @@
 """What both clients decide in the same way: what a request carries, and whether an answer is worth another try."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +14,79 @@ TRIES = 4
 FIRST_PAUSE_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 60.0
 TIMEOUT_SECONDS = 60.0
+OUTAGE_SECONDS = 600.0
+"""How long a wait bears a server that is away: a restart of the gateway, or of Postgres, within the night."""
+OUTAGE_FIRST_PAUSE_SECONDS = 0.5
+OUTAGE_MAX_PAUSE_SECONDS = 10.0
+MAX_KEY_CHARACTERS = 255
+"""The longest idempotency key that the server takes."""
 TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
+
+
+class Outage:
+    """Says how long to wait for a server that is away, up to `seconds` after the first of the failures in a row."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._failures = 0
+        self._since = 0.0
+
+    def end(self) -> None:
+        """The server has answered: the next failure is the first of another outage."""
+        self._failures = 0
+
+    def pause_seconds(self, now: float) -> float | None:
+        """Return how long to wait after a failure at `now` (monotonic seconds); None when it has lasted too long."""
+        if self._failures == 0:
+            self._since = now
+        left = self._since + self._seconds - now
+        if left <= 0:
+            return None
+        # The exponent is bounded: an outage of days must not raise OverflowError.
+        pause: float = OUTAGE_FIRST_PAUSE_SECONDS * 2 ** min(self._failures, 10)
+        self._failures += 1
+        return min(pause, OUTAGE_MAX_PAUSE_SECONDS, left)
+
+
+class LineSplitter:
+    """Cuts blocks of bytes into lines, at line feeds alone.
+
+    JSON may hold U+2028, U+2029 and U+0085 as they are, and str.splitlines (so httpx's iter_lines) cuts there.
+    """
+
+    def __init__(self) -> None:
+        self._begun: list[bytes] = []
+
+    def feed(self, block: bytes) -> list[bytes]:
+        """Return the lines that `block` completes, without their ends; blank ones are left out."""
+        *lines, rest = block.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._begun, lines[0]])
+            self._begun = []
+        self._begun.append(rest)
+        return [line for line in lines if line.strip()]
+
+    def finish(self) -> list[bytes]:
+        """Return the last line, where the file did not end in a line feed."""
+        return self.feed(b"\n")
 
 
 def request_headers(method: str, given: dict[str, str]) -> dict[str, str]:
     """Return a request's headers: a POST always has an idempotency key, the same one at each try."""
     return {"Idempotency-Key": uuid4().hex} | given if method == "POST" else given
+
+
+def key_header(idempotency_key: str | None) -> dict[str, str]:
+    """Return the header of a key that the caller chose; without one, each call gets a new key."""
+    return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+
+
+def file_key(idempotency_key: str | None) -> str | None:
+    """Return the key of the upload that belongs to a batch's key: the server takes a key for one request only."""
+    if idempotency_key is None:
+        return None
+    key = f"{idempotency_key}:file"
+    return key if len(key) <= MAX_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
 
 
 def pause_seconds(attempt: int, response: httpx.Response | None = None) -> float | None:
@@ -46,6 +114,17 @@ def json_answer(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         body = None
     if response.is_success and isinstance(body, dict):
+        return body
+    raise api_error(response, body)
+
+
+def readiness_answer(response: httpx.Response) -> dict[str, Any]:
+    """Return the body of an answer to /readyz, a 200 or a 503; raises the ApiError of one that no gateway wrote."""
+    try:
+        body: Any = response.json()
+    except ValueError:
+        body = None
+    if response.status_code in (200, 503) and isinstance(body, dict) and {"postgres", "redis"} <= body.keys():
         return body
     raise api_error(response, body)
 
