@@ -122,6 +122,17 @@ def _assert_a_tie(reference, text, wanted, found):
     assert best[0] - best[1] < 1e-4, (place, wanted, found)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_longer_than_a_step_alone(name):
+    """No token is drawn in the steps before its last: such a step once ended the child."""
+    text = prompts(9)[8] * 3
+    (whole,) = run(make_engine(make_model(name)), requests([text])).values()
+    (in_steps,) = run(
+        make_engine(make_model(name), step_tokens=40, online_step_tokens=40, fewest_prompt_tokens=8), requests([text])
+    ).values()
+    assert len(text) > 3 * 40 and tokens(in_steps) == tokens(whole)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3"])
 def test_logprobs_are_transformers(name):
     reference = make_model(name)

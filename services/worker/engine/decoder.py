@@ -106,7 +106,9 @@ class FusedDecoder:
             normed = kernels.add_norm(residual, mixed, layer.attention_norm)
             normed = kernels.add_norm(residual, self._attend(layer, normed, pool, layout), layer.mlp_norm)
             mixed = layer.down(kernels.activate(layer.up(normed), weights.activation, is_gated=weights.is_gated))
-        # Only the rows from which a token is drawn go through the head.
+        # Only the rows from which a token is drawn go through the head; in the middle of a long prompt there are none.
+        if not rows:
+            return residual.new_empty(0, self.vocabulary, dtype=torch.float32)
         chosen = torch.tensor(rows, device=residual.device)
         last = None if mixed is None else mixed[chosen]
         return weights.head(kernels.add_norm(residual[chosen], last, weights.norm)).float()

@@ -19,6 +19,8 @@ STEP_WORDS = 1024
 """Words of one streamed answer sent in one step."""
 MOST_CHARACTERS = 8 * 2**20
 """What one request may have echoed, all its choices together."""
+LEAST_CHARACTERS = 256
+"""What a choice counts for at least: an empty one takes memory too."""
 _WORD = re.compile(r"\s*\S+\s*$|\s*\S+|\s+$")
 
 
@@ -148,7 +150,7 @@ def _prompt_words(request: Request) -> int:
 
 def _too_much(request: Request) -> RequestFault | None:
     """Refuse what would fill memories between here and the client: as a model's context would."""
-    size = sum(map(len, _texts(request))) * request.params.n
+    size = sum(max(LEAST_CHARACTERS, len(text)) for text in _texts(request)) * request.params.n
     if size <= MOST_CHARACTERS:
         return None
     message = f"The answers would have {size} characters; at most {MOST_CHARACTERS} are echoed."

@@ -114,7 +114,7 @@ class GenerationEngine:
             return output
         self.scheduler.computed(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
-        for sequence, token in zip(sequences, sample(logits, sequences), strict=True):
+        for sequence, token in zip(sequences, sample(logits, sequences) if sequences else [], strict=True):
             self._take(sequence, token, output)
         return output
 

@@ -133,9 +133,10 @@ class TransformersDecoder:
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,
-                logits_to_keep=torch.tensor(rows, device=device),
+                # In the middle of a long prompt no token is drawn; the head is then given one row for nothing.
+                logits_to_keep=torch.tensor(rows or [0], device=device),
             )
-        logits: torch.Tensor = out.logits[0]
+        logits: torch.Tensor = out.logits[0][: len(rows)]
         return logits.float()
 
 
