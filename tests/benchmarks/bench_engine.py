@@ -248,6 +248,7 @@ def bench_structured(table: Table, engine, rounds: int) -> None:
             seconds, tokens = drive(
                 engine, [Request(i, "complete", prompts=[p], params=params) for i, p in enumerate(prompts)]
             )
+            assert tokens == 48 * 64, "both sides generate the same"
             rates[name].append(tokens / seconds)
     ratio = statistics.median(rates["schema"]) / statistics.median(rates["free"])
     samples = [{"schema": a, "free": b} for a, b in zip(rates["schema"], rates["free"], strict=True)]

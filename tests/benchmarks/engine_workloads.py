@@ -14,9 +14,11 @@ LLAMA = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
+    "eos_token_id": 0,
+    "bos_token_id": None,
 }
 """SmolLM-135M's shape, but for the vocabulary."""
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 2048}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 2048, "eos_token_id": 0}
 SHAPES = {
     "llama": ("LlamaConfig", LLAMA),
     "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 64}),
