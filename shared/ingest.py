@@ -24,13 +24,20 @@ class LineReader:
 
     def feed(self, block: bytes) -> None:
         """Take the next block of the file."""
-        pieces = block.split(b"\n")
+        # Once there is a line too many, lines are only counted: a file may be nothing but newlines, 200 million.
+        pieces = block.split(b"\n", max(0, MAX_LINES + 1 - self.checker.lines))
         for piece in pieces[:-1]:
             self._extend(piece)
             self._end_line(len(piece) + 1)
-        if pieces[-1]:
-            self._extend(pieces[-1])
-            self._position += len(pieces[-1])
+        rest = pieces[-1]
+        if not rest:
+            return
+        if self.checker.lines > MAX_LINES:
+            self.checker.lines += rest.count(b"\n")
+            self._line_open = not rest.endswith(b"\n")
+        else:
+            self._extend(rest)
+        self._position += len(rest)
 
     def finish(self) -> None:
         """End the file; a last line without a newline counts."""
@@ -93,7 +100,10 @@ def commit_file(
     filename: str,
     expires_after_seconds: int | None,
 ) -> dict[str, Any]:
-    """Make a file's content durable and return the columns of its row: a file that is listed can be read."""
+    """Make a file's content durable and return the columns of its row: a file that is listed can be read.
+
+    When that fails, nothing of it is left.
+    """
     columns: dict[str, Any] = {
         "tenant_id": tenant_id,
         "file_id": file_id,
@@ -107,17 +117,30 @@ def commit_file(
         "validation": None,
         "expires_after_seconds": expires_after_seconds,
     }
-    ingest.writer.commit()
     if purpose == "batch":
         assert ingest.lines is not None
         ingest.lines.finish()
         columns["validation"] = ingest.lines.checker.summary()
         columns["lines"] = ingest.lines.checker.lines
         columns["index_path"] = index_path(tenant_id, file_id)
-        index = store.writer(columns["index_path"])
-        index.write(ingest.index())
-        index.commit()
+    ingest.writer.commit()
+    try:
+        if purpose == "batch":
+            _write(store.writer(columns["index_path"]), ingest.index())
+    except BaseException:
+        remove_file(store, columns)
+        raise
     return columns
+
+
+def _write(writer: ObjectWriter, content: bytes) -> None:
+    """Write a whole object, or nothing."""
+    try:
+        writer.write(content)
+        writer.commit()
+    except BaseException:
+        writer.abort()
+        raise
 
 
 def remove_file(store: Store, columns: dict[str, Any]) -> None:

@@ -42,6 +42,11 @@ class WithholdMessages(logging.Filter):
         return True
 
 
+TELLS_OF_MESSAGES = ("celery.worker.consumer.consumer", "celery.worker.strategy", "kombu.transport.redis")
+"""Loggers that print a message when they can do nothing with it."""
+_WITHHOLD = WithholdMessages()
+
+
 def configure_logging(service: str, level: str = "INFO") -> None:
     """Send every logger of this process to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
@@ -50,4 +55,7 @@ def configure_logging(service: str, level: str = "INFO") -> None:
     # httpx logs request URLs and alembic its plans at INFO; neither tells an operator anything at night.
     for noisy in ("httpx", "alembic.runtime.migration", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("celery.worker.consumer.consumer").addFilter(WithholdMessages())
+    # Celery's pool prints at DEBUG what it is about to run: headers, and with them tokens, and arguments.
+    logging.getLogger("celery.pool").setLevel(max(logging.INFO, logging.getLogger().level))
+    for name in TELLS_OF_MESSAGES:
+        logging.getLogger(name).addFilter(_WITHHOLD)

@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Settings shared by all services; every field is the variable `LAMPLIGHTER_<NAME>`."""
 
-    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore")
+    # What is refused is often a password, or stands beside one: errors do not repeat it.
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     database_url: SecretStr = Field(description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE of this service's role")
     database_role: str | None = Field(None, description="Role to assume after login (SET ROLE), when logins are shared")
@@ -89,7 +90,8 @@ WELL_KNOWN = frozenset({"", "changeme", "change-me", "password", "postgres", "re
 class SetupSettings(BaseSettings):
     """What the set-up of a deployment needs, and no service ever sees: passwords of every login, the first key."""
 
-    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore")
+    # What is refused is often a password, or stands beside one: errors do not repeat it.
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     superuser_url: SecretStr
     database: str = "lamplighter"

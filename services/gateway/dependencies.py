@@ -1,6 +1,6 @@
 """What routes ask for: the process's parts, and who is calling. Every route but health names a scope."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -61,20 +61,31 @@ def get_parts(request: Request) -> Parts:
 PartsDependency = Annotated[Parts, Depends(get_parts)]
 
 
-def require(scope: str) -> Callable[..., Awaitable[Caller]]:
-    """Return a dependency that lets in callers whose key has `scope`."""
+class Require:
+    """A dependency that lets in callers whose key has a scope."""
 
-    async def authenticated(parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+
+    async def check(self, parts: Parts, authorization: str | None) -> Caller:
+        """Return whose key a request has; raises AuthenticationFailed, PermissionDenied. Counts nothing."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise AuthenticationFailed
         caller = await parts.lookups.caller(key.strip())
-        if not caller.may(scope):
-            raise PermissionDenied(f"This needs a key with the scope '{scope}'.")
+        if not caller.may(self._scope):
+            raise PermissionDenied(f"This needs a key with the scope '{self._scope}'.")
+        return caller
+
+    async def __call__(self, parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:
+        caller = await self.check(parts, authorization)
         parts.rate_limit.spend(caller.tenant_id)
         return caller
 
-    return authenticated
+
+def require(scope: str) -> Require:
+    """Return a dependency that lets in callers whose key has `scope`."""
+    return Require(scope)
 
 
 Reader = Annotated[Caller, Depends(require("read"))]

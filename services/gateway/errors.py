@@ -100,13 +100,15 @@ def install(app: FastAPI) -> None:
 
     async def on_unforeseen(request: Request, error: Exception) -> Response:
         known = translate(error)
+        request_id = request.scope.get("state", {}).get("request_id")
         if known is None:
-            log.error("request failed", exc_info=error, extra={"path": request.url.path})
-            message = "The server failed on this request. It was logged under the request id."
-            return JSONResponse(
-                {"error": {"message": message, "type": "server_error", "param": None, "code": None}}, 500
-            )
-        return error_response(known)
+            log.error("request failed", exc_info=error, extra={"path": request.url.path, "request_id": request_id})
+            known = RequestError("The server failed on this request. It was logged under the request id.")
+        answer = error_response(known)
+        # Starlette answers from outside of every middleware: the one that names requests does not see this answer.
+        if request_id is not None:
+            answer.headers["x-request-id"] = request_id
+        return answer
 
     known_classes = (RequestError, ClientDisconnect, OperationalError, InterfaceError, PoolTimeout, DataError)
     for known_class in (*known_classes, ValidationError):

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with two limits that it lacks: on the head of a request, and on how long a client stalls."""
+"""uvicorn's HTTP protocol with limits that it lacks: on what comes beside a body, and on how long a client stalls."""
 
 import asyncio
 
@@ -14,32 +14,46 @@ STALLED_SECONDS = 60.0
 
 class BoundedProtocol(HttpToolsProtocol):
     """Refuses a request whose line and headers pass MAX_HEAD_BYTES, as soon as they do, and closes its connection.
+    So it does with what may stand between and after the chunks of a body: extensions and trailers, which nobody reads.
     Cuts off a client that has stopped reading: its route sees a client that left.
 
     What cannot be parsed as HTTP gets our error shape too.
     """
 
-    _head_bytes = 0
+    _idle_bytes = 0
+    """What has come since the end of a head, or since the last piece of a body."""
     _is_in_head = True
     _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            # Counted before they are parsed: a header that never ends is never handed to a callback.
-            self._head_bytes += len(data)
+        # Counted before they are parsed: a header that never ends is never handed to a callback.
+        self._idle_bytes += len(data)
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._idle_bytes <= MAX_HEAD_BYTES or self.transport.is_closing():
+            return
+        if self._is_in_head:
             self.send_400_response("The request's headers are too large.")
+        else:
+            self.transport.close()  # an answer may be on its way: there is no place for another
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers come when the route runs already. They are dropped: nothing that was decided by headers may change.
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._idle_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head_bytes > MAX_HEAD_BYTES:
             raise ValueError("headers too large")  # httptools turns it into a parser error: a 400, and the end
-        self._is_in_head, self._head_bytes = False, 0
+        self._is_in_head, self._idle_bytes = False, 0
         super().on_headers_complete()
 
     def pause_writing(self) -> None:

@@ -20,6 +20,10 @@ class NativeBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class NoFields(NativeBody):
+    """The body of an action that takes none: it may be left out."""
+
+
 class JobPatch(NativeBody):
     priority: int = Field(ge=0, le=9)
 

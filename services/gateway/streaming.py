@@ -1,9 +1,10 @@
 """Uploads as streams: a multipart body is parsed, hashed, checked and stored block by block, never held as a whole."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,6 +18,7 @@ MAX_FIELD_BYTES = 10_000
 MAX_FIELDS = 20
 MAX_FILENAME_CHARACTERS = 255
 BLOCK_BYTES = 1 << 20
+KNOWN_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
 
 
 @dataclass
@@ -26,6 +28,11 @@ class Upload:
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
     has_file: bool = False
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Form fields that nobody here knows; they are ignored."""
+        return [name for name in self.fields if name not in KNOWN_FIELDS]
 
 
 class UploadParser:
@@ -40,26 +47,29 @@ class UploadParser:
         self._header_name, self._header_value = bytearray(), bytearray()
         self._blocks: list[bytes] = []
         self.is_complete = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._part_begin,
-                "on_part_data": self._part_data,
-                "on_part_end": self._part_end,
-                "on_header_field": self._on_header_field,
-                "on_header_value": self._on_header_value,
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_end": self._end,
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begin,
+                    "on_part_data": self._part_data,
+                    "on_part_end": self._part_end,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_finished,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:  # the boundary is too long
+            raise _unparseable(error) from None
 
     def feed(self, block: bytes) -> None:
         """Parse a block and pass its share of the file on."""
         try:
             self._parser.write(block)
-        except MultipartParseError as error:
-            raise InvalidRequest(f"The multipart body cannot be parsed: {error}.", code="invalid_body") from None
+        except FormParserError as error:
+            raise _unparseable(error) from None
         if self._blocks:
             self._ingest.feed(b"".join(self._blocks))
             self._blocks.clear()
@@ -82,7 +92,9 @@ class UploadParser:
     def _header_end(self) -> None:
         if bytes(self._header_name).lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._header_value))
-            self._part = {key.decode(): value.decode(errors="replace") for key, value in options.items()}
+            self._part = {
+                key.decode(errors="replace"): value.decode(errors="replace") for key, value in options.items()
+            }
         self._header_name.clear()
         self._header_value.clear()
 
@@ -108,6 +120,8 @@ class UploadParser:
     def _part_end(self) -> None:
         name = self._part.get("name")
         if not self._in_file and name is not None:
+            if name in self.upload.fields:  # which of them would be meant?
+                raise InvalidRequest(f"{name}: is given twice.", param=name, code="invalid_value")
             if len(self.upload.fields) >= MAX_FIELDS:
                 raise InvalidRequest("There are too many form fields.", code="invalid_body")
             self.upload.fields[name] = bytes(self._value).decode(errors="replace")
@@ -115,6 +129,10 @@ class UploadParser:
 
     def _end(self) -> None:
         self.is_complete = True
+
+
+def _unparseable(error: FormParserError) -> InvalidRequest:
+    return InvalidRequest(f"The multipart body cannot be parsed: {error}.", code="invalid_body")
 
 
 def clean_filename(name: str | None) -> str:
@@ -157,7 +175,7 @@ def expires_after_seconds(fields: dict[str, Any], default: int | None) -> int | 
         return default
     if anchor != "created_at":
         raise InvalidRequest("expires_after.anchor must be 'created_at'.", param="expires_after", code="invalid_value")
-    if seconds is None or not seconds.isascii() or not seconds.isdigit() or not 3600 <= int(seconds) <= 2_592_000:
+    if not re.fullmatch(r"[0-9]{4,7}", seconds or "") or not 3600 <= int(seconds or "") <= 2_592_000:
         message = "expires_after.seconds must be an integer from 3600 to 2592000."
         raise InvalidRequest(message, param="expires_after", code="invalid_value")
-    return int(seconds)
+    return int(seconds or "")

@@ -9,6 +9,6 @@ def warn_of_unknown(names: list[str]) -> dict[str, str]:
     if not names:
         return {}
     # Names come from the client: nothing but plain characters may reach a header.
-    plain = ["".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name) for name in names]
+    plain = ["".join(c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name) for name in names]
     named = ", ".join(name[:MAX_CHARACTERS] for name in plain[:MAX_NAMED])
     return {"Warning": f'299 lamplighter "ignored unknown fields: {named}"'}

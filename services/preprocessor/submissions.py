@@ -24,6 +24,7 @@ from shared.domain.errors import (
     RequestError,
 )
 from shared.domain.job import JobKind, public_file_id
+from shared.domain.nesting import MAX_DEPTH, is_too_deep
 from shared.domain.payloads import invalid_request
 from shared.domain.submission import BatchCreate
 from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
@@ -42,8 +43,8 @@ class Submissions:
     def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
         self._engine, self._store, self._settings = engine, store, settings
 
-    def submit(self, token: Any, kind: Any, spec: Any, key: Any) -> None:
-        """Accept a job once, however often its message comes.
+    def submit(self, token: Any, arguments: dict[str, Any]) -> None:
+        """Accept a job once, however often its message comes: `arguments` are kind, spec and idempotency_key.
 
         What can be seen of a message afterwards is what `GET /v1/jobs?idempotency_key=` finds: an accepted job, or a
         failed one that says why. Nothing is found for a message without a valid token or key. Raises what passes:
@@ -54,24 +55,26 @@ class Submissions:
         except AuthenticationFailed:
             log.warning("submission without a valid submit-only token")
             return
+        submission = dict(arguments)
+        key = submission.pop("idempotency_key", None)
         if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS or not _is_storable(key):
             log.warning("submission without an idempotency key", extra={"tenant": caller.tenant_id})
             return
         try:
-            self._accept_or_refuse(caller, kind, spec, key)
+            self._accept_or_refuse(caller, submission, key)
         except IdempotencyMismatch:
             log.warning("submission under a key that was used before", extra={"tenant": caller.tenant_id})
 
-    def _accept_or_refuse(self, caller: Caller, kind: Any, spec: Any, key: str) -> None:
+    def _accept_or_refuse(self, caller: Caller, submission: dict[str, Any], key: str) -> None:
         try:
-            self._accept(caller, kind, spec, key)
+            self._accept(caller, submission, key)
         except (QueueFull, IdempotencyMismatch, Conflict):
             raise  # these say nothing of the submission itself
         except RequestError as error:
-            self._refuse(caller, kind, spec, key, error)
-        except (DataError, UnicodeEncodeError):
+            self._refuse(caller, submission, key, error)
+        except (DataError, UnicodeEncodeError, TypeError):  # the last: no JSON, such as a time of Celery's making
             unstorable = InvalidRequest("A value in this submission cannot be stored.", code="invalid_value")
-            self._refuse(caller, kind, spec, key, unstorable)
+            self._refuse(caller, submission, key, unstorable)
 
     def _authenticate(self, token: Any) -> Caller:
         """Return whose token this is; raises AuthenticationFailed, also for a key that may do more than submit.
@@ -86,12 +89,9 @@ class Submissions:
             raise AuthenticationFailed
         return caller
 
-    def _accept(self, caller: Caller, kind: Any, spec: Any, key: str) -> None:
-        if kind != JobKind.BATCH:
-            raise InvalidRequest(f"kind must be '{JobKind.BATCH}' in this version.", param="kind", code="invalid_value")
-        if not isinstance(spec, dict):
-            raise InvalidRequest("spec must be an object.", param="spec", code="invalid_value")
-        digest = _digest(kind, spec)
+    def _accept(self, caller: Caller, submission: dict[str, Any], key: str) -> None:
+        spec = _spec(submission)
+        digest = _digest(submission)
         with tenant_transaction(self._engine, caller.tenant_id) as connection:
             if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
                 return
@@ -118,23 +118,31 @@ class Submissions:
             raise InvalidRequest(message, param="requests", code="invalid_value")
         file_id = uuid4()
         ingest = FileIngest(self._store.writer(file_path(caller.tenant_id, file_id)))
-        for number, request in enumerate(requests):
-            ingest.feed(json.dumps(_line(request, number, spec.get("endpoint"))).encode() + b"\n")
-        columns = commit_file(
-            self._store,
-            ingest,
-            tenant_id=caller.tenant_id,
-            file_id=file_id,
-            purpose="batch",
-            filename="submitted.jsonl",
-            expires_after_seconds=BATCH_FILE_SECONDS,
-        )
-        files.add(connection, **columns)
+        try:
+            for number, request in enumerate(requests):
+                ingest.feed(json.dumps(_line(request, number, spec.get("endpoint"))).encode() + b"\n")
+            columns = commit_file(
+                self._store,
+                ingest,
+                tenant_id=caller.tenant_id,
+                file_id=file_id,
+                purpose="batch",
+                filename="submitted.jsonl",
+                expires_after_seconds=BATCH_FILE_SECONDS,
+            )
+        except BaseException:
+            ingest.writer.abort()
+            raise
+        try:
+            files.add(connection, **columns)
+        except BaseException:
+            remove_file(self._store, columns)
+            raise
         return columns
 
-    def _refuse(self, caller: Caller, kind: Any, spec: Any, key: str, error: RequestError) -> None:
+    def _refuse(self, caller: Caller, submission: dict[str, Any], key: str, error: RequestError) -> None:
         """Write down a job that failed before it began, so that its producer finds out why."""
-        digest = _digest(kind, spec)
+        digest = _digest(submission)
         with tenant_transaction(self._engine, caller.tenant_id) as connection:
             if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
                 return
@@ -148,14 +156,40 @@ def _is_storable(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _digest(kind: Any, spec: Any) -> str:
+def _spec(submission: dict[str, Any]) -> dict[str, Any]:
+    """Return the spec of a batch; raises InvalidRequest, also for anything that nobody here knows.
+
+    Over HTTP unknown fields are ignored with a warning, as OpenAI does it. A message has no answer that could warn.
+    """
+    kind, spec = submission.get("kind"), submission.get("spec")
+    _refuse_unknown(submission, {"kind", "spec"})
+    if kind != JobKind.BATCH:
+        raise InvalidRequest(f"kind must be '{JobKind.BATCH}' in this version.", param="kind", code="invalid_value")
+    if not isinstance(spec, dict):
+        raise InvalidRequest("spec must be an object.", param="spec", code="invalid_value")
+    if is_too_deep(spec):
+        message = f"spec is nested more than {MAX_DEPTH} levels deep."
+        raise InvalidRequest(message, param="spec", code="invalid_value")
+    _refuse_unknown(spec, {"requests", *BatchCreate.model_fields})
+    return spec
+
+
+def _refuse_unknown(fields: dict[str, Any], known: set[str]) -> None:
+    name = next((name for name in fields if name not in known), None)
+    if name is not None:
+        shown = name[:80] if _is_storable(name[:80]) else repr(name[:80])
+        raise InvalidRequest(f"{shown}: is not known here.", param=shown, code="unknown_parameter")
+
+
+def _digest(submission: dict[str, Any]) -> str:
     """Return what identifies a submission. One without inline requests is the same as over HTTP."""
-    if kind == JobKind.BATCH and isinstance(spec, dict) and "requests" not in spec:
+    spec = submission.get("spec")
+    if isinstance(spec, dict) and "requests" not in spec and submission == {"kind": JobKind.BATCH, "spec": spec}:
         try:
             return body_digest("batch", BatchCreate.model_validate(spec))
         except ValidationError:
             pass  # it will be refused; until then it is what it says
-    return body_digest("submit", {"kind": kind, "spec": spec})
+    return body_digest("submit", submission)
 
 
 def _batch(spec: dict[str, Any], columns: dict[str, Any] | None) -> BatchCreate:

@@ -29,7 +29,7 @@ def register_tasks(app: Celery, submissions: Submissions, wake: Callable[[], Non
         token = headers.get(TOKEN_HEADER)
         while True:
             try:
-                submissions.submit(token, kwargs.get("kind"), kwargs.get("spec"), kwargs.get("idempotency_key"))
+                submissions.submit(token, kwargs)
             except QueueFull as error:
                 # It stays in Redis until there is room: its producer was told nothing that it could act upon.
                 _send_later(app, self.request.id, kwargs, token, error.retry_after_seconds or MAX_WAIT_SECONDS)

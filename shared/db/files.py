@@ -80,7 +80,7 @@ def page(
     newest_first: bool,
 ) -> list[FileView]:
     """Return up to `limit` files beyond file `after`. Raises NotFound when `after` is unknown."""
-    after_created = get(connection, after).created_at if after is not None else None
+    after_created = _created_at(connection, after) if after is not None else None
     order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
     statement = text(PAGE.format(columns=_COLUMNS, order=order, compare=compare))
     parameters = {
@@ -91,6 +91,15 @@ def page(
         "purpose": purpose,
     }
     return [FileView(**row) for row in connection.execute(statement, parameters).mappings()]
+
+
+def _created_at(connection: Connection, file_id: UUID) -> datetime:
+    """Return when a file was made, also one deleted or expired since: who deletes as they list goes on from it."""
+    created_at = connection.execute(text("SELECT created_at FROM file WHERE file_id = :f"), {"f": file_id})
+    found: datetime | None = created_at.scalar_one_or_none()
+    if found is None:
+        raise NotFound("No file found with this id.", param="id")
+    return found
 
 
 def delete(connection: Connection, file_id: UUID) -> FileView:

@@ -74,8 +74,9 @@ def _view(row: Any) -> JobView:
 
 
 def get(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> JobView:
-    """Return one job of the transaction's tenant; raises NotFound."""
-    row = connection.execute(text(f"{_VIEW} WHERE job.job_id = :job_id"), {"job_id": job_id}).mappings().one_or_none()
+    """Return one job of the transaction's tenant; raises NotFound, also for what stands for a day's online calls."""
+    statement = text(f"{_VIEW} WHERE job.job_id = :job_id AND job.kind <> 'online'")
+    row = connection.execute(statement, {"job_id": job_id}).mappings().one_or_none()
     if row is None or (kind is not None and row["kind"] != kind):
         raise NotFound(f"No {kind or 'job'} found with this id.", param="id")
     return _view(row)

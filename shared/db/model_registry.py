@@ -38,8 +38,9 @@ def find(connection: Connection, tenant_id: str, name: str) -> ModelView:
         SELECT {_COLUMNS} FROM model WHERE name = :name AND tenant_id IN ('system', :tenant_id)
         ORDER BY tenant_id = 'system' LIMIT 1
     """)
-    parameters = {"name": name.replace("\x00", ""), "tenant_id": tenant_id}
-    row = connection.execute(statement, parameters).mappings().one_or_none()
+    # Postgres can hold no NUL: a name with one is no model's.
+    parameters = {"name": name, "tenant_id": tenant_id}
+    row = None if "\0" in name else connection.execute(statement, parameters).mappings().one_or_none()
     if row is None:
         text_ = f"The model {name[:200]!r} does not exist or you do not have access to it."
         raise NotFound(text_, param="model", code="model_not_found")

@@ -13,9 +13,10 @@ from shared.db import files, jobs
 from shared.db.files import FileView
 from shared.db.jobs import NewBatch
 from shared.db.tenants import Caller
-from shared.domain.batch_file import batch_model
+from shared.domain.batch_file import batch_errors, batch_model
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull
 from shared.domain.job import parse_file_id
+from shared.domain.nesting import cut_deep, is_too_deep
 from shared.domain.submission import BatchCreate
 from shared.settings import Settings
 
@@ -26,9 +27,18 @@ UNKNOWN_RATE_SECONDS = 60.0
 
 def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
     """Return what identifies a request: equal for equal bodies, however they were written down."""
-    content = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
+    content = _plain(body) if isinstance(body, BaseModel) else body
+    if is_too_deep(content):
+        content = cut_deep(content)  # it is refused, and only its refusal is remembered by this
     # Not orjson, which refuses integers of more than 64 bits: a client may send any, in fields that we ignore.
-    return hashlib.sha256(json.dumps([operation, content], sort_keys=True).encode()).hexdigest()
+    # A Celery message may hold what JSON does not know, such as times: it is refused too.
+    return hashlib.sha256(json.dumps([operation, content], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(body: BaseModel) -> dict[str, Any]:
+    """Return a body as plain JSON. Unknown fields are that already; pydantic would walk through them by recursion."""
+    unknown = body.model_extra or {}
+    return body.model_dump(mode="json", exclude=set(unknown)) | unknown
 
 
 def accept_batch(
@@ -39,7 +49,9 @@ def accept_batch(
     if body.deadline_at is not None and body.deadline_at <= datetime.now(UTC):
         raise InvalidRequest("deadline: lies in the past.", param="deadline", code="invalid_value")
     file = _input_file(connection, body.input_file_id)
-    check_queue(connection, settings, caller.tenant_id, file.lines or 0)
+    # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
+    will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
+    check_queue(connection, settings, caller.tenant_id, 0 if will_fail else file.lines or 0)
     expiry = body.output_expires_after
     batch = NewBatch(
         tenant_id=caller.tenant_id,

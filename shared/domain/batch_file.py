@@ -80,14 +80,14 @@ class BatchFileChecker:
             self._fault("url_mismatch", "'method' must be 'POST'.", "method")
         if not isinstance(url, str):
             self._fault("url_mismatch", "'url' must be a string equal to the batch's endpoint.", "url")
-        elif url[:200] in self.urls or len(self.urls) <= MAX_ERRORS:
-            lines = self.urls.setdefault(url[:200], [])
+        elif (kept := _storable(url, 200)) in self.urls or len(self.urls) <= MAX_ERRORS:
+            lines = self.urls.setdefault(kept, [])
             if len(lines) < MAX_ERRORS:
                 lines.append(self.lines)
         if not isinstance(body, dict):
             self._fault("invalid_json_line", "'body' must be a JSON object.", "body")
         elif isinstance(model := body.get("model"), str) and len(self.models) <= MAX_ERRORS:
-            self.models.setdefault(model[:400], self.lines)
+            self.models.setdefault(_storable(model, 400), self.lines)
 
     def _fault(self, code: str, message: str, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
@@ -101,6 +101,11 @@ class BatchFileChecker:
             "urls": self.urls,
             "models": self.models,
         }
+
+
+def _storable(text: str, characters: int) -> str:
+    """Return the beginning of a text as Postgres can hold it: with another character for NUL, and so never equal."""
+    return text[:characters].replace("\0", "\ufffd")
 
 
 def batch_errors(summary: dict[str, Any], endpoint: str) -> list[dict[str, Any]]:

@@ -4,16 +4,21 @@ Used for a line of a batch by the worker and for an online call by the gateway, 
 Unknown fields are ignored, as OpenAI's SDKs send new ones; wrong values of known fields are refused by name.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from shared.domain.errors import InvalidRequest, NotFound, RequestError
+from shared.domain.nesting import refuse_deep
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 BATCH_ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 MAX_EMBEDDING_INPUTS = 2048
+MAX_CHOICES = 2048
+"""Prompts of one call times `n`: each choice costs memory from the engine to the client, however short it is."""
 MAX_DELAY_MS = 60_000
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -180,11 +185,16 @@ class CompletionPayload(GenerationPayload):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]  # the union is narrower than mypy can see
 
-    @model_validator(mode="after")
-    def _prompt_is_not_empty(self) -> Self:
-        if not self.prompt or any(prompt == [] for prompt in self.prompts):
-            raise ValueError("prompt must not be empty")
-        return self
+    @field_validator("prompt")
+    @classmethod
+    def _prompts_are_some_and_not_too_many(cls, prompt: Any, info: ValidationInfo) -> Any:
+        if not prompt or any(part in ("", []) for part in prompt):
+            raise ValueError("must not be empty")
+        is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        choices = (1 if is_one else len(prompt)) * info.data.get("n", 1)
+        if choices > MAX_CHOICES:
+            raise ValueError(f"with n, {choices} choices are asked for; one call may have {MAX_CHOICES}")
+        return prompt
 
 
 class EmbeddingPayload(Payload):
@@ -221,6 +231,7 @@ _MODELS: dict[str, type[AnyPayload]] = {
 
 def parse_payload(endpoint: str, body: Any) -> AnyPayload:
     """Return the checked body of a call to `endpoint`; raises InvalidRequest that names the first wrong field."""
+    refuse_deep(body)
     try:
         payload: AnyPayload = _MODELS[endpoint].model_validate(body)
     except ValidationError as error:
@@ -265,9 +276,39 @@ def refuse_wrong_model(kind: str, name: str, endpoint: str) -> None:
 
 
 def unknown_fields(endpoint: str, body: dict[str, Any]) -> list[str]:
-    """Return the fields of a call that nobody here knows; they are ignored."""
-    known = _MODELS[endpoint].model_fields
-    return [name for name in body if name not in known]
+    """Return the fields of a call that nobody here knows, as `messages[].x` within others; they are ignored.
+
+    A null asks for nothing, so nothing of it is ignored.
+    """
+    return list(dict.fromkeys(_unknown(_MODELS[endpoint], body, "")))
+
+
+def _unknown(model: type[BaseModel], value: dict[str, Any], path: str) -> Iterator[str]:
+    nested = _nested_models(model)
+    for name, child in value.items():
+        if name not in model.model_fields:
+            if child is not None:
+                yield f"{path}{name}"
+        elif name in nested:
+            if isinstance(child, dict):
+                yield from _unknown(nested[name], child, f"{path}{name}.")
+            elif isinstance(child, list):
+                for item in child:
+                    if isinstance(item, dict):
+                        yield from _unknown(nested[name], item, f"{path}{name}[].")
+
+
+@cache
+def _nested_models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Return the fields of a model that hold models, or lists of them, each with its model."""
+    found = {name: _model_in(field.annotation) for name, field in model.model_fields.items()}
+    return {name: nested for name, nested in found.items() if nested is not None}
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def invalid_request(error: ValidationError) -> RequestError:

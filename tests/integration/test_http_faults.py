@@ -1,5 +1,7 @@
 """Bad input over HTTP: the documented answer, never a 500, never FastAPI's `detail`, nothing else affected."""
 
+import contextlib
+import json
 import socket
 import urllib.parse
 
@@ -7,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.batches import CHAT, chat_lines, jsonl, submit, wait_for
+from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, read_lines, submit, wait_for
 from tests.support.servers import ROOT
 
 
@@ -456,3 +458,207 @@ def test_nothing_of_ours_is_unpickled():
         for path in (ROOT / folder).rglob("*.py"):
             found = [word for word in words if word in path.read_text()]
             assert found == [], (path, found)
+
+
+def test_trailers_that_never_end_take_no_memory(stack):
+    """What follows the last chunk of a body was once kept without bound, for anybody, without a key."""
+    head = b"POST /v1/batches HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+    host, port = stack.url.removeprefix("http://").split(":")
+    for trailer in (b"X-Bomb: y\r\n" * 95_000, b"X" * 2**20):
+        before, sent = gateway_bytes(stack), 0
+        with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(OSError):
+            connection.sendall(head)
+            for _ in range(60):
+                connection.sendall(trailer)
+                sent += len(trailer)
+        assert gateway_bytes(stack) - before < 20 * 2**20
+        assert sent < 30 * 2**20, "the connection is closed"
+    extended = b"1;" + b"e" * 2**20 + b"\r\n{\r\n"
+    raw(stack, head.removesuffix(b"2\r\n{}\r\n0\r\n") + extended, count=1)
+    assert httpx.get(f"{stack.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/nowhere", b"404"), ("/v1/keys", b"401")])
+def test_a_few_trailers_change_nothing(stack, admin_key, path, status):
+    """They come when the route runs already: one with a key gives no key, and the next request is served."""
+    content = (
+        f"POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n"
+        f"Authorization: Bearer {admin_key}\r\n\r\nGET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    )
+    host, port = stack.url.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(content.encode())
+        while block := connection.recv(65536):
+            answer += block
+    assert answer.startswith(b"HTTP/1.1 " + status) and b'{"status":"ok"}' in answer
+
+
+@pytest.mark.parametrize("depth", [101, 300, 900])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/batches", "brand_new"),
+        ("/v1/batches", "metadata"),
+        ("/v1/chat/completions", "brand_new"),
+        ("/v1/completions", "x"),
+        ("/v1/embeddings", "x"),
+        ("/v1/keys", "name"),
+    ],
+)
+def test_nesting_in_any_field_is_refused(http, path, field, depth):
+    file_id = upload(http, jsonl(chat_lines(1))).json()["id"]
+    known = {"model": "echo", "messages": [{"role": "user", "content": "a"}], "prompt": "a", "input": "a"}
+    if path == "/v1/batches":
+        known = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    body = json.dumps(known).removesuffix("}") + f', "{field}": ' + "[" * depth + "]" * depth + "}"
+    headers = {"Content-Type": "application/json", "Idempotency-Key": f"{path}{field}{depth}"}
+    fault(http.post(path, content=body, headers=headers), 400)
+
+
+def test_a_deep_line_is_its_own_fault(http, sdk):
+    deep = json.loads("[" * 200 + "]" * 200)
+    done = wait_for(sdk, submit(sdk, [chat_line("deep", x=deep), chat_line("good")]).id)
+    assert (done.request_counts.completed, done.request_counts.failed) == (1, 1)
+    assert read_lines(sdk, done.error_file_id)["deep"]["response"]["status_code"] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/batches", b'{"x": {"\\ud800": 1}}'),
+        ("/v1/keys", b'{"tenant": "\\ud800"}'),
+        ("/v1/keys", b'{"name": "\\udfff"}'),
+        ("/v1/models", b'{"name": "a", "source": "/", "revision": "\\ud800"}'),
+        ("/v1/chat/completions", b'{"model": "\\ud800", "messages": []}'),
+        ("/v1/batches", b'{"x": NaN}'),
+    ],
+)
+def test_halves_of_characters_and_numbers_that_are_none(http, path, body):
+    fault(http.post(path, content=body, headers={"Content-Type": "application/json"}), 400, "invalid_json")
+
+
+def multipart(http, parts, boundary=b"xyz"):
+    """Send parts as (content disposition, content)."""
+    body = b"".join(b"--%b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (boundary, *part) for part in parts)
+    headers = {"Content-Type": b"multipart/form-data; boundary=" + boundary}
+    return http.post("/v1/files", content=body + b"--%b--\r\n" % boundary, headers=headers)
+
+
+PURPOSE, FILE = (b'name="purpose"', b"batch"), (b'name="file"; filename="x"', b"{}\n")
+
+
+@pytest.mark.parametrize(
+    ("parts", "boundary", "param"),
+    [
+        ([PURPOSE, FILE], b"b" * 300, None),
+        ([(b'name="purpose"', b"fine-tune"), FILE, PURPOSE], b"xyz", "purpose"),
+        ([PURPOSE, PURPOSE, FILE], b"xyz", "purpose"),
+        ([PURPOSE, FILE, FILE], b"xyz", "file"),
+        (
+            [
+                (b'name="expires_after[anchor]"', b"created_at"),
+                (b'name="expires_after[seconds]"', b"9" * 5000),
+                PURPOSE,
+                FILE,
+            ],
+            b"xyz",
+            "expires_after",
+        ),
+    ],
+    ids=["boundary", "two purposes", "the same twice", "two files", "seconds"],
+)
+def test_forms_that_are_none_leave_nothing_behind(http, stack, parts, boundary, param):
+    before = set((stack.directory / "store").rglob("*"))
+    assert fault(multipart(http, parts, boundary), 400)["param"] == param
+    assert set((stack.directory / "store").rglob("*")) == before
+
+
+def test_a_parameter_of_a_part_in_no_known_encoding(http):
+    assert multipart(http, [(b'name="purpose"; \xff\xfe="x"', b"batch"), FILE]).status_code == 200
+
+
+def test_unknown_form_fields_are_ignored_with_a_warning(http):
+    assert "warning" not in upload(http).headers
+    assert upload(http, brand_new="1").headers["warning"] == '299 lamplighter "ignored unknown fields: brand_new"'
+
+
+def test_a_source_that_is_no_name_of_a_directory(http):
+    for source in ("/" + "a" * 300, "a" * 900, "/\0"):
+        assert fault(http.post("/v1/models", json={"name": "x", "source": source}), 400, "model_refused")
+
+
+def test_a_nul_fails_its_batch_or_its_line_alone(http, sdk):
+    batch = wait_for(sdk, submit(sdk, [chat_line("a"), chat_line("b", url=CHAT + "\0")]).id)
+    assert batch.status == "failed" and batch.errors.data[0].code == "url_mismatch" and batch.errors.data[0].line == 2
+    batch = wait_for(sdk, submit(sdk, [chat_line("a", model="echo\0"), chat_line("b", model="echo\0")]).id)
+    assert batch.status == "completed" and batch.request_counts.failed == 2
+    assert read_lines(sdk, batch.error_file_id)["a"]["response"]["status_code"] == 404
+    body = {"model": "echo\0", "messages": [{"role": "user", "content": "a"}]}
+    fault(http.post("/v1/chat/completions", json=body), 404, "model_not_found")
+
+
+def test_more_choices_than_a_call_may_have(http):
+    answer = http.post("/v1/completions", json={"model": "echo", "prompt": [""] * 5000, "n": 128})
+    assert fault(answer, 400)["param"] == "prompt"
+    answer = http.post("/v1/completions", json={"model": "echo", "prompt": ["x"] * 16, "n": 128})
+    assert len(answer.json()["choices"]) == 2048
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 5000, b'{"skopes": 1}'], ids=["cut", "deep", "unknown"])
+def test_who_may_not_ask_is_told_so_before_the_body_is_read(http, stack, body):
+    headers = {"Content-Type": "application/json"}
+    fault(httpx.post(f"{stack.url}/v1/keys", content=body, headers=headers), 401)
+    reader = http.post("/v1/keys", json={"scopes": ["read"]}).json()["key"]
+    headers["Authorization"] = f"Bearer {reader}"
+    fault(httpx.post(f"{stack.url}/v1/keys", content=body, headers=headers), 403)
+    fault(httpx.post(f"{stack.url}/v1/batches", content=body, headers=headers), 403)
+
+
+def test_actions_take_no_fields(http, sdk):
+    batch = submit(sdk, chat_lines(200, delay_ms=2000))
+    for path in (
+        f"/v1/batches/{batch.id}/cancel",
+        *(f"/v1/jobs/{batch.id}/{name}" for name in ("cancel", "pause", "resume")),
+    ):
+        assert fault(http.post(path, json={"force": True}), 400, "unknown_parameter")["param"] == "force"
+        fault(http.post(path, content=b"{"), 400, "invalid_json")
+    headers = {"Idempotency-Key": f"cancel-{batch.id}"}
+    first = http.post(f"/v1/jobs/{batch.id}/cancel", json={}, headers=headers)
+    again = http.post(f"/v1/jobs/{batch.id}/cancel", headers=headers)
+    assert first.json()["status"] == "cancelling" and first.json() == again.json()
+    assert again.headers["idempotent-replay"] == "true"
+
+
+def test_a_list_goes_on_from_a_file_that_was_deleted(http):
+    made = [upload(http, purpose="evals").json()["id"] for _ in range(3)]
+    page = http.get("/v1/files", params={"purpose": "evals", "limit": 2, "order": "asc"}).json()
+    assert page["last_id"] == made[1] and page["has_more"]
+    for file_id in made[:2]:
+        http.delete(f"/v1/files/{file_id}")
+    rest = http.get("/v1/files", params={"purpose": "evals", "order": "asc", "after": made[1]}).json()["data"]
+    assert [file["id"] for file in rest] == made[2:]
+    fault(http.get(f"/v1/files/{made[1]}"), 404)
+
+
+def test_a_day_of_online_calls_is_no_job(http, stack):
+    import psycopg
+
+    http.post("/v1/chat/completions", json={"model": "echo", "messages": [{"role": "user", "content": "a"}]})
+    with psycopg.connect(stack.database_url("superuser")) as connection:
+        (job_id,) = connection.execute("SELECT job_id FROM job WHERE kind = 'online' LIMIT 1").fetchone()
+    for path in ("", "/events", "/attempts"):
+        fault(http.get(f"/v1/jobs/batch_{job_id.hex}{path}"), 404)
+    fault(http.post(f"/v1/jobs/batch_{job_id.hex}/cancel"), 404)
+    assert http.get("/v1/jobs", params={"after": f"batch_{job_id.hex}"}).status_code == 404
+
+
+def test_a_key_is_made_once_and_shown_once(http):
+    body, headers = {"name": "made-once", "scopes": ["read"]}, {"Idempotency-Key": "a-key-for-a-key"}
+    first = http.post("/v1/keys", json=body, headers=headers).json()
+    again = http.post("/v1/keys", json=body, headers=headers)
+    assert again.status_code == 200 and again.headers["idempotent-replay"] == "true"
+    assert again.json() == first | {"key": None} and first["key"].startswith("lk-")
+    assert [key["name"] for key in http.get("/v1/keys").json()["data"]].count("made-once") == 1
+    fault(http.post("/v1/keys", json=body | {"scopes": ["write"]}, headers=headers), 422, "idempotency_mismatch")
+    assert http.get("/v1/models", headers={"Authorization": f"Bearer {first['key']}"}).status_code == 200

@@ -98,7 +98,8 @@ def test_resent_messages_make_one_job(send, native):
         ("not an object", "batch", "spec"),
         ({}, "cooking", "kind"),
         ({"endpoint": "/v1/chat/completions", "requests": [], "priority": 99}, "batch", "priority"),
-        ({"endpoint": "/v1/chat/completions", "input_file_id": 10**40, "more": float("nan")}, "batch", "input_file_id"),
+        ({"endpoint": "/v1/chat/completions", "input_file_id": 10**40}, "batch", "input_file_id"),
+        ({"endpoint": "/v1/chat/completions", "requests": [], "more": float("nan")}, "batch", "more"),
     ],
 )
 def test_a_refused_submission_is_a_failed_job_that_says_why(send, native, spec, kind, param):

@@ -91,3 +91,41 @@ def test_rendered_lines_are_json_in_openai_shape():
     }
     failed = json.loads(render_line("batch_req_1", "a", None, None, '{"code":"line_failed"}'))
     assert failed["response"] is None and failed["error"] == {"code": "line_failed"}
+
+
+def test_a_nul_is_kept_from_postgres_and_is_no_ones_name():
+    lines = [chat_line("a", url=CHAT + "\0"), chat_line("b", model="echo\0")]
+    for line, expected in zip(lines, (["url_mismatch"], [])):
+        summary, errors, _ = check(jsonl([line]))
+        assert "\0" not in json.dumps(summary) and "\\u0000" not in json.dumps(summary)
+        assert [error["code"] for error in errors] == expected
+    assert batch_model(summary) not in ("echo", None)  # its line goes to the error file: there is no such model
+
+
+def test_lines_beyond_the_limit_are_only_counted():
+    """A file of newlines: 200 MB of them once held the interpreter for 50 s."""
+    import time
+
+    started = time.monotonic()
+    reader = LineReader()
+    for _ in range(64):
+        reader.feed(b"\n" * 2**20)
+    reader.feed(b"the last, not ended")
+    reader.finish()
+    assert time.monotonic() - started < 5
+    assert reader.checker.lines == 64 * 2**20 + 1 and reader.offsets[-1] == 64 * 2**20 + 19
+    assert batch_errors(reader.checker.summary(), CHAT)[0]["code"] == "too_many_tasks"
+
+
+@pytest.mark.parametrize("chunk", [7, 1000, 1 << 20])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n", b"x"])
+def test_counting_does_not_depend_on_how_the_stream_is_cut(monkeypatch, chunk, ending):
+    import shared.domain.batch_file
+    import shared.ingest
+
+    for module in (shared.ingest, shared.domain.batch_file):
+        monkeypatch.setattr(module, "MAX_LINES", 10)
+    content = b"\n".join([b"some line"] * 300) + ending
+    reader = check(content, chunk=chunk)[2]
+    assert reader.checker.lines == len(content.split(b"\n")) - (ending.endswith(b"\n"))
+    assert reader.offsets[-1] == len(content) and len(reader.offsets) == 12

@@ -4,14 +4,15 @@ from typing import Any
 
 from fastapi import APIRouter
 from sqlalchemy import Connection
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import KeyCreate, TenantCreate, list_page
 from shared.db import tenants, workers
 from shared.db.submissions import body_digest
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 
 @router.post("/tenants")
@@ -31,13 +32,23 @@ def list_tenants(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
 
 
 @router.post("/keys")
-def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
+    """Make a key and show its secret, this once: nothing keeps it.
+
+    A request repeated under its Idempotency-Key makes no second key and gets the first answer with `"key": null`.
+    Whoever lost the first answer revokes that key by its id and makes another.
+    """
     tenant_id = body.tenant or caller.tenant_id
-    with parts.transaction(caller) as connection:
-        key_id, key = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
-    # The only time that the key itself is shown. It is not kept for an Idempotency-Key either: a repeated call makes
-    # another key, and the one whose answer was lost is revoked by its id.
-    return {"id": key_id, "object": "api_key", "key": key, "tenant": tenant_id, "scopes": body.scopes}
+    shown: dict[str, Any] = {}
+
+    def create(connection: Connection) -> dict[str, Any]:
+        key_id, secret = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
+        kept = {"id": key_id, "object": "api_key", "key": None, "tenant": tenant_id, "scopes": body.scopes}
+        shown.update(kept, key=secret)
+        return kept
+
+    answer = answer_once(parts, caller, key, body_digest("key", body), create, as_admin=True)
+    return JSONResponse(shown) if shown else answer
 
 
 @router.get("/keys")

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query
 from sqlalchemy import Connection
 from starlette.responses import Response
 
+from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import (
     IdempotencyKey,
     PartsDependency,
@@ -14,7 +15,7 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
-from services.gateway.schemas import list_page
+from services.gateway.schemas import NoFields, list_page
 from services.gateway.warnings import warn_of_unknown
 from shared.api_objects import batch_object
 from shared.db import jobs, submissions
@@ -22,7 +23,7 @@ from shared.db.submissions import body_digest
 from shared.domain.job import JobKind, parse_job_id
 from shared.domain.submission import BatchCreate
 
-router = APIRouter(prefix="/v1/batches")
+router = APIRouter(prefix="/v1/batches", route_class=KeyedRoute)
 
 
 @router.post("")
@@ -54,12 +55,15 @@ def retrieve_batch(batch_id: str, parts: PartsDependency, caller: Reader) -> dic
 
 
 @router.post("/{batch_id}/cancel")
-def cancel_batch(batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+def cancel_batch(
+    batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+) -> Response:
     row_id = parse_job_id(batch_id, JobKind.BATCH)
 
     def cancel(connection: Connection) -> dict[str, Any]:
         return batch_object(jobs.cancel(connection, row_id, JobKind.BATCH))
 
-    answer = answer_once(parts, caller, key, body_digest("cancel batch", {"batch": row_id.hex}), cancel)
+    digest = body_digest("cancel batch", {"batch": row_id.hex} | (body.model_dump() if body else {}))
+    answer = answer_once(parts, caller, key, digest, cancel)
     parts.wake()
     return answer

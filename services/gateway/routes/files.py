@@ -7,9 +7,11 @@ from uuid import UUID, uuid4
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import text
+from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
+from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import (
     IdempotencyKey,
     Parts,
@@ -20,18 +22,19 @@ from services.gateway.dependencies import (
 )
 from services.gateway.schemas import FILE_PURPOSES, file_object, list_page
 from services.gateway.streaming import Upload, expires_after_seconds, receive_upload
+from services.gateway.warnings import warn_of_unknown
 from shared.db import files, results
 from shared.db.files import FileView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
-from shared.domain.errors import InvalidRequest, NotFound, RequestError, Unavailable
+from shared.domain.errors import InvalidRequest, NotFound, Unavailable
 from shared.domain.job import parse_file_id, public_file_id
 from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
 from shared.store import file_path
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/v1/files")
+router = APIRouter(prefix="/v1/files", route_class=KeyedRoute)
 
 
 @router.post("")
@@ -67,11 +70,16 @@ def _keep(parts: Parts, caller: Caller, key: str | None, file_id: UUID, upload: 
         answer = answer_once(
             parts, caller, key, digest, lambda connection: file_object(files.add(connection, **columns))
         )
-    except RequestError:  # raised by us, so nothing was committed; what Postgres raises leaves that open
+    except (OperationalError, InterfaceError):
+        # Whether the row was committed is open: a retry under the same key may yet be answered with it. If there is
+        # none, the scheduler sweeps the content up.
+        raise
+    except BaseException:
         remove_file(parts.store, columns)
         raise
     if "Idempotent-Replay" in answer.headers:  # the first upload's content stays; this copy has no row
         remove_file(parts.store, columns)
+    answer.headers.update(warn_of_unknown(upload.unknown_fields))
     return answer
 
 

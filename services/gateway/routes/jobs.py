@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import (
     IdempotencyKey,
     Parts,
@@ -19,7 +20,7 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
-from services.gateway.schemas import JobPatch, job_object, list_page
+from services.gateway.schemas import JobPatch, NoFields, job_object, list_page
 from shared.api_objects import unix
 from shared.db import events, jobs
 from shared.db.jobs import JobView
@@ -28,7 +29,7 @@ from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
 from shared.domain.job import JobKind, JobState, parse_job_id
 
-router = APIRouter(prefix="/v1/jobs")
+router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 
 EVENT_POLL_SECONDS = 0.5
 KEEP_ALIVE_POLLS = 30
@@ -90,18 +91,24 @@ def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writ
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
-    return _change(parts, caller, job_id, jobs.cancel, key)
+def cancel_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+) -> Response:
+    return _change(parts, caller, job_id, jobs.cancel, key, body)
 
 
 @router.post("/{job_id}/pause")
-def pause_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
-    return _change(parts, caller, job_id, jobs.pause, key)
+def pause_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+) -> Response:
+    return _change(parts, caller, job_id, jobs.pause, key, body)
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
-    return _change(parts, caller, job_id, jobs.resume, key)
+def resume_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+) -> Response:
+    return _change(parts, caller, job_id, jobs.resume, key, body)
 
 
 def _change(
@@ -110,13 +117,14 @@ def _change(
     job_id: str,
     change: Callable[[Connection, UUID], JobView],
     key: str | None = None,
+    body: NoFields | None = None,
 ) -> Response:
     row_id = parse_job_id(job_id)
 
     def make(connection: Connection) -> dict[str, Any]:
         return _objects(connection, [change(connection, row_id)])[0]
 
-    digest = body_digest(change.__name__, {"job": row_id.hex})
+    digest = body_digest(change.__name__, {"job": row_id.hex} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, make, as_admin=True)
     parts.wake()
     return answer

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from sqlalchemy import Connection
 from starlette.responses import Response
 
+from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import ModelCreate, model_object
 from shared.db import model_registry
@@ -14,7 +15,7 @@ from shared.db.submissions import body_digest
 from shared.domain.errors import InvalidRequest, ModelRefused
 from shared.model_files import describe_model
 
-router = APIRouter(prefix="/v1/models")
+router = APIRouter(prefix="/v1/models", route_class=KeyedRoute)
 
 
 @router.get("")
@@ -30,6 +31,9 @@ def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin, key: Ide
         described = describe_model(body.source, body.revision)
     except ModelRefused as error:
         raise InvalidRequest(error.message, param="source", code="model_refused") from None
+    except OSError as error:  # no name of a directory, or none that may be looked into
+        message = f"The source cannot be read: {error.strerror}."
+        raise InvalidRequest(message, param="source", code="model_refused") from None
     dtype = described.dtype if body.dtype == "auto" else body.dtype
 
     def add(connection: Connection) -> dict[str, Any]:
