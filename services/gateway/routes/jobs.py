@@ -53,7 +53,7 @@ def list_jobs(
         found = jobs.page(
             connection,
             limit=limit + 1,
-            after=parse_job_id(after) if after else None,
+            after=_find(connection, after).job_id if after else None,
             kind=kind,
             states=[status] if status else None,
             idempotency_key=idempotency_key,
@@ -66,7 +66,14 @@ def list_jobs(
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        return _objects(connection, [jobs.get(connection, parse_job_id(job_id))])[0]
+        return _objects(connection, [_find(connection, job_id)])[0]
+
+
+def _find(connection: Connection, job_id: str) -> JobView:
+    """Return the job with this id; raises NotFound, also for the id of another kind of job."""
+    job = jobs.get(connection, parse_job_id(job_id))
+    parse_job_id(job_id, JobKind(job.kind))
+    return job
 
 
 def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
@@ -122,7 +129,7 @@ def _change(
     row_id = parse_job_id(job_id)
 
     def make(connection: Connection) -> dict[str, Any]:
-        return _objects(connection, [change(connection, row_id)])[0]
+        return _objects(connection, [change(connection, _find(connection, job_id).job_id)])[0]
 
     digest = body_digest(change.__name__, {"job": row_id.hex} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, make, as_admin=True)
@@ -139,7 +146,7 @@ def list_attempts(
     after: str | None = None,
 ) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        job = jobs.get(connection, parse_job_id(job_id))
+        job = _find(connection, job_id)
         rows = jobs.attempts(connection, job.job_id, after=_cursor(after), limit=limit + 1)
     data = [{"id": str(row.pop("attempt_id")), "slice": row.pop("slice_id"), **row} for row in rows[:limit]]
     return list_page(data, has_more=len(rows) > limit)
@@ -164,14 +171,18 @@ async def job_events(
     limit: Annotated[int, Query(ge=1, le=EVENT_PAGE)] = 20,
     after: str | None = None,
 ) -> Response:
-    row_id = parse_job_id(job_id)
+    row_id = await run_in_threadpool(_row_id, parts, caller, job_id)  # an unknown job is a 404, not a stream
     start = _cursor(last_event_id or after)
     if "text/event-stream" in accept:
-        await run_in_threadpool(_read_events, parts, caller, row_id, start, 1)  # an unknown job is a 404, not a stream
         stream = _event_stream(request, parts, caller, row_id, start)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     found, _, _ = await run_in_threadpool(_read_events, parts, caller, row_id, start, limit + 1)
     return JSONResponse(list_page(found[:limit], has_more=len(found) > limit))
+
+
+def _row_id(parts: Parts, caller: Caller, job_id: str) -> UUID:
+    with parts.transaction(caller) as connection:
+        return _find(connection, job_id).job_id
 
 
 def _read_events(
