@@ -20,6 +20,7 @@ POINTS = (
     "after COMMIT",
     "before the answer",
     "in the middle of the answer",
+    "after the answer",
 )
 
 
@@ -83,6 +84,8 @@ class ArmedAnswer:
                 await send({"type": "http.response.body", "body": message["body"][:50], "more_body": True})
                 _die()
             await send(message)
+            if is_submit and message["type"] == "http.response.body" and self.point == "after the answer":
+                _die()
 
         await self.app(scope, receive, armed_send)
 

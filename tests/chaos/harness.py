@@ -36,30 +36,53 @@ FAST = {
     "LAMPLIGHTER_FLUSH_LINES": "32",
     "LAMPLIGHTER_LOG_LEVEL": "WARNING",
 }
+"""Short timers, so that many kills fit into a run; the bars in seconds are measured without them, too."""
+DEFAULTS = {"LAMPLIGHTER_LOG_LEVEL": "WARNING"}
+WORKERS = 2
 
 
 @dataclass
 class Outcome:
-    """What a chaos run came to."""
+    """What a chaos run came to.
+
+    `wanted` is how many kills were to hit work under way; `recomputable` how many lines they may have cost when each
+    lost at most one flush of each slice that ran in what was killed.
+    """
 
     name: str
     seed: int
     lines: int
+    wanted: int = 0
     kills: Counter = field(default_factory=Counter)
     lost: int = 0
     twice: int = 0
     failed: int = 0
     recomputed: int = 0
+    recomputable: int = 0
     stale_writes: int = 0
     findings: int = 0
     seconds: float = 0.0
     slowest: dict = field(default_factory=dict)
 
+    @property
+    def killed(self) -> int:
+        return sum(self.kills.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every kill that was asked for happened, while work was under way."""
+        return self.killed == self.wanted
+
+    @property
+    def size(self) -> str:
+        """The run's size, as the README's table has it."""
+        return f"{self.name}: {self.killed} of {self.wanted} kills over {self.lines:,} lines"
+
     def __str__(self) -> str:
-        kills = ", ".join(f"{count}×{what}" for what, count in sorted(self.kills.items()))
+        kills = ", ".join(f"{count}×{what}" for what, count in sorted(self.kills.items())) or "no kill"
         slow = "".join(f", {what} ≤ {value:.1f} s" for what, value in self.slowest.items())
         return (
-            f"{self.name} (seed {self.seed}): {kills} over {self.lines} lines in {self.seconds:.0f} s: {self.lost} lost,"
+            f"{self.size} (seed {self.seed}; {kills}) in {self.seconds:.0f} s: {self.lost} lost,"
             f" {self.twice} twice, {self.failed} failed, {self.recomputed} recomputed, {self.stale_writes} stale writes"
             f" rejected, {self.findings} audit findings{slow}"
         )
@@ -69,18 +92,33 @@ class Chaos:
     """A stack of two CPU workers with a batch on it, and the means to hurt it."""
 
     def __init__(
-        self, directory: Path, *, seed: int, lines: int, longest_ms: int = 400, more: dict | None = None
+        self,
+        directory: Path,
+        *,
+        seed: int,
+        lines: int,
+        longest_ms: int = 400,
+        more: dict | None = None,
+        timers: dict | None = None,
     ) -> None:
         self.random = random.Random(seed)
         self.outcome = Outcome("", seed, lines)
         self.tally = directory / "tally"
-        environment = FAST | {"CHAOS_TALLY": str(self.tally), "PYTHONPATH": str(ROOT)}
+        self._hurry = directory / "HURRY"
+        environment = (FAST if timers is None else timers) | {
+            "CHAOS_TALLY": str(self.tally),
+            "PYTHONPATH": str(ROOT),
+        }
         environment |= more or {}
-        options = StackOptions(directory / "stack", workers="2", device="cpu", environment=environment)
+        options = StackOptions(directory / "stack", workers=str(WORKERS), device="cpu", environment=environment)
         options.modules = {"launcher": "tests.chaos.launcher"}
         self.stack = Stack(options)
         self.longest_ms = longest_ms
         self.batch_id = ""
+
+    def hurry(self) -> None:
+        """Let the rest of the batch run without delay: the kills are done."""
+        self._hurry.touch()
 
     @contextmanager
     def running(self):
@@ -174,49 +212,83 @@ class Chaos:
         if not busy:
             return False
         what = self.random.choices(["celery", "engine", "launcher"], weights=[5, 4, 1])[0]
-        victim = self.random.choice(busy)
-        if what == "engine":
-            children = victim.children()
-            if not children:
+        if what == "launcher":
+            if not self.kill_service("launcher"):
                 return False
-            victim = children[0]
-        elif what == "launcher":
-            victim = psutil.Process(self.stack.processes["launcher"].running.pid)
-        try:
-            victim.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            return False
-        self.outcome.kills[what] += 1
+        else:
+            victim = self.random.choice(busy)
+            try:
+                victim = victim if what == "celery" else victim.children()[0]
+                if victim.status() == psutil.STATUS_ZOMBIE:
+                    return False
+                victim.send_signal(signal.SIGKILL)
+                victim.wait(10)
+            except (psutil.NoSuchProcess, IndexError):
+                return False
+            self.outcome.kills[what] += 1
+        self.outcome.recomputable += self._may_cost(what)
         return True
 
-    def kill_service(self, name: str) -> None:
-        """SIGKILL a process of the stack; its supervisor starts it again."""
-        os.kill(self.stack.processes[name].running.pid, signal.SIGKILL)
-        self.outcome.kills[name] += 1
+    def _may_cost(self, what: str) -> int:
+        """Return how many lines a kill may have computed again: a flush of each slice that ran in what died.
 
-    def kill_and_wipe_redis(self) -> float:
-        """Kill Redis, delete its data, and return how long it took until a slice was dispatched again."""
+        An engine's answers are kept by its worker, so its death costs only lines that were on their way there.
+        """
+        settings = self.stack.settings("worker")
+        if what == "engine":
+            return settings.slots
+        return settings.slots * settings.flush_lines * (WORKERS if what == "launcher" else 1)
+
+    def kill_service(self, name: str) -> bool:
+        """SIGKILL a process of the stack; its supervisor starts it again. False when it was not there to be killed."""
+        with self.stack._lock:  # or the supervisor might start it before its death is seen
+            running = self.stack.processes[name].running
+            if running.poll() is not None:
+                return False
+            os.kill(running.pid, signal.SIGKILL)
+            assert running.wait(10) == -signal.SIGKILL, f"{name} ended before it was killed"
+        self.outcome.kills[name] += 1
+        return True
+
+    def kill_and_wipe_redis(self) -> bool:
+        """Kill Redis and delete its data while slices wait in it; note how long it took until all of these were sent
+        again. False when none waited in the moment of the kill, so that it proved nothing.
+        """
+        wait_until(lambda: self._dispatched() or self.is_over(), 60, "slices wait in Redis")
         with self.stack._lock:  # the supervisor must not start it before it is empty
-            os.kill(self.stack.processes["valkey"].running.pid, signal.SIGKILL)
-            self.stack.processes["valkey"].running.wait()
+            running = self.stack.processes["valkey"].running
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
+            stranded = self._dispatched()
             directory = self.stack.directory / "valkey"
             for path in sorted(directory.rglob("*"), reverse=True):
                 if path.name not in ("valkey.conf", "password"):
                     path.rmdir() if path.is_dir() else path.unlink()
-        self.outcome.kills["redis wiped"] += 1
-        before = self.query("SELECT coalesce(sum(dispatch_no), 0) FROM slice")[0][0]
         wait_until(self._redis_answers, 30, "Redis is back")
-        started = time.monotonic()
-        wait_until(
-            lambda: (
-                self.is_over()
-                or self.query("SELECT coalesce(sum(dispatch_no), 0) FROM slice")[0][0] > before
-                or not self.query("SELECT 1 FROM slice WHERE state IN ('queued', 'dispatched') LIMIT 1")
-            ),
-            30,
-            "slices are dispatched again",
-        )
-        return self._note("re-dispatch after a wipe", time.monotonic() - started)
+        back = time.monotonic()
+        # Marked as sent while Redis was away is not sent: only a number drawn from here on says so.
+        numbers = dict(self.query("SELECT slice_id, dispatch_no FROM slice"))
+        if not stranded:
+            return False
+        wait_until(lambda: not self._still_stranded(stranded, numbers), 60, "the wiped slices are sent again")
+        self.outcome.kills["redis wiped"] += 1
+        self._note("re-dispatch after a wipe", time.monotonic() - back)
+        return True
+
+    def _dispatched(self) -> dict[int, int]:
+        """Return the tries so far of the slices whose messages wait in Redis, by id."""
+        return dict(self.query("SELECT slice_id, attempts FROM slice WHERE state = 'dispatched'"))
+
+    def _still_stranded(self, stranded: dict[int, int], numbers: dict[int, int]) -> list[int]:
+        """Return those of the slices that were neither claimed since the kill nor sent again since Redis is back."""
+        rows = self.query("SELECT slice_id, attempts, dispatch_no, state FROM slice")
+        return [
+            slice_id
+            for slice_id, attempts, dispatch_no, state in rows
+            if slice_id in stranded
+            and attempts == stranded[slice_id]
+            and not (dispatch_no > numbers[slice_id] and state == "dispatched")
+        ]
 
     def _redis_answers(self) -> bool:
         try:
@@ -224,9 +296,10 @@ class Chaos:
         except Exception:
             return False
 
-    def kill_postgres(self) -> float:
-        """SIGKILL Postgres; return how long after its return the first result was recorded."""
-        self.kill_service("postgres")
+    def kill_postgres(self) -> bool:
+        """SIGKILL Postgres; note how long after its return the first result was recorded."""
+        if not self.kill_service("postgres"):
+            return False
 
         def recorded():
             try:
@@ -234,11 +307,11 @@ class Chaos:
             except psycopg.OperationalError:
                 return None
 
-        time.sleep(0.3)
         wait_until(lambda: recorded() is not None, 60, "Postgres is back")
         before, started = recorded(), time.monotonic()
-        wait_until(lambda: self.is_over() or (recorded() or 0) > before, 60, "work resumes")
-        return self._note("work after Postgres is back", time.monotonic() - started)
+        wait_until(lambda: (recorded() or 0) > before, 60, "work resumes")
+        self._note("work after Postgres is back", time.monotonic() - started)
+        return True
 
     def _note(self, what: str, seconds: float) -> float:
         self.outcome.slowest[what] = max(seconds, self.outcome.slowest.get(what, 0.0))

@@ -131,8 +131,21 @@ def test_without_secrets_nothing_starts(deployment, tmp_path):
     assert done.returncode != 0 and "run tools/write_env.py first" in done.stderr
 
 
+def ask_postgres(deployment, statement):
+    """Return rows as lists of texts."""
+    psql = ["exec", "-T", "postgres", "psql", "-U", "postgres", "-d", "lamplighter", "-At", "-F", " ", "-c", statement]
+    return [line.split() for line in deployment(*psql).stdout.splitlines() if line]
+
+
+def running_on(deployment):
+    """Return the host names of the workers that run a slice now: containers have their ids as such."""
+    statement = "SELECT DISTINCT host FROM slice JOIN worker USING (worker_id) WHERE slice.state = 'running'"
+    return {host for (host,) in ask_postgres(deployment, statement)}
+
+
 def test_a_killed_worker_costs_nothing(deployment):
-    """Two workers; one container is killed in the middle of a batch: every line once, no error file."""
+    """Two workers run slices of a batch; the container of one is killed in the middle of its slice: every line once, no
+    error file, and the attempt that was under way is known as lost."""
     deployment("up", "-d", "--no-recreate", "--scale", "worker=2")
     wait_until(lambda: len(deployment.workers()) == 2, 60, "two workers are there")
     requests = [
@@ -142,7 +155,9 @@ def test_a_killed_worker_costs_nothing(deployment):
     with Client(deployment.url, deployment.key) as client:
         batch = client.submit(requests, "/v1/chat/completions")
         wait_until(lambda: client.job(batch["id"])["progress"]["done"] > 50, 60)
-        victim = deployment("ps", "-q", "worker").stdout.split()[0]
+        wait_until(lambda: len(running_on(deployment)) == 2, 60, "both workers run slices")
+        containers = deployment("ps", "-q", "worker").stdout.split()
+        (victim,) = [c for c in containers if c.startswith(min(running_on(deployment)))]
         subprocess.run(["docker", "kill", "-s", "KILL", victim], check=True, capture_output=True)
         job = client.wait(batch["id"])
         attempts = client.request("GET", f"/v1/jobs/{batch['id']}/attempts", params={"limit": 100})["data"]
@@ -152,7 +167,15 @@ def test_a_killed_worker_costs_nothing(deployment):
         "total": 2000,
         "unit": "lines",
     }
-    assert len({attempt["worker"] for attempt in attempts}) >= 1
+    assert "lost" in {attempt["outcome"] for attempt in attempts}
+    tried = ask_postgres(
+        deployment,
+        "SELECT worker.host, attempt.outcome FROM attempt JOIN worker USING (worker_id)"
+        f" WHERE attempt.job_id = '{batch['id'].removeprefix('batch_')}'",
+    )
+    assert len({host for host, _ in tried}) >= 2, "one worker ran it all"
+    lost_on = {host for host, outcome in tried if outcome == "lost"}
+    assert len(lost_on) == 1 and victim.startswith(*lost_on), "what was lost is what ran in the killed container"
     with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key=deployment.key) as sdk:
         lines = [json.loads(line) for line in sdk.files.content(job["output_file_id"]).text.splitlines()]
     assert [line["custom_id"] for line in lines] == [f"request-{i}" for i in range(2000)]
