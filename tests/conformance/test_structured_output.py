@@ -85,3 +85,18 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(llama, schema):
 def test_an_answer_cut_short_says_so(llama):
     (choice,) = run(llama, [request(1, {"type": "string", "pattern": "^[a-z]{40}$"}, max_tokens=5)])[1].choices
     assert choice[1] == "length" and len(choice[0]) == 5
+
+
+def test_a_schema_that_fails_on_the_way_fails_its_own_request_and_nothing_is_called_whole(llama):
+    """A reference to itself is taken, and then nothing can follow: the library stops, which is no end of an answer."""
+    hostile = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    answers = run(llama, [request(1, hostile, n=3), request(2, {"const": "yes"})])
+    assert (answers[1].fault.status, answers[1].fault.param) == (400, "response_format"), answers[1]
+    assert answers[2].choices == [('"yes"', "stop")]
+    llama.check_integrity()
+    assert run(llama, [request(4, {"const": 4})])[4].choices == [("4", "stop")]
+
+
+def test_a_schema_too_large_to_be_read_between_steps_is_refused(llama):
+    answer = run(llama, [request(1, {"enum": [f"value {i}" * 5 for i in range(5000)]}, n=100)])[1]
+    assert answer.fault.status == 400 and "characters" in answer.fault.message

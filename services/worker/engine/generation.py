@@ -67,7 +67,7 @@ class GenerationEngine:
         constraints: list[Constraint | None] = [None for _ in range(len(prompts) * request.params.n)]
         if fault is None and request.params.schema is not None:
             try:
-                constraints = [self._prompts.grammars.constraint(request.params.schema) for _ in constraints]
+                constraints = [*self._prompts.grammars.constraints(request.params.schema, len(constraints))]
             except SchemaRefused as error:
                 fault = RequestFault(f"The schema cannot be followed: {error}", 400, "response_format", "invalid_value")
         if fault is not None:
@@ -115,7 +115,8 @@ class GenerationEngine:
         self.scheduler.computed(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
         for sequence, token in zip(sequences, sample(logits, sequences) if sequences else [], strict=True):
-            self._take(sequence, token, output)
+            if sequence.request_id in self._running:  # another choice of it may just have given it up
+                self._take(sequence, token, output)
         return output
 
     def _compute(self, chunks: list[Chunk]) -> torch.Tensor | None:
@@ -140,6 +141,12 @@ class GenerationEngine:
         """Give a sequence its next token; answer its request when that was the last one of all."""
         sequence.append(token)
         self._tokens += 1
+        if sequence.constraint is not None and sequence.constraint.error is not None:
+            message = f"The schema cannot be followed any further: {sequence.constraint.error}"
+            self.abort(sequence.request_id)
+            fault = RequestFault(message, 400, "response_format", "invalid_value")
+            output.responses.append(Response(sequence.request_id, fault=fault))
+            return
         if sequence.text is not None and not sequence.has_end_token:
             self._send(sequence, sequence.text.grow(sequence.answer), output)
             if sequence.text.is_stopped:
