@@ -1,6 +1,7 @@
 """Reads what a model is from its files, without torch: kind, number type, context, size. Code in it is refused."""
 
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,18 @@ from shared.domain.errors import ModelRefused
 
 CONFIG_FILES = ("config.json", "tokenizer_config.json")
 SERVED_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+
+
+MOST_HEADER_BYTES = 100_000_000
+"""What safetensors itself allows."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors file says of one tensor; the number type in its own words (F32, BF16)."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -23,11 +36,12 @@ class ModelDescription:
 
 def describe_model(source: str, revision: str | None) -> ModelDescription:
     """Return what the model at `source` (a directory, or a hub id to download) is. Raises ModelRefused."""
-    directory = _directory(source, revision)
-    configs = {name: _read_json(directory / name) for name in CONFIG_FILES if (directory / name).exists()}
+    directory = model_directory(source, revision)
+    configs = {name: read_json(directory / name) for name in CONFIG_FILES if (directory / name).exists()}
     config = configs.get("config.json")
     if config is None:
-        raise ModelRefused(f"There is no config.json in {source!r}.")
+        hint = " It is an adapter: name its base." if (directory / "adapter_config.json").exists() else ""
+        raise ModelRefused(f"There is no config.json in {source!r}.{hint}")
     if any("auto_map" in content for content in configs.values()):
         raise ModelRefused("The model brings its own code (auto_map); only architectures of transformers are served.")
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
@@ -43,7 +57,8 @@ def describe_model(source: str, revision: str | None) -> ModelDescription:
     )
 
 
-def _directory(source: str, revision: str | None) -> Path:
+def model_directory(source: str, revision: str | None) -> Path:
+    """Return where the files of `source` (a directory, or a hub id to download) are. Raises ModelRefused."""
     path = Path(source)
     if path.is_dir():
         return path.resolve()
@@ -60,7 +75,8 @@ def _directory(source: str, revision: str | None) -> Path:
         raise ModelRefused(f"The hub did not give {source!r}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises ModelRefused."""
     try:
         content = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
@@ -68,6 +84,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelRefused(f"{path.name} is not a JSON object.")
     return content
+
+
+def tensor_infos_of(directory: Path) -> dict[str, TensorInfo]:
+    """Return what the weights in a directory, in one file or several, are made of. Raises ModelRefused."""
+    return {
+        name: info for path in sorted(directory.glob("*.safetensors")) for name, info in read_tensor_infos(path).items()
+    }
+
+
+def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a safetensors file, whose content is not read; raises ModelRefused, also for a file that
+    ends before its last tensor. Format: https://github.com/huggingface/safetensors#format
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MOST_HEADER_BYTES, path.stat().st_size):
+                raise ModelRefused(f"{path.name} is cut off, or no safetensors file.")
+            header = orjson.loads(file.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        infos = {name: TensorInfo(entry["dtype"], tuple(map(index, entry["shape"]))) for name, entry in entries.items()}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        is_whole = path.stat().st_size >= 8 + length + end
+    except (OSError, orjson.JSONDecodeError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ModelRefused(f"{path.name} cannot be read: {type(error).__name__}.") from None
+    if not is_whole:
+        raise ModelRefused(f"{path.name} is cut off.")
+    return infos
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -1,15 +1,53 @@
 """The one place where the environment is read."""
 
+import json
+import os
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # nothing is bound here: what is bound to these has no name of its own
 
 
-class Settings(BaseSettings):
+def _names(value: Any) -> Any:
+    """Take names with commas between them, as variables hold them best, or JSON."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if '"' in value else [name.strip() for name in value.split(",")]
+
+
+# No scheme and no port: such a name would be compared with hosts that have none, and match nothing.
+HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
+
+
+class RemoteSettings(BaseSettings):
+    """How other servers are asked for models that these serve: all that an engine child needs to know of settings."""
+
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    remote_hosts: Annotated[list[str], NoDecode, BeforeValidator(_names)] = Field(
+        ["*"], description="Hosts that remote models may be on, commas between: HOST or HOST:PORT, * for any characters"
+    )
+    remote_concurrency: int = Field(
+        128, ge=1, le=1024, description="Calls that one worker has in flight at one remote server, at most"
+    )
+    remote_timeout_seconds: float = Field(
+        600.0, gt=0, description="A remote call to which nothing came for so long ends"
+    )
+    remote_patience_seconds: float = Field(
+        30.0, gt=0, description="Batch lines wait so long for a remote server that is away; online calls 10 s at most"
+    )
+    remote_silence_seconds: float = Field(
+        30.0, gt=0, description="With calls in flight, a remote server that was silent for so long is asked if it lives"
+    )
+
+
+class Settings(RemoteSettings):
     """Settings shared by all services; every field is the variable `LAMPLIGHTER_<NAME>`."""
 
     # What is refused is often a password, or stands beside one: errors do not repeat it.
@@ -22,7 +60,10 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    allowed_hosts: list[str] = ["*"]
+    allowed_hosts: Annotated[list[HostName], NoDecode, BeforeValidator(_names)] = Field(
+        list(LOOPBACK),
+        description="Names under which the gateway is called, commas between them; *.DOMAIN and * are possible",
+    )
 
     flower_host: str = "127.0.0.1"
     flower_port: int = 5555
@@ -76,6 +117,12 @@ class Settings(BaseSettings):
         scheme, _, rest = url.partition("://")
         return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
 
+    @property
+    def served_hosts(self) -> list[str]:
+        """What the gateway answers to as `Host`: the allowed names, and the one address that it listens on."""
+        own = f"[{self.host}]" if ":" in self.host else self.host
+        return self.allowed_hosts if self.host in ANY_ADDRESS else [*self.allowed_hosts, own]
+
     @cached_property
     def store_directory(self) -> Path | None:
         """The store as a local directory, where it is one."""
@@ -123,6 +170,23 @@ class SetupSettings(BaseSettings):
             if secret.lower() in WELL_KNOWN or len(secret) < MIN_PASSWORD_CHARACTERS:
                 raise ValueError(f"The password of {name} is missing, too short or well known. Run tools/write_env.py.")
         return self
+
+
+def load_remote_settings() -> RemoteSettings:
+    """Read from the environment what an engine child needs of it."""
+    return RemoteSettings()
+
+
+def read_secret(variable: str) -> SecretStr | None:
+    """Return the secret that an environment variable holds, or the file that `<variable>_FILE` names; None for none."""
+    if value := os.environ.get(variable, "").strip():
+        return SecretStr(value)
+    if path := os.environ.get(f"{variable}_FILE"):
+        try:
+            return SecretStr(Path(path).read_text().strip()) if Path(path).stat().st_size else None
+        except (OSError, UnicodeDecodeError):
+            return None
+    return None
 
 
 def load_settings() -> Settings:

@@ -140,6 +140,16 @@ def index_path(tenant_id: str, file_id: UUID) -> str:
     return f"files/{tenant_id}/{file_id.hex}.lines"
 
 
+def prepared_path(tenant_id: str) -> str:
+    """Return where a tenant's prepared training data lies, each set under its digest."""
+    return f"prepared/{tenant_id}"
+
+
+def training_path(tenant_id: str, job_id: UUID) -> str:
+    """Return where a training job's checkpoints and its model lie."""
+    return f"training/{tenant_id}/{job_id.hex}"
+
+
 _FILE_PATH = re.compile(r"files/[^/]+/[0-9a-f]{32}(\.lines)?(\.part)?")
 
 

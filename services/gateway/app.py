@@ -9,14 +9,15 @@ from contextlib import asynccontextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from services.gateway import errors, openapi
+from services.gateway import errors, metrics, openapi
 from services.gateway.dependencies import Parts
 from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
 from services.gateway.middleware import BodyLimit, KnownHosts, RequestId
 from services.gateway.online import OnlineCalls
 from services.gateway.protocol import BoundedProtocol
-from services.gateway.routes import admin, batches, files, generation, health, jobs, models
+from services.gateway.routes import admin, batches, files, fine_tuning, generation, health, jobs, models
+from services.gateway.routes import metrics as metrics_routes
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.wake import connect_redis
@@ -47,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await parts.online.start()
+        app.openapi()  # now: made for its first reader, it would hold up all others
         # What was made until now lives as long as the process: collections need not walk through it at every turn.
         gc.collect()
         gc.freeze()
@@ -66,8 +68,9 @@ def create_app(settings: Settings) -> FastAPI:
     openapi.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)
-    app.add_middleware(KnownHosts, allowed_hosts=settings.allowed_hosts, www_redirect=False)
-    for module in (health, files, batches, generation, jobs, models, admin):
+    app.add_middleware(KnownHosts, allowed_hosts=settings.served_hosts, www_redirect=False)
+    metrics.install(app, parts)
+    for module in (health, metrics_routes, files, batches, fine_tuning, generation, jobs, models, admin):
         app.include_router(module.router)
     return app
 

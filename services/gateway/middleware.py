@@ -14,6 +14,15 @@ MAX_JSON_BYTES = 2**20
 MAX_CALL_BYTES = 4 * 2**20
 CALL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 MULTIPART_MARGIN_BYTES = 2**20
+HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
+_UNKNOWN_HOST = InvalidRequest(
+    "This host is not served here. LAMPLIGHTER_ALLOWED_HOSTS says which are.", param="Host", code="invalid_host"
+)
+
+
+def new_request_id() -> str:
+    """Return a name for a request, as it stands in its answer and in our log."""
+    return f"req_{uuid4().hex}"
 
 
 class RequestId:
@@ -26,7 +35,7 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req_{uuid4().hex}"
+        request_id = new_request_id()
         # Kept for whoever answers outside of this: the handler of what nobody foresaw.
         scope.setdefault("state", {})["request_id"] = request_id
 
@@ -39,10 +48,13 @@ class RequestId:
 
 
 class KnownHosts(TrustedHostMiddleware):
-    """Refuses requests for other hosts than ours, in our error shape."""
+    """Refuses requests for other hosts than ours, in our error shape: a browser may be led here under any name.
+
+    Health is told to everybody, as what checks it often knows no name but an address, and it says yes or no.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.allow_any:
+        if self.allow_any or scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
             await self.app(scope, receive, send)
             return
         has_refused = False
@@ -54,8 +66,7 @@ class KnownHosts(TrustedHostMiddleware):
             # The application always gives an id first: an answer without one is the refusal.
             if message["type"] == "http.response.start" and "x-request-id" not in MutableHeaders(scope=message):
                 has_refused = True
-                error = InvalidRequest("This host is not served here.", param="Host", code="invalid_host")
-                await RequestId(error_response(error))(scope, receive, send)
+                await RequestId(error_response(_UNKNOWN_HOST))(scope, receive, send)
                 return
             await send(message)
 

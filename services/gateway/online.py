@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
@@ -26,10 +26,12 @@ from shared.domain.errors import QueueFull, Unavailable
 from shared.domain.scheduling.policy import place_online
 from shared.queueing.online import (
     MAX_CALLS,
+    OPEN_SECONDS,
     STREAM_SECONDS,
     Abort,
     Call,
     Done,
+    Open,
     Piece,
     Refused,
     Replies,
@@ -54,7 +56,7 @@ OUTAGE_PAUSE_SECONDS = 0.05
 MISSED_HEARTBEATS = 3
 MAX_RETRY_SECONDS = 60.0
 RATE_WEIGHT = 0.2
-RENEW_SECONDS = 2.0
+RENEW_SECONDS = OPEN_SECONDS
 """How often the stream of replies gets its time to live anew, and is looked for: Redis may have lost it."""
 MAX_UNREAD_BYTES = 64 * 2**20
 """What all calls together may hold of replies that their clients have not read yet."""
@@ -250,7 +252,7 @@ class OnlineCalls:
                 await pipeline.execute()
             except (RedisError, OSError) as error:
                 log.warning("cannot send calls", extra={"error": str(error), "calls": len(batch)})
-                ids = {message.id for _, message in batch}
+                ids = {message.id for _, message in batch if isinstance(message, Call)}
                 self._fail(lambda call, ids=ids: call.id in ids, _REDIS_AWAY)  # type: ignore[misc]  # bound now
             for _ in batch:
                 self._outbox.task_done()
@@ -264,6 +266,7 @@ class OnlineCalls:
             try:
                 if time.monotonic() >= renew_at:
                     await self._renew_stream()
+                    self._tell_open()
                     renew_at = time.monotonic() + RENEW_SECONDS
                 read = await self._reader.xread({self._stream: offset}, READ_COUNT, BLOCK_MILLISECONDS)
                 away_since = None
@@ -285,6 +288,15 @@ class OnlineCalls:
         # Workers write to a stream that is there only.
         await self._reader.xadd(self._stream, encode_replies(Replies("", 0, [])))
         await self._reader.expire(self._stream, STREAM_SECONDS)
+
+    def _tell_open(self) -> None:
+        """Tell workers which calls somebody waits for: they end the others, and all once they hear nothing of us."""
+        by_worker: dict[UUID, list[str]] = defaultdict(list)
+        for call in self._calls.values():
+            if not call.is_over:
+                by_worker[call.worker_id].append(call.id)
+        for worker_id, ids in by_worker.items():
+            self._outbox.put_nowait((calls_stream(worker_id), Open(self._stream, ids)))
 
     def _deliver(self, read: Any) -> Any:
         """Hand replies to their calls; return the offset to read on from."""

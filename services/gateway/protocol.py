@@ -5,6 +5,7 @@ import asyncio
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from services.gateway.middleware import new_request_id
 from shared.domain.errors import InvalidRequest
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -77,6 +78,7 @@ class BoundedProtocol(HttpToolsProtocol):
         body = orjson.dumps(InvalidRequest(msg, code="invalid_http").body())
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"x-request-id: {new_request_id()}\r\nx-should-retry: false\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

@@ -9,9 +9,12 @@ from shared.api_objects import unix
 from shared.db.files import FileView
 from shared.db.jobs import JobView
 from shared.db.model_registry import ModelView
-from shared.domain.job import public_file_id, public_job_id
+from shared.domain.job import JobKind, public_file_id, public_job_id
+from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
 
 FILE_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
+TENANT_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
 
 
 class NativeBody(BaseModel):
@@ -35,15 +38,21 @@ class KeyCreate(NativeBody):
 
 
 class TenantCreate(NativeBody):
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    id: str = Field(pattern=TENANT_ID)
     name: str = Field("", max_length=200)
 
 
 class ModelCreate(NativeBody):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$")
+    name: str = Field(pattern=MODEL_NAME)
     source: str = Field(min_length=1, max_length=1000)
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    base: str | None = Field(None, pattern=MODEL_NAME)
+    tenant: str | None = Field(None, pattern=TENANT_ID)
+    remote_model: str | None = Field(None, min_length=1, max_length=400, pattern=r"^[^\x00-\x1f]+$")
+    api_key_env: str | None = Field(None, pattern=KEY_VARIABLE)
+    concurrency: int | None = Field(None, ge=1, le=MOST_CONCURRENCY)
+    check: bool = True
 
 
 def list_page(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
@@ -68,6 +77,7 @@ def file_object(file: FileView) -> dict[str, Any]:
 
 def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
     """Return our job object, of any kind."""
+    unit = "lines" if job.kind == JobKind.BATCH else "steps"
     return {
         "id": public_job_id(job.kind, job.job_id),
         "object": "job",
@@ -82,7 +92,7 @@ def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
         "window": None,
         "deadline": job.spec.get("deadline"),
         "after": [],
-        "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": "lines"},
+        "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": unit},
         "waiting": waiting,
         "forecast": None,
         "usage": {

@@ -1,16 +1,18 @@
-"""The Celery task of the preprocessor: a job handed in by any Celery client."""
+"""The Celery tasks of the preprocessor: a job handed in by any Celery client, and data to be prepared for training."""
 
 import logging
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import UUID
 
 from celery import Celery
 from sqlalchemy.exc import OperationalError
 
 from services.preprocessor.submissions import Submissions
+from services.preprocessor.training import Preparations
 from shared.domain.errors import Conflict, QueueFull
-from shared.queueing.names import SUBMIT_QUEUE, SUBMIT_TASK, TOKEN_HEADER
+from shared.queueing.names import PREPROCESS_TASK, SUBMIT_QUEUE, SUBMIT_TASK, TOKEN_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +20,8 @@ PAUSE_SECONDS = 0.5
 MAX_WAIT_SECONDS = 10.0
 
 
-def register_tasks(app: Celery, submissions: Submissions, wake: Callable[[], None]) -> None:
-    """Give `app` the task that takes a job in; `wake` tells the scheduler that there is something to plan."""
+def register_tasks(app: Celery, submissions: Submissions, preparations: Preparations, wake: Callable[[], None]) -> None:
+    """Give `app` its tasks; `wake` tells the scheduler that there is something to plan or to dispatch."""
 
     # Acknowledged only when done, so that a message outlives the process that reads it; and without events, which would
     # show its arguments in Flower.
@@ -41,6 +43,12 @@ def register_tasks(app: Celery, submissions: Submissions, wake: Callable[[], Non
             else:
                 break
         wake()
+
+    @app.task(name=PREPROCESS_TASK, ignore_result=True)
+    def preprocess(tenant_id: str, job_id: str) -> None:
+        # What fails for a reason that may pass fails here: the scheduler names the job again soon.
+        if preparations.prepare(tenant_id, UUID(hex=job_id)):
+            wake()
 
 
 def _send_later(app: Celery, task_id: str, kwargs: dict[str, Any], token: Any, seconds: float) -> None:

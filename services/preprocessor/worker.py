@@ -1,4 +1,4 @@
-"""The preprocessor's wiring: a Celery worker on threads that takes jobs in from the queue `submit`."""
+"""The preprocessor's wiring: a Celery worker on threads that takes jobs in, and prepares the data of training jobs."""
 
 import os
 import socket
@@ -9,10 +9,11 @@ from kombu import Queue
 
 from services.preprocessor.submissions import Submissions
 from services.preprocessor.tasks import register_tasks
+from services.preprocessor.training import Preparations
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
-from shared.queueing.names import SUBMIT_QUEUE
+from shared.queueing.names import PREPROCESS_QUEUE, SUBMIT_QUEUE
 from shared.queueing.wake import connect_redis, wake_dispatcher
 from shared.settings import Settings, load_settings
 from shared.store import Store
@@ -29,10 +30,11 @@ def build_app(settings: Settings) -> Celery:
     engine = connect_engine(settings, pool_size=THREADS)
     app = create_app(settings.redis_url.get_secret_value())
     app.conf.update(PRIVATE, worker_eta_task_limit=MAX_WAITING)
-    app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True)]
+    app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True), Queue(PREPROCESS_QUEUE, durable=True)]
     redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
-    submissions = Submissions(engine, Store(settings.store_url), settings)
-    register_tasks(app, submissions, lambda: wake_dispatcher(redis_client))
+    store = Store(settings.store_url)
+    submissions, preparations = Submissions(engine, store, settings), Preparations(engine, store, settings)
+    register_tasks(app, submissions, preparations, lambda: wake_dispatcher(redis_client))
     return app
 
 

@@ -10,12 +10,14 @@ from sqlalchemy import Engine, Row
 
 from shared.db import slices, tenants, workers
 from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.slice import SliceKind
 from shared.queueing.celery_app import declare_worker_queue
-from shared.queueing.names import GENERATE_TASK, slice_task_id
+from shared.queueing.names import GENERATE_TASK, TRAIN_TASK, slice_task_id
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
+TASKS = {SliceKind.GENERATE: GENERATE_TASK, SliceKind.TRAIN: TRAIN_TASK}
 HEAD_OF_QUEUE = 64
 """Slices of one tenant that one tick looks at; the next tick sees the next ones."""
 
@@ -45,13 +47,14 @@ class Dispatcher:
         """Publish one message a slice, after the commit: a lost one is sent again by the reaper."""
         try:
             for row in sent:
+                kind = SliceKind(row.kind)
                 self._app.send_task(
-                    GENERATE_TASK,
+                    TASKS[kind],
                     args=[row.slice_id],
                     task_id=slice_task_id(row.job_id, row.slice_id, row.dispatch_no),
                     queue=declare_worker_queue(row.worker_id),  # type: ignore[arg-type]  # the stubs know names only
                     # Few names: Flower keeps metrics for each. Which slice of which job it is says the task's id.
-                    shadow=f"generate[{row.model or '?'}]",
+                    shadow=f"{kind}[{row.model or '?'}]",
                     argsrepr=f"(slice {row.slice_id})",
                     kwargsrepr="{}",
                     ignore_result=True,

@@ -12,13 +12,14 @@ from services.scheduler.auditor import Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
 from services.scheduler.planner import Planner
+from services.scheduler.preparer import Preparer
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
 from services.scheduler.ticks import run_each
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
-from shared.queueing.wake import connect_redis, wait_for_wake, wake_dispatcher
+from shared.queueing.wake import connect_redis, wait_for_wake
 from shared.settings import Settings, load_settings
 from shared.store import Store
 
@@ -33,6 +34,8 @@ class Scheduler:
 
     def __init__(self, settings: Settings) -> None:
         self.stop = threading.Event()
+        self._has_jobs, self._has_slices = threading.Event(), threading.Event()
+        """Set to have the planner, and the dispatcher, tick now."""
         self._settings = settings
         self._redis = connect_redis(settings.redis_url.get_secret_value())
         # Expiring a batch reads its file within a transaction.
@@ -40,23 +43,40 @@ class Scheduler:
         store = Store(settings.store_url)
         self._planner = Planner(engine, settings)
         self._finalizer = Finalizer(engine, store)
-        self._dispatcher = Dispatcher(engine, create_app(settings.redis_url.get_secret_value()), settings)
+        app = create_app(settings.redis_url.get_secret_value())
+        self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)
         self._reaper = Reaper(engine, settings)
         self._epoch = RedisEpoch(engine, self._redis)
         self._auditor = Auditor(engine)
         self._retention = Retention(engine, store, settings)
 
-    def pump(self) -> None:
-        """The main path of a job: plan, dispatch, finalize."""
-        run_each([self._planner.tick, self._dispatcher.tick, self._finalizer.tick])
+    def listen(self) -> None:
+        """Pass on who asks for a tick. While Redis is away nobody can ask, and the loops go by the clock."""
+        try:
+            if wait_for_wake(self._redis, self._settings.dispatch_seconds):
+                self._wake_all()
+        except redis.RedisError:
+            self.stop.wait(self._settings.dispatch_seconds)
+
+    def plan(self) -> None:
+        """Begin and end jobs: what needs Postgres alone, and so never waits for Redis."""
+        run_each([self._plan_jobs, self._finalizer.tick])
+
+    def _plan_jobs(self) -> None:
+        if self._planner.tick():
+            self._has_slices.set()
+
+    def dispatch(self) -> None:
+        """Ring workers and preprocessors: what needs Redis."""
+        run_each([self._dispatcher.tick, self._preparer.tick])
 
     def reap(self) -> None:
         if self._reaper.tick():
-            wake_dispatcher(self._redis)
+            self._wake_all()
 
     def watch_redis(self) -> None:
         if self._epoch.tick():
-            wake_dispatcher(self._redis)
+            self._wake_all()
 
     def audit(self) -> None:
         self._auditor.tick()
@@ -67,7 +87,9 @@ class Scheduler:
     def run(self) -> None:
         """Start every loop and return when all have ended."""
         loops = {
-            "pump": (self.pump, self._wait_for_wake),
+            "listener": (self.listen, lambda: None),
+            "planner": (self.plan, lambda: self._wait(self._has_jobs)),
+            "dispatcher": (self.dispatch, lambda: self._wait(self._has_slices)),
             "reaper": (self.reap, lambda: self.stop.wait(self._settings.reap_seconds)),
             "redis epoch": (self.watch_redis, lambda: self.stop.wait(self._settings.epoch_seconds)),
             "auditor": (self.audit, lambda: self.stop.wait(self._settings.audit_seconds)),
@@ -95,11 +117,14 @@ class Scheduler:
                 log.exception("tick failed", extra={"loop": name})
             pause()
 
-    def _wait_for_wake(self) -> None:
-        try:
-            wait_for_wake(self._redis, self._settings.dispatch_seconds)
-        except redis.RedisError:
-            self.stop.wait(self._settings.dispatch_seconds)
+    def _wake_all(self) -> None:
+        self._has_jobs.set()
+        self._has_slices.set()
+
+    def _wait(self, wake: threading.Event) -> None:
+        """Return once somebody asks for a tick, at the latest after `dispatch_seconds`."""
+        wake.wait(self._settings.dispatch_seconds)
+        wake.clear()
 
 
 def main() -> None:

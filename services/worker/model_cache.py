@@ -1,9 +1,12 @@
-"""Models that a child has loaded: each once, kept by recency within a byte budget, never dropped while in use."""
+"""Models that a child has loaded, and their adapters: each once, kept by recency within a byte budget, never dropped
+while in use.
+"""
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from services.worker.engine.engine import Engine
 from services.worker.protocol import ModelSpec
@@ -19,27 +22,71 @@ Loader = Callable[[ModelSpec], Engine]
 Sizer = Callable[[ModelSpec], int]
 
 
+class LoadedAdapter(Protocol):
+    @property
+    def bytes(self) -> int: ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """An engine that serves adapters of its model beside it, each known by its directory."""
+
+    def load_adapter(self, directory: str) -> Any:
+        """Return a LoadedAdapter; raises ModelRefused. Called from a thread of its own, beside the engine's steps."""
+        ...
+
+    def attach(self, directory: str, adapter: Any) -> None: ...
+
+    def detach(self, directory: str) -> None: ...
+
+    def uses(self, directory: str) -> bool:
+        """Whether a request for it is unanswered."""
+        ...
+
+
 @dataclass
 class _Loading:
     """A load in a thread of its own; everybody who wants the model waits for this one."""
 
     spec: ModelSpec
     bytes: int
+    load: Callable[[], Any]
     began_at: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     done: threading.Event = field(default_factory=threading.Event)
-    engine: Engine | None = None
+    loaded: Any = None
+    """An engine, or for an adapter what its engine attaches."""
     error: Exception | None = None
 
 
 @dataclass
 class _Entry:
+    """A loaded model; or an adapter, whose `engine` is that of its base."""
+
+    spec: ModelSpec
     engine: Engine
-    name: str
     bytes: int
     used_at: float
     loaded_at: float
     load_seconds: float
+
+    @property
+    def is_idle(self) -> bool:
+        if self.spec.adapter:
+            return not _host(self.engine).uses(self.spec.adapter)
+        return self.engine.wait_seconds() is None
+
+    def drop(self) -> None:
+        if self.spec.adapter:
+            _host(self.engine).detach(self.spec.adapter)
+        else:
+            self.engine.close()
+
+
+def _host(engine: Engine) -> AdapterHost:
+    if not isinstance(engine, AdapterHost):
+        raise ModelRefused("It takes no adapters.")
+    return engine
 
 
 @dataclass
@@ -70,16 +117,30 @@ class ModelCache:
 
     @property
     def names(self) -> list[str]:
-        return sorted({entry.name for entry in self._entries.values()})
+        """Names of the loaded models; adapters go by their bases'."""
+        return sorted({entry.spec.name for entry in self._entries.values() if not entry.spec.adapter})
 
     def engines(self) -> list[Engine]:
-        return [entry.engine for entry in self._entries.values()]
+        return [entry.engine for entry in self._entries.values() if not entry.spec.adapter]
+
+    def name_of(self, engine: Engine) -> str:
+        """Return the name of an engine's model."""
+        return next(e.spec.name for e in self._entries.values() if e.engine is engine and not e.spec.adapter)
 
     def get(self, spec: ModelSpec) -> Engine | None:
-        """Return the model's engine, or None: ask again later. Raises ModelRefused when it can never be served.
+        """Return the engine that serves a model, or None: ask again later. Raises ModelRefused when that can never be.
 
         Models that do not fit together take turns: none keeps another waiting for as long as it has work.
         """
+        if not spec.adapter:
+            return self._get(spec)
+        try:
+            engine = self._get(spec.without_adapter)
+        except ModelRefused as error:
+            raise ModelRefused(f"Its base {spec.base!r}: {error.message}") from error
+        return None if engine is None else self._get(spec)
+
+    def _get(self, spec: ModelSpec) -> Engine | None:
         entry = self._entries.get(spec.key)
         if entry is not None:
             if self._must_leave(spec.key):
@@ -93,13 +154,19 @@ class ModelCache:
         return None
 
     def _take_loaded(self, loading: _Loading) -> Engine:
-        del self._loading[loading.spec.key]
-        if loading.engine is None:
+        spec = loading.spec
+        del self._loading[spec.key]
+        if loading.loaded is None:
             raise loading.error or ModelRefused
-        self.loads += 1
-        size, now = max(loading.bytes, loading.engine.weight_bytes), time.monotonic()
-        self._entries[loading.spec.key] = _Entry(loading.engine, loading.spec.name, size, now, now, loading.seconds)
-        return loading.engine
+        if spec.adapter:
+            engine, size = self._entries[spec.without_adapter.key].engine, loading.loaded.bytes
+            _host(engine).attach(spec.adapter, loading.loaded)
+        else:
+            engine, size = loading.loaded, max(loading.bytes, loading.loaded.weight_bytes)
+            self.loads += 1
+        now = time.monotonic()
+        self._entries[spec.key] = _Entry(spec, engine, size, now, now, loading.seconds)
+        return engine
 
     def _must_leave(self, key: str) -> bool:
         now = time.monotonic()
@@ -111,37 +178,55 @@ class ModelCache:
         now = time.monotonic()
         want = self._wants.setdefault(spec.key, _Want(now, now))
         want.asked_at = now
-        if want.leaving not in self._entries and self._entries:
-            key, oldest = min(self._entries.items(), key=lambda item: item[1].loaded_at)
+        rivals = self._rivals(spec)
+        if want.leaving not in self._entries and rivals:
+            key, oldest = min(rivals.items(), key=lambda item: item[1].loaded_at)
             patience = max(PATIENCE_SECONDS, LOADS_OF_PATIENCE * oldest.load_seconds)
             want.leaving = key if now - max(want.since, oldest.loaded_at) > patience else None
 
+    def _rivals(self, spec: ModelSpec) -> dict[str, _Entry]:
+        """Return what may be asked to make room: models for a model, and for an adapter others, if there are any."""
+        others = {key: entry for key, entry in self._entries.items() if key != spec.without_adapter.key}
+        alike = {key: entry for key, entry in others.items() if bool(entry.spec.adapter) == bool(spec.adapter)}
+        return alike or others
+
     def _begin(self, spec: ModelSpec) -> None:
         """Start to load a model if there is room for it, or room can be made."""
-        needed = self._size(spec)
-        if needed > self.budget_bytes:
-            raise ModelRefused(f"The model needs {needed} bytes; the cache has {self.budget_bytes}.")
+        base = self._entries.get(spec.without_adapter.key)
+        needed, held = self._size(spec), base.bytes if base is not None else 0
+        if needed + held > self.budget_bytes:
+            raise ModelRefused(f"The model needs {needed + held} bytes; the cache has {self.budget_bytes}.")
+        load = self._loader(spec)
         while self.used_bytes + needed > self.budget_bytes:
-            if not self._evict_one():
+            if not self._evict_one(spec):
                 self._wait_for_room(spec)
                 return
         self._wants.pop(spec.key, None)
-        loading = _Loading(spec, needed)
+        loading = _Loading(spec, needed, load)
         self._loading[spec.key] = loading
         threading.Thread(target=self._run, args=(loading,), name=f"load {spec.name}", daemon=True).start()
 
-    def _evict_one(self) -> bool:
-        """Drop the model that was not used for longest; False when all are in use."""
-        idle = [key for key, entry in self._entries.items() if entry.engine.wait_seconds() is None]
+    def _loader(self, spec: ModelSpec) -> Callable[[], Any]:
+        if not spec.adapter:
+            return lambda: self._load(spec)
+        host = _host(self._entries[spec.without_adapter.key].engine)
+        return lambda: host.load_adapter(spec.adapter)
+
+    def _evict_one(self, spec: ModelSpec) -> bool:
+        """Drop what was not used for longest, but not the base of `spec`; False when all are in use."""
+        kept = {loading.spec.without_adapter.key for loading in self._loading.values()} | {spec.without_adapter.key}
+        idle = [key for key, entry in self._entries.items() if key not in kept and entry.is_idle]
         if not idle:
             return False
-        key = min(idle, key=lambda k: self._entries[k].used_at)
-        self._entries.pop(key).engine.close()
+        entry = self._entries.pop(min(idle, key=lambda key: self._entries[key].used_at))
+        if not entry.spec.adapter:  # its adapters go with it
+            self._entries = {key: other for key, other in self._entries.items() if other.engine is not entry.engine}
+        entry.drop()
         return True
 
     def _run(self, loading: _Loading) -> None:
         try:
-            loading.engine = self._load(loading.spec)
+            loading.loaded = loading.load()
         except Exception as error:  # noqa: BLE001  # handed to whoever asked for the model
             loading.error = error
         finally:
@@ -152,3 +237,5 @@ class ModelCache:
         """Raise AssertionError when the books do not add up; called when idle."""
         assert self.used_bytes <= self.budget_bytes, "the cache is over its budget"
         assert not self._entries.keys() & self._loading.keys(), "a loaded model is being loaded again"
+        engines = self.engines()
+        assert all(entry.engine in engines for entry in self._entries.values()), "an adapter has outlived its base"

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
+from services.worker.device_time import DeviceTime, Share
+from services.worker.pace import Pace
 from services.worker.protocol import Output, Response
 from services.worker.threads import vital
 from services.worker.translation import Answer, ModelDirectory, answer, engine_request, logprobs_object
@@ -33,10 +35,13 @@ from shared.domain.errors import ChildLost, RequestError, Unavailable
 from shared.domain.payloads import AnyPayload, parse_payload, refuse_unsupported
 from shared.queueing.online import (
     MAX_REPLIES,
+    SILENCE_SECONDS,
     STREAM_SECONDS,
+    Abort,
     Call,
     Done,
     Entry,
+    Open,
     Piece,
     Refused,
     Replies,
@@ -68,6 +73,8 @@ class _Pending:
     call: Call
     payload: AnyPayload
     request_id: int = 0
+    share: Share | None = None
+    """Of the device, while the engine has it."""
     sent_characters: Counter[int] = field(default_factory=Counter)
     """Of each choice's text, in pieces."""
     has_left: bool = False
@@ -144,13 +151,16 @@ class Recorder:
 class Publisher:
     """Sends gateways what became of their calls, in the order in which it was given.
 
-    What Redis did not take is sent again for a few seconds; what was lost all the same shows as a missing number.
+    What Redis did not take is sent again for a few seconds. What was lost all the same shows as a missing number, in an
+    empty entry if there is nothing else to send once Redis takes it.
     """
 
     def __init__(self, client: "redis.Redis", worker_id: UUID) -> None:
         self._client, self._worker_id = client, worker_id.hex
         self._inbox: queue.SimpleQueue[tuple[str, ToGateway] | None] = queue.SimpleQueue()
         self._numbers: Counter[str] = Counter()
+        self._cut_off: set[str] = set()
+        """Streams that miss an entry and have got none since."""
 
     def send(self, stream: str, message: ToGateway) -> None:
         self._inbox.put((stream, message))
@@ -159,18 +169,19 @@ class Publisher:
         self._inbox.put(None)
 
     def run(self) -> None:
-        for batch in _batches(self._inbox):
-            by_stream: dict[str, list[ToGateway]] = defaultdict(list)
+        for batch in _batches(self._inbox, lambda: OUTAGE_PAUSE_SECONDS if self._cut_off else None):
+            by_stream: dict[str, list[ToGateway]] = {stream: [] for stream in self._cut_off}
             for stream, message in batch:
-                by_stream[stream].append(message)
+                by_stream.setdefault(stream, []).append(message)
             self._numbers.update(by_stream.keys())
             entries = {
                 stream: encode_replies(Replies(self._worker_id, self._numbers[stream], messages))
                 for stream, messages in by_stream.items()
             }
-            self._deliver(entries)
+            self._cut_off = set() if self._deliver(entries) else set(entries)
 
-    def _deliver(self, entries: dict[str, Entry]) -> None:
+    def _deliver(self, entries: dict[str, Entry]) -> bool:
+        """Return whether Redis took the entries."""
         deadline = time.monotonic() + RESEND_SECONDS
         while True:
             pipeline = self._client.pipeline(transaction=False)
@@ -183,19 +194,26 @@ class Publisher:
                 # The gateway tells apart what came twice, and tells its callers of what never came.
                 log.warning("cannot send replies", extra={"error": str(error), "gateways": len(entries)})
                 if time.monotonic() > deadline:
-                    return
+                    return False
                 time.sleep(OUTAGE_PAUSE_SECONDS)
             else:
-                return
+                return True
 
 
 class OnlineServer:
     """Serves this worker's stream of calls."""
 
     def __init__(
-        self, engine: Engine, redis_url: str, child: EngineChild, models: ModelDirectory, identity: WorkerIdentity
+        self,
+        engine: Engine,
+        redis_url: str,
+        child: EngineChild,
+        models: ModelDirectory,
+        identity: WorkerIdentity,
+        device_time: DeviceTime,
+        pace: Pace,
     ) -> None:
-        self._child, self._models = child, models
+        self._child, self._models, self._device_time, self._pace = child, models, device_time, pace
         self._stream = calls_stream(identity.worker_id)
         self._client = connect_redis(redis_url, timeout_seconds=BLOCK_SECONDS + 2)
         self._publisher = Publisher(connect_redis(redis_url, timeout_seconds=2), identity.worker_id)
@@ -203,6 +221,8 @@ class OnlineServer:
         self._lock = threading.Lock()
         self._by_request: dict[int, _Pending] = {}
         self._by_call: dict[str, _Pending] = {}
+        self._heard_at: dict[str, float] = {}
+        """When each gateway with calls here last said anything, by its stream; the reader's alone."""
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=vital, args=(run,), name=f"online {name}", daemon=True)
@@ -240,21 +260,29 @@ class OnlineServer:
     def _read(self) -> None:
         """Read calls by offset, from the stream's beginning: it is this process's own, so nothing in it is old."""
         offset: bytes | str = "0-0"
+        look_at = 0.0
         while not self._stopped.is_set():
+            asked_at = time.monotonic()
             try:
                 # redis-py's type covers asynchronous clients and Redis 2 too
                 read: Any = self._client.xread({self._stream: offset}, READ_COUNT, int(BLOCK_SECONDS * 1000))
                 self._client.expire(self._stream, STREAM_SECONDS)
             except redis.RedisError as error:
                 log.warning("cannot read calls", extra={"error": str(error)})
+                self._heard_at.clear()  # nobody could be heard: all get their time anew
                 self._stopped.wait(OUTAGE_PAUSE_SECONDS)
                 continue
-            for _, entries in read or []:
-                for entry_id, entry in entries:
-                    offset = entry_id
-                    self._take(entry)
+            entries = [entry for _, entries in read or [] for entry in entries]
+            for entry_id, entry in entries:
+                offset = entry_id
+                self._take(entry, asked_at)
+            if entries:
                 # Prompts stay in Redis no longer than it takes to read them.
                 self._trim(offset)
+            # After a full batch there may be more, and nobody was silent whose words are not read yet.
+            if asked_at >= look_at and len(entries) < READ_COUNT:
+                self._give_up_silent(asked_at)
+                look_at = asked_at + BLOCK_SECONDS
 
     def _trim(self, offset: bytes | str) -> None:
         try:
@@ -263,18 +291,46 @@ class OnlineServer:
         except redis.RedisError as error:
             log.debug("cannot trim calls", extra={"error": str(error)})
 
-    def _take(self, entry: dict[bytes, bytes]) -> None:
+    def _take(self, entry: dict[bytes, bytes], now: float) -> None:
         try:
             message = decode_call(entry)
         except (msgspec.MsgspecError, KeyError):
             log.exception("not a call")
             return
+        if isinstance(message, Abort):
+            self._abort(message.id)
+            return
+        self._heard_at[message.replies_to] = now
         if isinstance(message, Call):
             self._begin(message)
         else:
-            self._abort(message.id)
+            self._keep_open(message)
+
+    def _keep_open(self, message: Open) -> None:
+        """End a gateway's other calls: their clients left, and the abort that said so was lost."""
+        open_ids = set(message.ids)
+        for call in self._waited_for():
+            if call.replies_to == message.replies_to and call.id not in open_ids:
+                self._abort(call.id)
+
+    def _give_up_silent(self, now: float) -> None:
+        """End the calls of gateways that were not heard of for too long; one that lives after all is told."""
+        calls = self._waited_for()
+        self._heard_at = {call.replies_to: self._heard_at.get(call.replies_to, now) for call in calls}
+        silent = {gateway for gateway, heard_at in self._heard_at.items() if now - heard_at > SILENCE_SECONDS}
+        if silent:
+            log.warning("gateways are gone", extra={"gateways": sorted(silent)})
+        for call in calls:
+            if call.replies_to in silent:
+                self._abort(call.id)
+                self._publisher.send(call.replies_to, _refused(call.id, _UNHEARD))
+
+    def _waited_for(self) -> list[Call]:
+        with self._lock:
+            return [pending.call for pending in self._by_call.values() if not pending.has_left]
 
     def _begin(self, call: Call) -> None:
+        self._pace.note_online()
         try:
             payload = parse_payload(call.endpoint, orjson.loads(call.body))
             spec = self._models.find(call.tenant_id, payload.model, call.endpoint)
@@ -296,6 +352,7 @@ class OnlineServer:
         def know(ids: list[int]) -> None:
             with self._lock:
                 (pending.request_id,) = ids
+                pending.share = self._device_time.enter()
                 self._by_request[pending.request_id] = pending
 
         try:
@@ -324,42 +381,55 @@ class OnlineServer:
                 logprobs = logprobs_object(pending.payload, delta.logprobs, offset)
                 self._publisher.send(pending.call.replies_to, Piece(pending.call.id, delta.index, delta.text, logprobs))
         for response in output.responses:
-            with self._lock:
-                pending = self._by_request.pop(response.id, None)
-                if pending is not None:
-                    self._by_call.pop(pending.call.id, None)
-            if pending is not None:
-                self._finish(pending, response)
+            if (ended := self._forget(response.id)) is not None:
+                self._finish(*ended, response)
 
-    def _finish(self, pending: _Pending, response: Response) -> None:
+    def _forget(self, request_id: int) -> tuple[_Pending, float] | None:
+        """Return a call that the engine is done with, and the seconds of the device that it is charged."""
+        with self._lock:
+            pending = self._by_request.pop(request_id, None)
+            if pending is None:
+                return None
+            self._by_call.pop(pending.call.id, None)
+        assert pending.share is not None  # it was given to the engine
+        return pending, self._device_time.leave(pending.share)
+
+    def _finish(self, pending: _Pending, device_seconds: float, response: Response) -> None:
         call = pending.call
         if pending.has_left or response.is_aborted:
-            self._record_left(pending, response.prompt_tokens, response.completion_tokens)
+            self._record_left(pending, device_seconds, response.prompt_tokens, response.completion_tokens)
             return
         try:
             done = answer(pending.payload, response, call.id, call.created)
         except RuntimeError as error:
             self._publisher.send(call.replies_to, _refused(call.id, Unavailable(str(error))))
             return
-        kept_under = call.idempotency if done.status_code == 200 else None
-        result = OnlineResult(call.id, done.status_code, done.body, done.input_tokens, done.output_tokens, kept_under)
+        result = OnlineResult(
+            call.id,
+            done.status_code,
+            done.body,
+            done.input_tokens,
+            done.output_tokens,
+            device_seconds,
+            kept_under=call.idempotency if done.status_code == 200 else None,
+        )
         self._recorder.add(_Finished(call, pending.payload.model, result, _reply(call, done, response)))
 
-    def _record_left(self, pending: _Pending, input_tokens: int, output_tokens: int) -> None:
-        result = OnlineResult(pending.call.id, CLIENT_LEFT, _CLIENT_LEFT, input_tokens, output_tokens)
+    def _record_left(
+        self, pending: _Pending, device_seconds: float, input_tokens: int = 0, output_tokens: int = 0
+    ) -> None:
+        call_id = pending.call.id
+        result = OnlineResult(call_id, CLIENT_LEFT, _CLIENT_LEFT, input_tokens, output_tokens, device_seconds)
         self._recorder.add(_Finished(pending.call, pending.payload.model, result, None))
 
     def lose(self, request_ids: list[int]) -> None:
         """Tell callers that the child died before it answered: they may try again."""
         for request_id in request_ids:
-            with self._lock:
-                pending = self._by_request.pop(request_id, None)
-                if pending is not None:
-                    self._by_call.pop(pending.call.id, None)
-            if pending is None:
+            if (ended := self._forget(request_id)) is None:
                 continue
+            pending, device_seconds = ended
             if pending.has_left:
-                self._record_left(pending, 0, 0)
+                self._record_left(pending, device_seconds)
             else:
                 self._publisher.send(pending.call.replies_to, _refused(pending.call.id, _WORKER_LOST))
 
@@ -375,6 +445,7 @@ class OnlineServer:
 
 _CLIENT_LEFT = '{"error":{"message":"The client left.","type":"client_left","param":null,"code":null}}'
 _WORKER_LOST = Unavailable("What ran this request died before it was answered. Try again.", code="worker_lost")
+_UNHEARD = Unavailable("The gateway was not heard of for too long. Try again.", code="unavailable")
 _NOT_RECORDED = Unavailable("The answer could not be recorded. Try again.", code="not_recorded")
 
 
@@ -394,9 +465,18 @@ def _seed(call_id: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _batches(inbox: "queue.SimpleQueue[_T | None]") -> Iterator[list[_T]]:
-    """Yield what has come into a queue, in batches as it comes, until a None in it."""
-    while (first := inbox.get()) is not None:
+def _batches(
+    inbox: "queue.SimpleQueue[_T | None]", timeout_seconds: Callable[[], float | None] = lambda: None
+) -> Iterator[list[_T]]:
+    """Yield what has come into a queue, in batches as it comes, until a None in it; nothing on time-out."""
+    while True:
+        try:
+            first = inbox.get(timeout=timeout_seconds())
+        except queue.Empty:
+            yield []
+            continue
+        if first is None:
+            return
         batch = [first]
         while not inbox.empty():
             item = inbox.get()

@@ -15,18 +15,30 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """A registered model; `source` is a directory, a hub id or `built-in`. `key` names one loaded copy of it."""
+    """A registered model; `source` is a directory, a hub id, `built-in` or (remote) a server's URL, and `revision` the
+    model's name there. `key` names one loaded copy of it.
+
+    An adapter's spec has the files of its base, `base` as that one's name, and its own directory as `adapter`.
+    """
 
     name: str
-    kind: Literal["echo", "causal_lm", "encoder"]
+    kind: Literal["echo", "causal_lm", "encoder", "remote"]
     source: str
     revision: str | None = None
     dtype: str = "float32"
     context_length: int | None = None
+    base: str = ""
+    adapter: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.source}@{self.revision or '-'}:{self.dtype}"
+        adapter = f"+{self.adapter}" if self.adapter else ""
+        return f"{self.source}@{self.revision or '-'}:{self.dtype}{adapter}"
+
+    @property
+    def without_adapter(self) -> "ModelSpec":
+        """The base alone, which all its adapters share."""
+        return msgspec.structs.replace(self, name=self.base, base="", adapter="") if self.adapter else self
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -56,7 +68,8 @@ class Request(msgspec.Struct, omit_defaults=True):
     """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings.
 
     `is_online`: somebody waits for it, so it goes before batches. `is_streamed`: its text is sent in deltas too.
-    `namespace`: whose it is; prompts share what was computed of them within one namespace only.
+    `namespace`: whose it is; prompts share what was computed of them within one namespace only. `adapter`: the
+    directory of the adapter that answers it; the child takes it from the model that the request came with.
     """
 
     id: int
@@ -68,6 +81,7 @@ class Request(msgspec.Struct, omit_defaults=True):
     is_online: bool = False
     is_streamed: bool = False
     namespace: str = ""
+    adapter: str = ""
 
 
 class RequestFault(msgspec.Struct):
@@ -148,8 +162,39 @@ class Output(msgspec.Struct, tag="output"):
         return bool(self.responses or self.deltas)
 
 
+class EngineStatistics(msgspec.Struct, omit_defaults=True):
+    """What one engine has done since its model was loaded, in totals that only grow, and what it holds now.
+
+    `tokens`: generated, or embedded. `sequences`: how many took part in a step (inputs, for an encoder), summed over
+    all `steps`; `places`: how many could have. `part_seconds`: where the time of its steps went.
+    """
+
+    tokens: int = 0
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    steps: int = 0
+    sequences: int = 0
+    places: int = 0
+    part_seconds: dict[str, float] = {}
+    preemptions: int = 0
+    aborts: int = 0
+    evictions: int = 0
+    """Blocks whose cached content was given up for room."""
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_in_use: int = 0
+    blocks_cached: int = 0
+    kv_bytes: int = 0
+    """Memory of all blocks, in use or not."""
+
+
 class Pong(msgspec.Struct, tag="pong"):
-    """How a child fares. `progress` grows while its engines work; when it stands still, the child hangs."""
+    """How a child fares. `progress` grows while its engines work; when it stands still, the child hangs.
+
+    `model_hits`: how often requests found their model loaded. `engines` are by the model's name; `at_seconds` is the
+    host's monotonic clock.
+    """
 
     progress: int
     in_flight: int
@@ -157,10 +202,177 @@ class Pong(msgspec.Struct, tag="pong"):
     model_loads: int
     cache_bytes: int
     tokens: int
+    model_hits: int = 0
+    engines: dict[str, EngineStatistics] = {}
+    at_seconds: float = 0.0
 
 
-ToChild = Submit | Abort | Ping | Stop
-FromChild = Output | Pong
+class Hyperparameters(msgspec.Struct, frozen=True):
+    """How to train; names are OpenAI's, or those of transformers' TrainingArguments and peft's LoraConfig.
+
+    `batch_size`: examples of one optimizer step; how many of them are computed at a time follows from
+    `micro_batch_tokens` and changes no result. `learning_rate` None: 2e-4 for LoRA, 2e-5 for full. `max_steps` ends the
+    run within its epochs, or after more of them. `eval_steps` None: at the end of each epoch. Raises ValueError for
+    values that cannot be trained with.
+    """
+
+    full: bool = False
+    n_epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int = 8
+    micro_batch_tokens: int = 4096
+    learning_rate: float | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    gradient_checkpointing: bool = False
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get an adapter; `all-linear`: all linear ones but the head."""
+    eval_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            name: getattr(self, name)
+            for name in ("n_epochs", "max_steps", "batch_size", "micro_batch_tokens", "lora_rank", "eval_steps")
+        }
+        rates = {name: getattr(self, name) for name in ("learning_rate", "lora_alpha", "max_grad_norm", "adam_epsilon")}
+        shares = {name: getattr(self, name) for name in ("adam_beta1", "adam_beta2", "lora_dropout")}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be 1 or more, not {value}")
+        for name, value in rates.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: must be above 0, not {value}")
+        for name, value in shares.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: must be 0 or more and below 1, not {value}")
+        if not 0 <= self.warmup_ratio <= 1 or not 0 <= self.weight_decay < float("inf"):
+            raise ValueError("warmup_ratio must be from 0 to 1, weight_decay 0 or more")
+
+
+class CheckpointPolicy(msgspec.Struct, frozen=True):
+    """When checkpoints are written and which are kept: the last `keep_last`, and those of `keep_steps` for good.
+
+    `every_steps` None: none by steps. `keep_steps` are always written; the run's last step is too.
+    """
+
+    every_steps: int | None = None
+    every_seconds: float | None = 300.0
+    keep_last: int = 2
+    keep_steps: tuple[int, ...] = ()
+
+
+class Train(msgspec.Struct, tag="train"):
+    """A fine-tuning job, from its newest valid checkpoint on if it has one.
+
+    `base`, `data` and `validation` are directories: a model, and prepared data sets (`trainer.data`). Under `output`,
+    the job's own directory, `checkpoints/TOKEN/step-N` and `model` are written. `base_name` is what the product calls
+    its base. `memory_bytes`: what the child may take.
+    """
+
+    base: str
+    base_name: str
+    data: str
+    output: str
+    lease_token: str
+    hyperparameters: Hyperparameters
+    seed: int
+    validation: str | None = None
+    checkpoints: CheckpointPolicy = CheckpointPolicy()
+    memory_bytes: int | None = None
+
+
+class Pause(msgspec.Struct, tag="pause"):
+    """Hold before the next step; pings are answered with nothing in flight meanwhile."""
+
+
+class Resume(msgspec.Struct, tag="resume"):
+    pass
+
+
+class Started(msgspec.Struct, tag="started"):
+    """A job's model is loaded; it goes on after `step` of `total_steps`. `skipped`: checkpoints that were damaged."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    trainable_parameters: int
+    skipped: list[str] = []
+
+
+class Progress(msgspec.Struct, tag="progress"):
+    """One optimizer step is done. Steps after the last checkpoint are told again, the same, after a loss of the child.
+
+    `loss` and `accuracy` are means over the step's `trained_tokens`, before its update; `tokens` are all those read.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+
+
+class Evaluated(msgspec.Struct, tag="evaluated"):
+    """Means over the whole validation set after `step`; step 0 is the base model."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+class CheckpointWritten(msgspec.Struct, tag="checkpoint"):
+    """`path` is complete on disk; `sha256` is that of its manifest, `model` a directory that can be served.
+
+    `metrics`: those that are known of train_loss, train_mean_token_accuracy, full_valid_loss and
+    full_valid_mean_token_accuracy.
+    """
+
+    path: str
+    model: str
+    step: int
+    sha256: str
+    metrics: dict[str, float]
+
+
+class Finished(msgspec.Struct, tag="finished"):
+    """The product is in `model`. `tokens` were read and `trained_tokens` learnt from, over all steps of the job."""
+
+    model: str
+    step: int
+    tokens: int
+    trained_tokens: int
+    metrics: dict[str, float]
+
+
+class Stopped(msgspec.Struct, tag="stopped"):
+    """What Stop brought about; a checkpoint of `step` was written before, if there was anything new."""
+
+    step: int
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """The job ended at `step`; the codes are those of `trainer.errors`. Its last good checkpoint stays."""
+
+    code: str
+    message: str
+    step: int
+
+
+ToChild = Submit | Abort | Ping | Stop | Train | Pause | Resume
+FromChild = Output | Pong | Started | Progress | Evaluated | CheckpointWritten | Finished | Stopped | Failed
 
 _TO_CHILD = msgspec.msgpack.Decoder(ToChild)
 _FROM_CHILD = msgspec.msgpack.Decoder(FromChild)

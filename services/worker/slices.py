@@ -5,33 +5,31 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import OperationalError
 
 from services.worker.children import Batch, EngineChild
+from services.worker.leases import Lease, SliceHolder
+from services.worker.pace import Pace
 from services.worker.protocol import Response
 from services.worker.translation import ModelDirectory, answer, engine_request
 from shared.db import slices
-from shared.db.session import is_outage
 from shared.db.slices import ClaimedSlice, RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.batch_file import batch_request_id, render_line
-from shared.domain.errors import ChildLost, InvalidRequest, LeaseGivenUp, LeaseLost, NotFound, RequestError
+from shared.domain.errors import ChildLost, InvalidRequest, NotFound, RequestError
 from shared.domain.job import StopReason
 from shared.domain.payloads import AnyPayload, parse_batch_body, refuse_unsupported
-from shared.domain.retry import backoff_seconds
-from shared.domain.slice import AttemptOutcome, SliceState, is_dead_letter, must_run_alone
+from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter, must_run_alone
 from shared.settings import Settings
 from shared.store import Store
 
 log = logging.getLogger(__name__)
 
-OUTAGE_PAUSE_SECONDS = 0.25
 FLUSH_BYTES = 16 * 2**20
 """Answers recorded with one statement; Postgres takes no message above 1 GB."""
 STOP_CHECK_SECONDS = 1.0
@@ -48,56 +46,6 @@ LINE_FAILED = {
     "code": "line_failed",
     "message": "This request was given up: the process that ran it died each time it was tried.",
 }
-
-
-@dataclass
-class Lease:
-    """A slice that this process holds; the heartbeat thread renews it and passes on what it learns."""
-
-    claimed: ClaimedSlice
-    renewed_at: float = field(default_factory=time.monotonic)
-    lost: threading.Event = field(default_factory=threading.Event)
-    stop_reason: StopReason | None = None
-    device_seconds: float = 0.0
-    """Its share of the device until the last time that a lease began, ended or was asked."""
-
-
-class Leases:
-    """All leases of this process. They share its device, so each is charged its part of the time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._leases: dict[int, Lease] = {}
-        self._shared_at = time.monotonic()
-
-    @contextmanager
-    def hold(self, claimed: ClaimedSlice) -> Iterator[Lease]:
-        lease = Lease(claimed)
-        with self._lock:
-            self._share()
-            self._leases[claimed.lease_token] = lease
-        try:
-            yield lease
-        finally:
-            with self._lock:
-                self._share()
-                del self._leases[claimed.lease_token]
-
-    def _share(self) -> None:
-        now = time.monotonic()
-        for lease in self._leases.values():
-            lease.device_seconds += (now - self._shared_at) / len(self._leases)
-        self._shared_at = now
-
-    def device_seconds(self, lease: Lease) -> float:
-        """Return a held lease's share of the device until now."""
-        with self._lock:
-            self._share()
-            return lease.device_seconds
-
-    def all(self) -> list[Lease]:
-        with self._lock:
-            return list(self._leases.values())
 
 
 class AloneGate:
@@ -172,106 +120,30 @@ class SliceRunner:
         *,
         record_statement: str = slices.RECORD,
     ) -> None:
-        self._engine, self._store, self._child = engine, store, child
-        self._identity, self._settings = identity, settings
+        self.holder = SliceHolder(engine, identity, settings)
+        self._store, self._child, self._settings = store, child, settings
         self._record_statement = record_statement
         self._gate = AloneGate()
         # Parsing and rendering take the interpreter anyway, so slices lose nothing by taking turns; but an online call,
         # which needs it for moments, then stands behind one slice's thread and not behind all of them.
         self._turn = threading.Lock()
+        # Likewise for the database's cores: rows of one slice are inserted at a time.
+        self._write_turn = threading.Lock()
+        self.pace = Pace()
         self.models = models
-        self.leases = Leases()
-        self.draining = threading.Event()
-        self.stale_writes = 0
-        self.claiming: set[int] = set()
-        """Slices whose message has come and whose claim is not decided yet."""
+        self.leases, self.draining = self.holder.leases, self.holder.draining
 
     def run(self, slice_id: int, task_id: str) -> None:
         """Run a slice if it may be claimed; whatever happens, its row says so afterwards, or its lease runs out."""
-        if self.draining.is_set():
-            return
-        self.claiming.add(slice_id)
-        try:
-            claimed = self._claim(slice_id, task_id)
-        finally:
-            self.claiming.discard(slice_id)
-        if claimed is None:
-            return
-        with self.leases.hold(claimed) as lease:
-            try:
-                alone = must_run_alone(claimed.losses)
-                with self._gate.enter(alone=alone, must_stop=lambda: self._must_stop(lease)) as has_entered:
-                    if has_entered:
-                        self._run(lease)
-                    else:
-                        self._end(lease, RecordedLines())
-            except LeaseGivenUp:
-                log.warning("lease given up", extra={"slice_id": slice_id, "token": claimed.lease_token})
-            except LeaseLost:
-                self.stale_writes += 1
-                log.warning("stale write rejected", extra={"slice_id": slice_id, "token": claimed.lease_token})
-            except ChildLost:
-                self._settle(claimed, self._lose(lease))
-            except Exception as error:
-                log.exception("slice failed", extra={"slice_id": slice_id})
-                self._settle(claimed, self._release_failed(lease, error))
+        self.holder.run(slice_id, task_id, SliceKind.GENERATE, self._run_in_turn)
 
-    def _claim(self, slice_id: int, task_id: str) -> ClaimedSlice | None:
-        """Claim the slice, as soon as Postgres is there: its message is used up, and no other would come soon."""
-        while not self.draining.is_set():
-            try:
-                with self._engine.begin() as connection:
-                    return slices.claim(
-                        connection,
-                        slice_id,
-                        worker_id=self._identity.worker_id,
-                        worker=self._identity.name,
-                        device=self._identity.device,
-                        task_id=task_id,
-                        lease_seconds=self._settings.lease_seconds,
-                    )
-            except OperationalError as error:
-                log.warning("cannot claim yet", extra={"slice_id": slice_id, "error": str(error).splitlines()[0]})
-                self.draining.wait(OUTAGE_PAUSE_SECONDS)
-        return None
-
-    def _settle(self, claimed: ClaimedSlice, write: Callable[[Any], None]) -> None:
-        """Write how a slice ended badly. When Postgres is away, the lease runs out and the reaper does it."""
-        try:
-            with self._engine.begin() as connection:
-                write(connection)
-        except LeaseLost:
-            self.stale_writes += 1
-        except OperationalError:
-            log.warning("left to the reaper", extra={"slice_id": claimed.slice_id})
-
-    def _lose(self, lease: Lease) -> Callable[[Any], None]:
-        claimed, seconds = lease.claimed, self.leases.device_seconds(lease)
-
-        def write(connection: Any) -> None:
-            slices.lose(connection, claimed.slice_id, claimed.lease_token, "engine child died", device_seconds=seconds)
-
-        return write
-
-    def _release_failed(self, lease: Lease, error: Exception) -> Callable[[Any], None]:
-        """Give the slice back after a fault that may pass: the store or Postgres away, a bug in one spot."""
-        claimed, seconds = lease.claimed, self.leases.device_seconds(lease)
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-
-        def write(connection: Any) -> None:
-            delay = backoff_seconds(claimed.failures + 1, claimed.slice_id)
-            slices.release(
-                connection,
-                claimed.slice_id,
-                claimed.lease_token,
-                outcome=AttemptOutcome.FAILED,
-                delay_seconds=delay,
-                error=first_line,
-                traceback=repr(error)[:4000],
-                device_seconds=seconds,
-            )
-
-        return write
+    def _run_in_turn(self, lease: Lease) -> None:
+        alone = must_run_alone(lease.claimed.losses)
+        with self._gate.enter(alone=alone, must_stop=lambda: self._must_stop(lease)) as has_entered:
+            if has_entered:
+                self._run(lease)
+            else:
+                self._end(lease, RecordedLines())
 
     def _run(self, lease: Lease) -> None:
         claimed = lease.claimed
@@ -318,6 +190,7 @@ class SliceRunner:
         lines = []
         with self._turn:
             for line_no, entry in self._raw_lines(claimed, done):
+                self.pace.rest()
                 try:
                     lines.append(_Line(line_no, entry["custom_id"], parse_batch_body(claimed.endpoint, entry["body"])))
                 except RequestError as error:
@@ -350,15 +223,18 @@ class SliceRunner:
                 self._flush(lease, buffer)
             raise
         finally:
+            self.leases.note_lines(lease, 0)
             if waiting:
                 self._child.abort(batch)
 
     def _collect(self, lease: Lease, batch: Batch, waiting: dict[int, _Line], buffer: RecordedLines) -> None:
         flushed_at = time.monotonic()
         while waiting and not self._must_stop(lease):
+            self.leases.note_lines(lease, len(waiting))
             responses = batch.collect(self._settings.flush_seconds)
             with self._turn:
                 for response in responses:
+                    self.pace.rest()
                     _add_response(buffer, lease.claimed, waiting.pop(response.id), response)
                     if buffer.bytes >= FLUSH_BYTES:
                         self._flush(lease, buffer)
@@ -369,9 +245,7 @@ class SliceRunner:
                 flushed_at = time.monotonic()
 
     def _must_stop(self, lease: Lease) -> bool:
-        if lease.lost.is_set():
-            raise LeaseGivenUp
-        return lease.stop_reason is not None or self.draining.is_set()
+        return self.holder.must_stop(lease)
 
     def _flush(self, lease: Lease, buffer: RecordedLines) -> None:
         """Record what has come so far."""
@@ -403,28 +277,20 @@ class SliceRunner:
         slices.finish(connection, lease.claimed.slice_id, lease.claimed.lease_token, state, device_seconds=seconds)
 
     def _write(self, lease: Lease, buffer: RecordedLines, then: Callable[[Connection], None]) -> None:
-        """Record lines and do `then` in one transaction; while Postgres is away, wait as long as the lease lives.
+        """Record lines and do `then` in one transaction.
 
         A connection that broke during a commit leaves open whether it happened: the next try looks first.
         """
         claimed = lease.claimed
-        is_retry = False
-        while True:
-            try:
-                with self._engine.begin() as connection:
-                    lines = buffer.without(slices.recorded_lines(connection, claimed)) if is_retry else buffer
-                    if len(lines):
-                        slices.record(connection, claimed.slice_id, claimed.lease_token, lines, self._record_statement)
-                    then(connection)
-            except OperationalError as error:
-                if not is_outage(error):
-                    raise  # it would be refused again and again
-                log.warning("cannot record yet", extra={"error": str(error).splitlines()[0]})
-                is_retry = True
-                if lease.lost.wait(OUTAGE_PAUSE_SECONDS):
-                    raise LeaseGivenUp from None
-            else:
-                return
+
+        def write(connection: Connection, is_retry: bool) -> None:
+            lines = buffer.without(slices.recorded_lines(connection, claimed)) if is_retry else buffer
+            if len(lines):
+                slices.record(connection, claimed.slice_id, claimed.lease_token, lines, self._record_statement)
+            then(connection)
+
+        with self._write_turn if len(buffer) else nullcontext():
+            self.holder.write(lease, write)
 
 
 def _is_refused(buffer: RecordedLines, claimed: ClaimedSlice, line: _Line) -> bool:

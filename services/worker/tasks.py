@@ -6,13 +6,19 @@ from typing import Any
 from celery import Celery
 
 from services.worker.slices import SliceRunner
-from shared.queueing.names import GENERATE_TASK
+from services.worker.training import TrainingRunner
+from shared.queueing.names import GENERATE_TASK, TRAIN_TASK
 
 
-def register_tasks(app: Celery, runner: SliceRunner, wake: Callable[[], None]) -> None:
-    """Give `app` the task that runs a slice; `wake` tells the dispatcher that there is room again."""
+def register_tasks(app: Celery, runner: SliceRunner, trainer: TrainingRunner, wake: Callable[[], None]) -> None:
+    """Give `app` the tasks that run slices; `wake` tells the dispatcher that there is room again."""
 
     @app.task(name=GENERATE_TASK, bind=True, ignore_result=True)
     def generate(self: Any, slice_id: int) -> None:
         runner.run(slice_id, self.request.id)
+        wake()
+
+    @app.task(name=TRAIN_TASK, bind=True, ignore_result=True)
+    def train(self: Any, slice_id: int) -> None:
+        trainer.run(slice_id, self.request.id)
         wake()

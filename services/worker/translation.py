@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from services.worker.protocol import ModelSpec, Request, RequestFault, Response, SamplingParams, TokenLogprob
 from shared.db import model_registry
 from shared.db.session import tenant_transaction
+from shared.domain.errors import NotFound
 from shared.domain.payloads import (
     AnyPayload,
     ChatPayload,
@@ -34,11 +35,29 @@ class ModelDirectory:
         self._known: dict[tuple[str, str], tuple[float, model_registry.ModelView]] = {}
 
     def find(self, tenant_id: str, name: str, endpoint: str) -> ModelSpec:
-        """Return the model that serves `endpoint` under this name; raises NotFound."""
+        """Return the model that serves `endpoint` under this name, of an adapter with its base; raises NotFound."""
         model = self._look_up(tenant_id, name)
         refuse_wrong_model(model.kind, name, endpoint)
-        kind: Literal["echo", "causal_lm", "encoder"] = model.kind  # type: ignore[assignment]  # checked above
+        if model.base is not None:
+            return self._adapter(model)
+        kind: Literal["echo", "causal_lm", "encoder", "remote"] = model.kind  # type: ignore[assignment]  # checked above
         return ModelSpec(model.name, kind, model.source, model.revision, model.dtype, model.context_length)
+
+    def _adapter(self, model: model_registry.ModelView) -> ModelSpec:
+        base = self._look_up(model.tenant_id, model.base or "")
+        if base.kind != "causal_lm":
+            message = f"The base of {model.name!r}, {base.name!r}, is no language model of our engine."
+            raise NotFound(message, param="model", code="model_not_supported")
+        return ModelSpec(
+            model.name,
+            "causal_lm",
+            base.source,
+            base.revision,
+            base.dtype,
+            base.context_length,
+            base=base.name,
+            adapter=model.source,
+        )
 
     def _look_up(self, tenant_id: str, name: str) -> model_registry.ModelView:
         now = time.monotonic()

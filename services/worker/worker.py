@@ -13,15 +13,19 @@ import time
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from celery import Celery, signals
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
+from services.worker.engine.statistics import RateMeter, Rates
 from services.worker.online import OnlineServer
+from services.worker.protocol import EngineStatistics
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
 from services.worker.threads import vital
+from services.worker.training import TrainingParts, TrainingRunner
 from services.worker.translation import ModelDirectory
 from shared.db import slices, workers
 from shared.db.session import connect_engine
@@ -43,6 +47,8 @@ SELF_ABORT_SHARE = 5 / 6
 EXIT_LOST = 3
 SWITCH_SECONDS = 0.0005
 PR_SET_PDEATHSIG = 1
+# Weights come from registered directories; a child that reached for a hub would be a fault.
+CHILD_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Heart:
@@ -58,6 +64,7 @@ class Heart:
     ) -> None:
         self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
         self._online = online_server
+        self._rates = RateMeter()
         self._deaf_beats = 0
         self.stop = threading.Event()
 
@@ -102,19 +109,28 @@ class Heart:
             return
         # Idle while slices wait in our queue, at several beats: the consumer has gone deaf (celery #8030, #9054). One
         # beat says little: a slice may be between two others, or wait for Postgres to be claimed.
-        is_deaf = bool(lost_doorbells) and not leases and not self._online.in_flight and not self._runner.claiming
+        is_busy = is_busy or bool(self._runner.holder.claiming)
+        is_deaf = bool(lost_doorbells) and not is_busy
         self._deaf_beats = self._deaf_beats + 1 if is_deaf else 0
         if self._deaf_beats >= DEAF_BEATS:
             self._leave("deaf to its queue")
 
     def _stats(self) -> dict[str, Any]:
         status = self._child.status
-        stats: dict[str, Any] = {"stale_writes": self._runner.stale_writes, "child_restarts": self._child.restarts}
-        stats["online"] = self._online.in_flight
+        stats: dict[str, Any] = {"stale_writes": self._runner.holder.stale_writes}
+        stats["child_restarts"] = self._child.restarts
+        stats |= {"online": self._online.in_flight, "budget_bytes": self._identity.memory_budget_bytes}
+        self._rates.look(status)
+        stats |= msgspec.structs.asdict(self._rates.total)
         if status is not None:
-            stats |= {"model_loads": status.model_loads, "cache_bytes": status.cache_bytes, "tokens": status.tokens}
-            stats |= {"in_flight": status.in_flight}
+            stats |= {"model_loads": status.model_loads, "model_hits": status.model_hits, "tokens": status.tokens}
+            stats |= {"cache_bytes": status.cache_bytes, "in_flight": status.in_flight}
+            stats["engines"] = {name: self._engine_stats(name, engine) for name, engine in status.engines.items()}
         return stats
+
+    def _engine_stats(self, name: str, engine: EngineStatistics) -> dict[str, Any]:
+        rates = self._rates.by_model.get(name, Rates())
+        return msgspec.structs.asdict(engine) | msgspec.structs.asdict(rates)
 
     def _pass_on_stops(self) -> None:
         leases = {lease.claimed.lease_token: lease for lease in self._runner.leases.all()}
@@ -148,8 +164,7 @@ def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int,
         "services.worker.engine.process",
         ["--device", identity.device, "--cache-bytes", str(cache_bytes)],
         hang_seconds=settings.hang_seconds,
-        # Weights come from registered directories; a child that reached for a hub would be a fault.
-        environment={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        environment=CHILD_ENVIRONMENT,
     )
     return SliceRunner(engine, Store(settings.store_url), child, identity, settings, ModelDirectory(engine))
 
@@ -157,7 +172,13 @@ def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int,
 def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIdentity, settings: Settings) -> None:
     """Consume this worker's queue until SIGTERM, then flush what runs, give it back and leave."""
     child = runner._child  # noqa: SLF001  # wiring
-    online_server = OnlineServer(engine, settings.redis_url.get_secret_value(), child, runner.models, identity)
+    redis_url, device_time = settings.redis_url.get_secret_value(), runner.leases.device_time
+    online_server = OnlineServer(engine, redis_url, child, runner.models, identity, device_time, runner.pace)
+    store, in_flight = Store(settings.store_url), lambda: online_server.in_flight
+    parts = TrainingParts(identity.device, runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight)
+    trainer = TrainingRunner(parts)
+    redis_client = connect_redis(redis_url, timeout_seconds=0.5)
+    register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))
     heart = Heart(engine, runner, child, online_server, identity)
     heart_thread = threading.Thread(target=vital, args=(lambda: heart.run(settings),), name="heart", daemon=True)
     heart_thread.start()
@@ -226,6 +247,7 @@ def main(build: Any = build_runner) -> None:
         pid=os.getpid(),
         device=arguments.device,
         slots=settings.slots,
+        memory_budget_bytes=arguments.cache_bytes,
     )
     engine = connect_engine(settings, pool_size=settings.slots + 5)
     with engine.begin() as connection:
@@ -234,8 +256,6 @@ def main(build: Any = build_runner) -> None:
             raise SystemExit(EXIT_LOST)
     runner = build(settings, identity, arguments.cache_bytes, engine)
     app = create_app(settings.redis_url.get_secret_value())
-    redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
-    register_tasks(app, runner, lambda: wake_dispatcher(redis_client))
     serve(app, runner, engine, identity, settings)
 
 

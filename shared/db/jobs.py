@@ -43,6 +43,7 @@ class JobView:
     error_file_id: UUID | None
     errors: list[Any] | None
     error: dict[str, Any] | None
+    outcome: dict[str, Any]
     total: int
     completed: int
     failed: int
@@ -55,7 +56,8 @@ _VIEW = """
     SELECT job.tenant_id, job.job_id, job.kind, job.state, job.created_at, job.started_at, job.in_progress_at,
         job.finalizing_at, job.cancelling_at, job.ended_at, job.expires_at, job.deadline, job.model, job.endpoint,
         job.priority, job.spec, job.metadata, job.idempotency_key, job.input_file_id, job.output_file_id,
-        job.error_file_id, job.errors, job.error, job.total,
+        job.error_file_id, job.errors, job.error, job.outcome,
+        CASE WHEN job.state = 'validating' THEN 0 ELSE job.total END AS total,
         coalesce(live.completed, job.completed) AS completed, coalesce(live.failed, job.failed) AS failed,
         coalesce(live.input_tokens, job.input_tokens) AS input_tokens,
         coalesce(live.output_tokens, job.output_tokens) AS output_tokens,
@@ -92,6 +94,9 @@ PAGE = (
         AND job.kind <> 'online'
         AND (cast(:state AS text[]) IS NULL OR job.state = ANY(:state))
         AND (cast(:key AS text) IS NULL OR job.idempotency_key = :key)
+        AND (cast(:metadata AS jsonb) IS NULL
+             OR CASE WHEN cast(:metadata AS jsonb) = '{}' THEN coalesce(job.metadata, '{}') = '{}'
+                     ELSE job.metadata @> cast(:metadata AS jsonb) END)
         AND (cast(:after AS uuid) IS NULL OR (job.created_at, job.job_id) < (:after_created, :after))
     ORDER BY job.created_at DESC, job.job_id DESC LIMIT :limit
 """
@@ -107,8 +112,12 @@ def page(
     states: Sequence[JobState] | None = None,
     idempotency_key: str | None = None,
     tenant_id: str | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> list[JobView]:
-    """Return up to `limit` jobs older than job `after`, newest first. Raises NotFound when `after` is unknown."""
+    """Return up to `limit` jobs older than job `after`, newest first. Raises NotFound when `after` is unknown.
+
+    `metadata`: what a job's must contain; {} for jobs without any.
+    """
     parameters = {
         "limit": limit,
         "after": after,
@@ -117,8 +126,10 @@ def page(
         "state": [str(state) for state in states] if states is not None else None,
         "key": idempotency_key,
         "tenant_id": tenant_id,
+        "metadata": metadata,
     }
-    return [_view(row) for row in connection.execute(text(PAGE), parameters).mappings()]
+    statement = text(PAGE).bindparams(bindparam("metadata", type_=JSONB(none_as_null=True)))
+    return [_view(row) for row in connection.execute(statement, parameters).mappings()]
 
 
 @dataclass(frozen=True)
@@ -137,13 +148,15 @@ class NewBatch:
     spec: dict[str, Any]
     metadata: dict[str, Any] | None
     idempotency_key: str | None
+    lines: int = 0
+    """How much of the queue it takes until it is planned: nothing, where its file's faults will end it then."""
 
 
 _ACCEPT = text("""
     INSERT INTO job (tenant_id, job_id, kind, state, created_on, key_id, idempotency_key, model, endpoint, priority,
-                     spec, metadata, input_file_id, deadline, expires_at)
+                     spec, metadata, input_file_id, total, deadline, expires_at)
     VALUES (:tenant_id, :job_id, 'batch', 'validating', (now() AT TIME ZONE 'UTC')::date, :key_id, :idempotency_key,
-            :model, :endpoint, :priority, :spec, :metadata, :input_file_id, :deadline,
+            :model, :endpoint, :priority, :spec, :metadata, :input_file_id, :lines, :deadline,
             coalesce(:deadline, now() + make_interval(secs => :completion_seconds)))
 """).bindparams(bindparam("spec", type_=JSONB), bindparam("metadata", type_=JSONB(none_as_null=True)))
 
@@ -162,6 +175,7 @@ def accept_batch(connection: Connection, batch: NewBatch) -> UUID:
         "spec": batch.spec | {"completion_window": batch.completion_window},
         "metadata": batch.metadata,
         "input_file_id": batch.input_file_id,
+        "lines": batch.lines,
         "deadline": batch.deadline,
         "completion_seconds": batch.completion_seconds,
     }
@@ -190,16 +204,16 @@ def add_refused(
 
 
 _UNFINISHED = text("""
-    SELECT coalesce(sum(file.lines - coalesce(live.done, 0)), 0)::bigint AS mine, unfinished_lines() AS everybody
-    FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
-    LEFT JOIN LATERAL (
+    SELECT coalesce(sum(job.total - coalesce(live.done, 0)), 0)::bigint AS mine, unfinished_lines() AS everybody
+    FROM job LEFT JOIN LATERAL (
         SELECT sum(completed + failed) AS done FROM slice WHERE slice.job_id = job.job_id) AS live ON true
-    WHERE job.tenant_id = :tenant_id AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+    WHERE job.tenant_id = :tenant_id AND job.kind = 'batch'
+        AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
 """)
 
 
 def unfinished_lines(connection: Connection, tenant_id: str) -> tuple[int, int]:
-    """Return how many lines of the open jobs of a tenant, and of all, are unfinished.
+    """Return how many lines of the open batches of a tenant, and of all, are unfinished.
 
     Locks the tenant's submissions until the commit.
     """
@@ -209,18 +223,13 @@ def unfinished_lines(connection: Connection, tenant_id: str) -> tuple[int, int]:
     return row.mine, row.everybody
 
 
-def lines_per_second(connection: Connection, over_seconds: float = 300.0) -> float:
-    """Return how many of the tenant's lines were finished a second, over its jobs that ended lately or run."""
-    statement = text("""
-        WITH lately AS (
-            SELECT job_id FROM job WHERE ended_at > now() - make_interval(secs => :seconds) AND kind <> 'online'
-            UNION ALL
-            SELECT job_id FROM job WHERE state IN ('running', 'cancelling', 'finalizing', 'paused'))
-        SELECT coalesce(sum(slice.completed + slice.failed), 0) / :seconds
-        FROM lately JOIN slice ON slice.job_id = lately.job_id
-        WHERE slice.progress_at > now() - make_interval(secs => :seconds)
-    """)
-    rate = connection.execute(statement, {"seconds": over_seconds}).scalar_one()
+def lines_per_second(connection: Connection, *, of_everybody: bool) -> float:
+    """Return how many lines of everybody's batches, or of the transaction's tenant's, were finished a second of the
+    last minutes in which such work ran; 0 where none was seen.
+
+    A function of the database's counts, as a tenant's own rows do not say how fast all are served.
+    """
+    rate = connection.execute(text("SELECT line_rate(:of_everybody)"), {"of_everybody": of_everybody}).scalar_one()
     return float(rate)
 
 
@@ -240,7 +249,7 @@ _NEXT_VALIDATING = text("""
     SELECT job.tenant_id, job.job_id, job.created_on, job.endpoint, job.model, job.priority, file.validation,
         file.bytes AS input_bytes
     FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
-    WHERE job.state = 'validating' AND job.job_id <> ALL(cast(:skipped AS uuid[]))
+    WHERE job.state = 'validating' AND job.kind = 'batch' AND job.job_id <> ALL(cast(:skipped AS uuid[]))
     ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
 """)
 
@@ -254,7 +263,8 @@ def next_validating(connection: Connection, skipped: Sequence[UUID] = ()) -> Val
 def reject(connection: Connection, job: ValidatingJob, errors: list[dict[str, Any]]) -> None:
     """End a job whose input cannot be run."""
     statement = text("""
-        UPDATE job SET state = 'failed', errors = :errors, error = :error, ended_at = now() WHERE job_id = :job_id
+        UPDATE job SET state = 'failed', errors = :errors, error = :error, ended_at = now(), total = 0
+        WHERE job_id = :job_id
     """).bindparams(bindparam("errors", type_=JSONB), bindparam("error", type_=JSONB))
     first = errors[0]
     where = f"line {first['line']}: " if first["line"] else ""
@@ -303,9 +313,9 @@ def cancel(connection: Connection, job_id: UUID, kind: JobKind | None = None) ->
     return get(connection, job_id, kind)
 
 
-def pause(connection: Connection, job_id: UUID) -> JobView:
+def pause(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> JobView:
     """Hold a job: nothing more of it starts, running slices flush and wait. Raises NotFound, Conflict."""
-    job = _lock(connection, job_id, None)
+    job = _lock(connection, job_id, kind)
     if job.state is JobState.PAUSED:
         return job
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
@@ -316,9 +326,9 @@ def pause(connection: Connection, job_id: UUID) -> JobView:
     return get(connection, job_id)
 
 
-def resume(connection: Connection, job_id: UUID) -> JobView:
+def resume(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> JobView:
     """Let a paused job go on. Raises NotFound, Conflict."""
-    job = _lock(connection, job_id, None)
+    job = _lock(connection, job_id, kind)
     if job.state in (JobState.QUEUED, JobState.RUNNING):
         return job
     if job.state is not JobState.PAUSED:
@@ -368,7 +378,7 @@ def expire_due(connection: Connection) -> int:
 
 @dataclass(frozen=True)
 class EndingJob:
-    """A job none of whose slices is open any more."""
+    """A job none of whose slices is open any more. `has_failed`: its worker said that it came to nothing."""
 
     tenant_id: str
     job_id: UUID
@@ -381,10 +391,12 @@ class EndingJob:
     output_ttl_seconds: int | None
     input_path: str | None
     index_path: str | None
+    has_failed: bool = False
 
 
 FINALIZABLE = """
     SELECT job.tenant_id, job.job_id, job.created_on, job.kind, job.key_id, job.model, job.stop_reason, job.total,
+        job.error IS NOT NULL AS has_failed,
         (job.spec -> 'output_expires_after' ->> 'seconds')::int AS output_ttl_seconds,
         file.store_path AS input_path, file.index_path
     FROM job LEFT JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
@@ -438,6 +450,8 @@ def finalize(connection: Connection, job: EndingJob, *, expired_lines: int = 0, 
     output_bytes, error_bytes = totals.pop("output_bytes"), totals.pop("error_bytes") + expired_bytes
     totals["failed"] += expired_lines
     state = _END_STATE[StopReason(job.stop_reason) if job.stop_reason else None]
+    if job.has_failed:
+        state = JobState.FAILED
     files = {
         "output_file_id": _add_rendered_file(connection, job, "output", output_bytes),
         "error_file_id": _add_rendered_file(connection, job, "error", error_bytes),

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
+from psycopg.errors import ForeignKeyViolation
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
+from shared.db.models import SYSTEM_TENANT
 from shared.domain.errors import Conflict, NotFound
+
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,16 @@ class ModelView:
     context_length: int | None
     weight_bytes: int | None
     created_at: datetime
+    base: str | None = None
+    """Of an adapter: the model that it changes, by the name that it has for the adapter's tenant."""
+
+    @property
+    def loaded_name(self) -> str:
+        """Under which name a worker has it loaded: an adapter is warm where its base is."""
+        return self.base or self.name
 
 
-_COLUMNS = "tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes, created_at"
+_COLUMNS = "tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes, created_at, base"
 
 
 def visible(connection: Connection, tenant_id: str) -> list[ModelView]:
@@ -42,26 +53,81 @@ def find(connection: Connection, tenant_id: str, name: str) -> ModelView:
     parameters = {"name": name, "tenant_id": tenant_id}
     row = None if "\0" in name else connection.execute(statement, parameters).mappings().one_or_none()
     if row is None:
-        text_ = f"The model {name[:200]!r} does not exist or you do not have access to it."
-        raise NotFound(text_, param="model", code="model_not_found")
+        raise _unknown(name)
     return ModelView(**row)
 
 
-def add(connection: Connection, **columns: Any) -> ModelView:
-    """Register a model; raises Conflict when the name is taken."""
+def find_base(connection: Connection, adapter: ModelView) -> ModelView:
+    """Return the model that an adapter changes; raises NotFound."""
+    return find(connection, adapter.tenant_id, adapter.base or "")
+
+
+def add(connection: Connection, *, base: str | None = None, **columns: Any) -> ModelView:
+    """Register a model, or with `base` an adapter; raises Conflict when the name is taken, NotFound without the tenant.
+
+    An adapter's base must be there until the transaction ends: raises NotFound.
+    """
+    tenant_id, name = columns["tenant_id"], columns["name"]
+    if base is not None:
+        _lock(connection, find(connection, tenant_id, base), "SHARE")
+    followers = _adapters(connection, tenant_id, name)
+    if followers and tenant_id != SYSTEM_TENANT:
+        # They mean the shared model of this name, and would be adapters of this one from now on.
+        message = f"{_named(followers)} of this tenant would change another model than before: choose another name."
+        raise Conflict(message, param="name", code="exists")
     statement = text("""
-        INSERT INTO model (tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes)
-        VALUES (:tenant_id, :name, :kind, :source, :revision, :dtype, :context_length, :weight_bytes)
+        INSERT INTO model (tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes, base)
+        VALUES (:tenant_id, :name, :kind, :source, :revision, :dtype, :context_length, :weight_bytes, :base)
     """)
     try:
-        connection.execute(statement, columns)
-    except IntegrityError:
-        raise Conflict(f"There is a model {columns['name']!r} already.", param="name", code="exists") from None
-    return find(connection, columns["tenant_id"], columns["name"])
+        connection.execute(statement, columns | {"base": base})
+    except IntegrityError as error:
+        if isinstance(error.orig, ForeignKeyViolation):
+            raise NotFound(f"No tenant {tenant_id[:200]!r}.", param="tenant") from None
+        raise Conflict(f"There is a model {name!r} already.", param="name", code="exists") from None
+    return find(connection, tenant_id, name)
 
 
-def remove(connection: Connection, name: str) -> None:
-    """Take a model out of the registry; its files stay where they are. Raises NotFound."""
-    statement = text("DELETE FROM model WHERE name = :name AND kind <> 'echo'")
-    if connection.execute(statement, {"name": name.replace("\x00", "")}).rowcount == 0:
-        raise NotFound(f"The model {name[:200]!r} does not exist.", param="model", code="model_not_found")
+def remove(connection: Connection, model: ModelView) -> None:
+    """Take a model out of the registry; its files stay where they are. Raises NotFound, and Conflict for one that has
+    adapters.
+    """
+    if model.kind == "echo":
+        raise _unknown(model.name)
+    _lock(connection, model, "UPDATE")
+    adapters = _adapters(connection, model.tenant_id, model.name)
+    if adapters:
+        raise Conflict(f"{_named(adapters)} would lose their base: delete them first.", param="model", code="in_use")
+    place = {"tenant_id": model.tenant_id, "name": model.name}
+    connection.execute(text("DELETE FROM model WHERE tenant_id = :tenant_id AND name = :name"), place)
+
+
+def _lock(connection: Connection, model: ModelView, strength: Literal["SHARE", "UPDATE"]) -> None:
+    """Keep a model from being deleted, or adapters from being added to it, meanwhile; raises NotFound."""
+    statement = text(f"SELECT 1 FROM model WHERE tenant_id = :tenant_id AND name = :name FOR {strength}")
+    place = {"tenant_id": model.tenant_id, "name": model.name}
+    if connection.execute(statement, place).one_or_none() is None:
+        raise _unknown(model.name)
+
+
+def _adapters(connection: Connection, tenant_id: str, name: str) -> list[str]:
+    """Return the adapters whose base is a tenant's model of this name; of a shared one, those of tenants too that have
+    no model of their own by this name.
+    """
+    statement = text("""
+        SELECT name FROM model AS adapter WHERE base = :name AND (tenant_id = :tenant_id OR (
+            :tenant_id = 'system' AND NOT EXISTS (
+                SELECT FROM model AS own WHERE own.tenant_id = adapter.tenant_id AND own.name = :name)))
+        ORDER BY name
+    """)
+    return list(connection.execute(statement, {"tenant_id": tenant_id, "name": name}).scalars())
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"The adapters {', '.join(names[:MOST_NAMED])}{more}"
+
+
+def _unknown(name: str) -> NotFound:
+    message = f"The model {name[:200]!r} does not exist or you do not have access to it."
+    return NotFound(message, param="model", code="model_not_found")

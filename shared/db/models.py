@@ -149,6 +149,8 @@ class Job(Base):
     error_file_id: Mapped[UUID | None]
     errors: Mapped[list[Any] | None]
     error: Mapped[dict[str, Any] | None]
+    outcome: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    """What came of it beside results: of a training job, its data, its hyperparameters, its model."""
     total: Mapped[int] = mapped_column(server_default="0")
     completed: Mapped[int] = mapped_column(server_default="0")
     failed: Mapped[int] = mapped_column(server_default="0")
@@ -190,6 +192,7 @@ class Slice(Base):
     slice_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
     job_id: Mapped[UUID]
     created_on: Mapped[date] = mapped_column(Date)
+    kind: Mapped[str] = mapped_column(server_default="generate")
     lo: Mapped[int] = mapped_column(Integer)
     hi: Mapped[int] = mapped_column(Integer)
     state: Mapped[str]
@@ -235,6 +238,14 @@ class Slice(Base):
             text("priority DESC"),
             "slice_id",
             postgresql_where=text("state = 'queued'"),
+        ),
+        Index(
+            "slice_train_idx",
+            "tenant_id",
+            "slice_class",
+            text("priority DESC"),
+            "slice_id",
+            postgresql_where=text("state = 'queued' AND kind = 'train'"),
         ),
         Index("slice_worker_idx", "worker_id", postgresql_where=text("state IN ('dispatched', 'running')")),
         Index("slice_lease_idx", "lease_until", postgresql_where=text("state = 'running'")),
@@ -301,6 +312,7 @@ class Attempt(Base):
         ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
         Index("attempt_job_idx", "job_id", "attempt_id"),
         Index("attempt_token_idx", "lease_token", postgresql_where=text("ended_at IS NULL")),
+        Index("attempt_ended_idx", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
     )
 
 
@@ -379,13 +391,17 @@ class Checkpoint(Base):
 
 
 class Model(Base):
-    """A model that may be served by `name`. Those of the system tenant serve everybody."""
+    """A model that may be served by `name`. Those of the system tenant serve everybody.
+
+    Of an adapter, `base` is the model that it changes, by the name that it has for this tenant.
+    """
 
     __tablename__ = "model"
 
     tenant_id: Mapped[str] = tenant_column()
     name: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
+    base: Mapped[str | None]
     source: Mapped[str]
     revision: Mapped[str | None]
     dtype: Mapped[str]
@@ -393,6 +409,8 @@ class Model(Base):
     weight_bytes: Mapped[int | None]
     pinned: Mapped[bool] = mapped_column(Boolean, server_default="false")
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (CheckConstraint("(kind = 'adapter') = (base IS NOT NULL)", name="base"),)
 
 
 class Usage(Base):

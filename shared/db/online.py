@@ -18,6 +18,8 @@ class OnlineResult:
     body: str
     input_tokens: int
     output_tokens: int
+    device_seconds: float
+    """Its part of the device's time while it was in the engine."""
     kept_under: tuple[str, str] | None = None
     """(idempotency key, request's SHA-256) under which the answer is to be replayed."""
 
@@ -52,7 +54,8 @@ _RECORD = text("""
     WITH day AS (
         UPDATE job SET total = total + :count, completed = completed + :completed,
             failed = failed + :count - :completed,
-            input_tokens = input_tokens + :input_tokens, output_tokens = output_tokens + :output_tokens
+            input_tokens = input_tokens + :input_tokens, output_tokens = output_tokens + :output_tokens,
+            device_seconds = device_seconds + :device_seconds
         WHERE tenant_id = :tenant_id AND job_id = :job_id
         RETURNING tenant_id, job_id, created_on, total - :count AS first)
     INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body,
@@ -84,6 +87,7 @@ def record(connection: Connection, place: OnlineDay, results: list[OnlineResult]
         "completed": sum(result.status_code == 200 for result in results),
         "input_tokens": sum(result.input_tokens for result in results),
         "output_tokens": sum(result.output_tokens for result in results),
+        "device_seconds": sum(result.device_seconds for result in results),
         "call_ids": [result.call_id for result in results],
         "status_codes": [result.status_code for result in results],
         "bodies": [result.body for result in results],

@@ -27,6 +27,7 @@ from shared.domain.slice import (
     PROCESS_DEATH,
     AttemptOutcome,
     LossAction,
+    SliceKind,
     SliceState,
     decide_after_loss,
 )
@@ -49,6 +50,7 @@ class ClaimedSlice:
     job_created: int
     input_path: str
     index_path: str
+    """The last four are empty where they say nothing: a training slice has no endpoint and no lines of its own."""
 
 
 @dataclass
@@ -124,10 +126,11 @@ _CLAIM = text("""
             lease_until = now() + make_interval(secs => :lease_seconds), progress_at = now(), claimed_at = now(),
             claimed_done = slice.completed + slice.failed, attempts = attempts + 1
         FROM owner
-        WHERE slice.slice_id = :slice_id AND slice.state IN ('queued', 'dispatched') AND slice.run_after <= now()
+        WHERE slice.slice_id = :slice_id AND slice.kind = :kind AND slice.state IN ('queued', 'dispatched')
+            AND slice.run_after <= now()
             AND owner.tenant_id = slice.tenant_id AND owner.job_id = slice.job_id
         RETURNING slice.tenant_id, slice.slice_id, slice.job_id, slice.created_on, slice.lo, slice.hi, slice.losses,
-            slice.failures, slice.lease_token, owner.endpoint, owner.input_file_id,
+            slice.failures, slice.lease_token, coalesce(owner.endpoint, '') AS endpoint, owner.input_file_id,
             extract(epoch FROM owner.created_at)::bigint AS job_created
     ), try AS (
         INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device)
@@ -136,7 +139,7 @@ _CLAIM = text("""
         UPDATE job SET state = 'running', started_at = coalesce(job.started_at, now())
         FROM claimed WHERE job.tenant_id = claimed.tenant_id AND job.job_id = claimed.job_id AND job.state = 'queued'
     )
-    SELECT claimed.*, file.store_path AS input_path, file.index_path
+    SELECT claimed.*, coalesce(file.store_path, '') AS input_path, coalesce(file.index_path, '') AS index_path
     FROM claimed JOIN file ON file.tenant_id = claimed.tenant_id AND file.file_id = claimed.input_file_id
 """)
 
@@ -150,10 +153,15 @@ def claim(
     device: str,
     task_id: str,
     lease_seconds: float,
+    kind: SliceKind = SliceKind.GENERATE,
 ) -> ClaimedSlice | None:
-    """Make the slice this worker's, or return None: another has it, it is over, or its job does not run now."""
+    """Make the slice this worker's, or return None: another has it, it is over, or its job does not run now.
+
+    So is one of another `kind`: whoever rings the wrong bell harms nobody.
+    """
     parameters = {
         "slice_id": slice_id,
+        "kind": kind,
         "worker_id": worker_id,
         "worker": worker,
         "device": device,
@@ -518,10 +526,18 @@ class Candidate:
     lines: int
     estimated_tokens: int
     dispatch_no: int
+    kind: str
 
 
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
-CANDIDATES = """
+# Training has a head of its own: however much of it waits for a free device, lines behind it are seen.
+_HEAD = """
+    SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no,
+        kind
+    FROM slice WHERE state = 'queued' AND kind = '{kind}' AND tenant_id = waiting.tenant_id AND run_after <= now()
+    ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
+"""
+CANDIDATES = f"""
     WITH RECURSIVE waiting AS (
         (SELECT tenant_id FROM slice WHERE state = 'queued' ORDER BY tenant_id LIMIT 1)
         UNION ALL
@@ -529,11 +545,14 @@ CANDIDATES = """
                 ORDER BY tenant_id LIMIT 1)
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
-    SELECT head.* FROM waiting JOIN LATERAL (
-        SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens,
-            dispatch_no
-        FROM slice WHERE state = 'queued' AND tenant_id = waiting.tenant_id AND run_after <= now()
-        ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
+    SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
+        head.estimated_tokens, head.dispatch_no, head.kind,
+        -- An adapter is warm where its base is.
+        coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
+                  ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
+    FROM waiting JOIN LATERAL (
+        ({_HEAD.format(kind="generate")}) UNION ALL ({_HEAD.format(kind="train")})
+        ORDER BY slice_class, priority DESC, slice_id
     ) AS head ON true WHERE waiting.tenant_id IS NOT NULL
 """
 
@@ -553,7 +572,7 @@ DISPATCH = """
     UPDATE slice SET state = 'dispatched', worker_id = free.worker_id, dispatch_no = dispatch_no + 1,
         dispatched_at = now()
     FROM free WHERE slice.slice_id = free.slice_id
-    RETURNING slice.slice_id, slice.job_id, slice.worker_id, slice.dispatch_no, slice.model
+    RETURNING slice.slice_id, slice.job_id, slice.worker_id, slice.dispatch_no, slice.model, slice.kind
 """
 
 

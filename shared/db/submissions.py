@@ -3,6 +3,7 @@
 import hashlib
 import json
 from datetime import UTC, datetime
+from math import ceil
 from typing import Any
 from uuid import UUID
 
@@ -20,9 +21,10 @@ from shared.domain.nesting import cut_deep, is_too_deep
 from shared.domain.submission import BatchCreate
 from shared.settings import Settings
 
-MIN_RETRY_SECONDS = 1.0
-MAX_RETRY_SECONDS = 3600.0
-UNKNOWN_RATE_SECONDS = 60.0
+MAX_RETRY_SECONDS = 300
+"""What is told at most: by then the rate may be another."""
+UNKNOWN_RETRY_SECONDS = 60
+"""What is told while no line was finished lately: the first are under way, or no worker is there."""
 
 
 def body_digest(operation: str, body: BaseModel | dict[str, Any]) -> str:
@@ -51,7 +53,8 @@ def accept_batch(
     file = _input_file(connection, body.input_file_id)
     # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
     will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
-    check_queue(connection, settings, caller.tenant_id, 0 if will_fail else file.lines or 0)
+    lines = 0 if will_fail else file.lines or 0
+    check_queue(connection, settings, caller.tenant_id, lines)
     expiry = body.output_expires_after
     batch = NewBatch(
         tenant_id=caller.tenant_id,
@@ -66,6 +69,7 @@ def accept_batch(
         spec={"output_expires_after": expiry.model_dump() if expiry else None, "deadline": body.deadline},
         metadata=body.metadata,
         idempotency_key=key,
+        lines=lines,
     )
     return jobs.accept_batch(connection, batch)
 
@@ -91,16 +95,25 @@ def check_queue(connection: Connection, settings: Settings, tenant_id: str, line
     """
     mine, everybody = jobs.unfinished_lines(connection, tenant_id)
     limits = (
-        ("This tenant", mine, settings.max_queued_lines_per_tenant),
-        ("The system", everybody, settings.max_queued_lines),
+        ("This tenant", mine, settings.max_queued_lines_per_tenant, False),
+        ("The system", everybody, settings.max_queued_lines, True),
     )
-    for who, waiting, limit in limits:
-        if waiting + lines > limit:
-            message = f"{who} has {waiting} unfinished lines; with these {lines} more, the limit of {limit} is passed."
-            raise QueueFull(message, retry_after_seconds=_wait_for(connection, waiting + lines - limit))
+    passed = [limit for limit in limits if limit[1] + lines > limit[2]]
+    if not passed:
+        return
+    who, waiting, most, _ = passed[0]
+    message = f"{who} has {waiting} unfinished lines; with these {lines} more, the limit of {most} is passed."
+    seconds = max(
+        _seconds_until_done(connection, waiting + lines - most, of_everybody=of_everybody)
+        for _, waiting, most, of_everybody in passed
+    )
+    raise QueueFull(message, retry_after_seconds=seconds)
 
 
-def _wait_for(connection: Connection, lines: int) -> float:
-    """Return how long it will take, at the rate of the last minutes, until `lines` lines are done."""
-    rate = jobs.lines_per_second(connection)
-    return min(MAX_RETRY_SECONDS, max(MIN_RETRY_SECONDS, lines / rate if rate else UNKNOWN_RATE_SECONDS))
+def _seconds_until_done(connection: Connection, lines: int, *, of_everybody: bool) -> int:
+    """Return how long `lines` of everybody's lines, or of the tenant's, will take at the rate of the last minutes."""
+    rate = jobs.lines_per_second(connection, of_everybody=of_everybody)
+    if not rate and not of_everybody:
+        rate = jobs.lines_per_second(connection, of_everybody=True)  # it has waited only: it may be served as they are
+    # Up, as whoever comes a moment too early has to come again.
+    return ceil(min(MAX_RETRY_SECONDS, lines / rate)) if rate else UNKNOWN_RETRY_SECONDS

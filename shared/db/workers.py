@@ -1,6 +1,7 @@
 """Worker processes and the devices that they own."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +14,10 @@ from shared.db.models import SYSTEM_TENANT
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Who a worker process is; `worker_id` is fresh for every process."""
+    """Who a worker process is; `worker_id` is fresh for every process.
+
+    `memory_budget_bytes` is what its loaded models may take in all.
+    """
 
     worker_id: UUID
     name: str
@@ -21,12 +25,13 @@ class WorkerIdentity:
     pid: int
     device: str
     slots: int
+    memory_budget_bytes: int = 0
 
 
 _REGISTER = text("""
-    INSERT INTO worker (tenant_id, worker_id, name, host, pid, device, state, slots)
-    VALUES (:tenant_id, :worker_id, :name, :host, :pid, :device, 'idle', :slots)
-""")
+    INSERT INTO worker (tenant_id, worker_id, name, host, pid, device, state, slots, stats)
+    VALUES (:tenant_id, :worker_id, :name, :host, :pid, :device, 'idle', :slots, :stats)
+""").bindparams(bindparam("stats", type_=JSONB))
 
 _TAKE_DEVICE = text("""
     INSERT INTO device_lease (tenant_id, host, device, worker_id, lease_until)
@@ -45,6 +50,7 @@ def register(connection: Connection, worker: WorkerIdentity, lease_seconds: floa
     if taken.one_or_none() is None:
         return False
     identity |= {"name": worker.name, "pid": worker.pid, "device": worker.device, "slots": worker.slots}
+    identity["stats"] = {"budget_bytes": worker.memory_budget_bytes}
     connection.execute(_REGISTER, identity)
     return True
 
@@ -123,12 +129,15 @@ class WorkerLoad:
     """Slices that run on it or wait for it in Redis."""
     is_open: bool = True
     """Whether it takes new work; one that drains only finishes what it has."""
+    is_training: bool = False
 
 
 LOADS = """
     SELECT worker.worker_id, worker.name, worker.slots, worker.models,
         (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
-            AND slice.state IN ('dispatched', 'running')) AS occupied
+            AND slice.state IN ('dispatched', 'running')) AS occupied,
+        EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id
+            AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train') AS is_training
     FROM worker WHERE worker.state IN ('idle', 'busy')
         AND worker.heartbeat_at > now() - make_interval(secs => :age)
     ORDER BY worker.name, worker.worker_id
@@ -138,7 +147,10 @@ LOADS = """
 def loads(connection: Connection, heartbeat_within_seconds: float) -> list[WorkerLoad]:
     """Return the workers that may be given work."""
     rows = connection.execute(text(LOADS), {"age": heartbeat_within_seconds})
-    return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied) for r in rows]
+    return [
+        WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied, is_training=r.is_training)
+        for r in rows
+    ]
 
 
 def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[WorkerLoad]:
@@ -151,10 +163,35 @@ def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), 0, r.state in ("idle", "busy")) for r in rows]
 
 
-def listing(connection: Connection) -> list[dict[str, Any]]:
-    """Return every worker seen within the last hour, for `GET /v1/workers`."""
-    statement = text("""
-        SELECT worker_id, name, host, device, state, models, stats FROM worker
-        WHERE heartbeat_at > now() - interval '1 hour' ORDER BY name, started_at
-    """)
-    return [dict(row) for row in connection.execute(statement).mappings()]
+LISTING = """
+    SELECT worker_id, name, host, device, models, stats, now() - heartbeat_at AS silent_for,
+        CASE WHEN heartbeat_at > now() - make_interval(secs => :silent_seconds) THEN state ELSE 'lost' END AS state
+    FROM worker WHERE heartbeat_at > now() - interval '1 hour' ORDER BY name, started_at
+"""
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker as it last spoke of itself; `stats` are those of `services.worker.worker.Heart`."""
+
+    worker_id: UUID
+    name: str
+    host: str
+    device: str
+    state: str
+    models: list[str]
+    stats: dict[str, Any]
+    silent_for: timedelta
+
+    @property
+    def is_lost(self) -> bool:
+        return self.state == "lost"
+
+
+def listing(connection: Connection, lost_after_seconds: float) -> list[WorkerView]:
+    """Return every worker seen within the last hour, processes that ended since too; of one name the newest last.
+
+    One that has been silent for `lost_after_seconds` is lost, whether or not the reaper has come to say so.
+    """
+    rows = connection.execute(text(LISTING), {"silent_seconds": lost_after_seconds})
+    return [WorkerView(**row) for row in rows.mappings()]

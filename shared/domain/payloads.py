@@ -268,9 +268,9 @@ def refuse_unsupported(payload: AnyPayload) -> None:
 
 
 def refuse_wrong_model(kind: str, name: str, endpoint: str) -> None:
-    """Raise NotFound when a model of this kind does not serve `endpoint`."""
-    wanted = "encoder" if endpoint == "/v1/embeddings" else "causal_lm"
-    if kind not in (wanted, "echo"):
+    """Raise NotFound when a model of this kind does not serve `endpoint`. What a remote one serves its server says."""
+    wanted = ("encoder",) if endpoint == "/v1/embeddings" else ("causal_lm", "adapter")
+    if kind not in (*wanted, "echo", "remote"):
         message = f"The model {name[:200]!r} does not serve {endpoint}."
         raise NotFound(message, param="model", code="model_not_supported")
 

@@ -15,6 +15,13 @@ SPLIT_AT = 2 * ENGINE_DEATH
 DEAD_AT = 10 * ENGINE_DEATH
 
 
+class SliceKind(StrEnum):
+    """What a worker does with a slice: answer lines, or train for a whole job."""
+
+    GENERATE = "generate"
+    TRAIN = "train"
+
+
 class SliceState(StrEnum):
     """`held` waits for its job (paused); `queued` may be dispatched; the last three are terminal."""
 

@@ -37,6 +37,9 @@ SETTINGS = {
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         "health_check_interval": 10,
+        # A publish connects once. Left to itself, kombu would sleep and connect again for six seconds, whatever
+        # `task_publish_retry` says. Consumers connect under `broker_connection_max_retries` alone: for ever.
+        "max_retries": 0,
         "visibility_timeout": 3600,
         "queue_order_strategy": "priority",
     },

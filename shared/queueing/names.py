@@ -3,6 +3,10 @@
 from uuid import UUID
 
 GENERATE_TASK = "lamplighter.generate"
+TRAIN_TASK = "lamplighter.train"
+PREPROCESS_TASK = "lamplighter.preprocess"
+PREPROCESS_QUEUE = "preprocess"
+"""Where the scheduler names jobs whose data is to be prepared."""
 SUBMIT_TASK = "lamplighter.submit"
 SUBMIT_QUEUE = "submit"
 """Where any Celery client may send jobs."""

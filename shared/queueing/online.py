@@ -15,6 +15,10 @@ MAX_REPLIES = 50_000
 """Entries that a stream keeps, about; readers are never that far behind."""
 STREAM_SECONDS = 120
 """A stream whose owner is gone for so long is forgotten."""
+OPEN_SECONDS = 2.0
+"""How often a gateway says which calls it still waits for."""
+SILENCE_SECONDS = 10.0
+"""A gateway that has said nothing for so long is gone, and nobody waits for its calls."""
 
 
 def calls_stream(worker_id: UUID) -> str:
@@ -46,6 +50,13 @@ class Abort(msgspec.Struct, tag="abort"):
     id: str
 
 
+class Open(msgspec.Struct, tag="open"):
+    """The calls on this worker that a gateway still waits for, of all that it has sent before."""
+
+    replies_to: str
+    ids: list[str]
+
+
 class Piece(msgspec.Struct, tag="piece"):
     """The next text of choice `index` of a streamed call, with OpenAI's `logprobs` of it where they were asked for."""
 
@@ -74,7 +85,7 @@ class Refused(msgspec.Struct, tag="refused"):
     code: str | None = None
 
 
-ToWorker = Call | Abort
+ToWorker = Call | Abort | Open
 ToGateway = Piece | Done | Refused
 
 Entry = dict[Any, Any]
@@ -85,7 +96,7 @@ _CALLS = msgspec.msgpack.Decoder(ToWorker)
 
 
 def encode_call(message: ToWorker) -> Entry:
-    """Return the stream entry of a call or an abort."""
+    """Return the stream entry of what a gateway says."""
     return {FIELD: _ENCODER.encode(message)}
 
 
@@ -97,7 +108,8 @@ def decode_call(entry: dict[bytes, bytes]) -> ToWorker:
 
 class Replies(msgspec.Struct):
     """What became of some calls, in order. `number` counts a worker's entries for one gateway, from 1: so an entry that
-    was sent twice or lost on the way shows.
+    was sent twice or lost on the way shows. One without messages says only that: what was before it is lost if it did
+    not come.
     """
 
     worker_id: str

@@ -34,6 +34,6 @@ def wake_dispatcher(client: "redis.Redis") -> None:
         log.debug("could not wake the dispatcher", extra={"error": str(error)})
 
 
-def wait_for_wake(client: "redis.Redis", timeout_seconds: float) -> None:
-    """Return when somebody calls for a tick, at the latest after `timeout_seconds`. Raises redis.RedisError."""
-    client.blpop([WAKE_KEY], timeout=timeout_seconds)
+def wait_for_wake(client: "redis.Redis", timeout_seconds: float) -> bool:
+    """Return whether somebody called for a tick within `timeout_seconds`. Raises redis.RedisError."""
+    return client.blpop([WAKE_KEY], timeout=timeout_seconds) is not None

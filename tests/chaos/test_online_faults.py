@@ -8,8 +8,11 @@ import time
 import httpx
 import psutil
 import pytest
+from sqlalchemy import text
 
 from services.local.stack import Stack, StackOptions
+from shared.db.session import connect_engine
+from shared.queueing.online import SILENCE_SECONDS
 from shared.queueing.wake import connect_redis
 from tests.chaos.test_outages import away
 from tests.support.servers import wait_until
@@ -51,11 +54,11 @@ def works_again(http):
 
 
 class Waiting:
-    """A call in a thread of its own, under way when the `with` block begins; afterwards `answer` and `seconds`."""
+    """A call in a thread of its own, under way when the `with` block begins; afterwards `seconds`, `answer` or `error`."""
 
     def __init__(self, http, **more):
         self._http, self._more = http, more
-        self.answer, self.seconds = None, None
+        self.answer, self.seconds, self.error = None, None, None
 
     def __enter__(self):
         self._thread = threading.Thread(target=self._run)
@@ -65,7 +68,10 @@ class Waiting:
         return self
 
     def _run(self):
-        self.answer = chat(self._http, **self._more)
+        try:
+            self.answer = chat(self._http, **self._more)
+        except httpx.TransportError as error:
+            self.error = error
         self.seconds = time.monotonic() - self._hit_at
 
     def __exit__(self, *_):
@@ -83,6 +89,25 @@ def worker_process(stack):
     launcher = psutil.Process(stack.processes["launcher"].running.pid)
     (worker,) = [child for child in launcher.children() if "services.worker.worker" in child.cmdline()]
     return worker
+
+
+@pytest.fixture
+def rows(stack):
+    """Read the database past every policy."""
+    engine = connect_engine(stack.settings("migration"))
+
+    def read(statement):
+        with engine.begin() as connection:
+            return connection.execute(text(statement)).all()
+
+    yield read
+    engine.dispose()
+
+
+def in_flight(rows):
+    """Return how many calls the worker, and its engine, say they have."""
+    query = "SELECT stats->>'online', stats->>'in_flight' FROM worker WHERE state <> 'lost'"
+    return [(int(online or 0), int(engine or 0)) for online, engine in rows(query)]
 
 
 @pytest.mark.parametrize("who", ["worker", "engine"])
@@ -132,6 +157,45 @@ def test_a_wipe_of_redis_fails_calls_in_flight(stack, http):
         connect_redis(stack.redis_url).flushall()
     refused(waiting, 6)
     works_again(http)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.6, 3.2], ids=lambda seconds: f"{seconds}s")
+def test_an_answer_that_comes_while_redis_is_away_is_given_or_refused_soon(stack, http, seconds):
+    """Around the three seconds for which both sides try, either may give up first."""
+    works_again(http)
+    with Waiting(http, delay_ms=1500) as waiting:
+        time.sleep(0.5)
+        away(stack, "valkey")
+        time.sleep(seconds)
+        stack._lock.release()
+    assert waiting.seconds < 15
+    if waiting.answer.status_code != 200:
+        refused(waiting, 15)
+    assert seconds > 2 or waiting.answer.status_code == 200, waiting.answer.text  # a short one costs nothing
+    works_again(http)
+
+
+def test_a_killed_gateway_leaves_no_call_behind(stack, http, rows):
+    works_again(http)
+    left = "SELECT count(*) FROM result WHERE status_code = 499"
+    before = rows(left)[0][0]
+    with Waiting(http, delay_ms=60_000, stream=True) as waiting:
+        wait_until(lambda: in_flight(rows) == [(1, 1)], 10, "the call is under way")
+        stack.processes["gateway"].running.kill()
+    assert waiting.error is not None
+    wait_until(lambda: in_flight(rows) == [(0, 0)], SILENCE_SECONDS + 10, "the call is ended")
+    assert rows(left)[0][0] == before + 1
+    works_again(http)
+
+
+def test_a_gateway_that_lives_is_not_taken_for_gone(stack, http):
+    """Its call lasts longer than a gateway may be silent, after a Redis that was killed and came back."""
+    works_again(http)
+    with Waiting(http, delay_ms=int(SILENCE_SECONDS * 1000) + 8000) as waiting:
+        away(stack, "valkey")
+        time.sleep(0.5)
+        stack._lock.release()
+    assert waiting.answer.status_code == 200, waiting.answer.text
 
 
 def test_postgres_away_is_503(stack, http):

@@ -1,125 +1,72 @@
-"""Our generation engine against transformers' `generate()`, and against itself in other company."""
+"""Our generation engine against transformers' `generate()` and a plainly written sampler."""
 
 import pytest
 import torch
 import transformers
 
 from services.worker.engine.decoding import build_decoder, pick_kernels
-from services.worker.engine.generation import GenerationEngine
 from services.worker.engine.kernels.cpu import CpuKernels
-from services.worker.engine.prompts import Prompts
-from services.worker.engine.sampling import keep_likely, uniform
-from services.worker.engine.scheduler import SchedulerConfig
+from services.worker.engine.sampling import keep_likely, sample, uniform
+from services.worker.engine.sequence import Sequence
 from services.worker.protocol import Request, SamplingParams
 from shared.domain.errors import ModelRefused
+from tests.support.generation import (
+    COMMON,
+    SHAPES,
+    generate,
+    is_tie,
+    logits_after,
+    make_engine,
+    make_model,
+    prompts,
+    requests,
+    run,
+    tokens,
+)
+from tests.support.plain_sampling import next_tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-VOCABULARY = 512
-CONTEXT = 192
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-SHAPES = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON),
-    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
-    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=32),
-    "gemma": lambda: transformers.GemmaConfig(**COMMON, head_dim=32),
-    "mistral-window": lambda: transformers.MistralConfig(**COMMON, sliding_window=12),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=256),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=12),
-    "phi3": lambda: transformers.Phi3Config(**COMMON, pad_token_id=0),
-}
 FUSED = {"llama", "qwen2", "qwen3", "gemma", "mistral-window", "gpt2"}
-
-
-class NumberTokenizer:
-    """Tokens as numbers: what is compared is what the model draws."""
-
-    chat_template = None
-
-    def decode(self, tokens, **_):
-        return " ".join(map(str, tokens))
-
-
-def make_model(name, dtype=torch.float32):
-    torch.manual_seed(7)
-    config = SHAPES[name]()
-    # Random weights draw the same token again and again; larger ones make the choice change with the input.
-    config.initializer_range = 0.2
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-
-
-def make_engine(model, *, blocks=400, **config):
-    decoder = build_decoder(model, CONTEXT, blocks)
-    return GenerationEngine(
-        decoder,
-        Prompts(NumberTokenizer(), VOCABULARY, CONTEXT, frozenset()),
-        blocks,
-        SchedulerConfig(**config) if config else None,
-    )
-
-
-def prompts(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, VOCABULARY, (3 + 5 * (i % 9),), generator=generator).tolist() for i in range(count)]
-
-
-def requests(texts, **params):
-    chosen = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True} | params
-    return [
-        Request(i, "complete", prompts=[text], params=SamplingParams(**chosen | {"seed": 1000 + i}))
-        for i, text in enumerate(texts)
-    ]
-
-
-def run(engine, wanted):
-    for request in wanted:
-        engine.add(request)
-    answers = {}
-    while engine.wait_seconds() is not None:
-        answers |= {response.id: response for response in engine.step().responses}
-    engine.check_integrity()
-    return answers
-
-
-def tokens(response):
-    return [int(token) for token in response.choices[0][0].split()]
+PARAMS = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.7},
+    "high temperature": {"temperature": 1.9},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.6},
+    "min_p": {"min_p": 0.2},
+    "presence": {"temperature": 0.0, "presence_penalty": 1.9},
+    "frequency": {"temperature": 0.0, "frequency_penalty": 1.4},
+    "negative penalties": {"presence_penalty": -1.5, "frequency_penalty": -0.5},
+    "repetition": {"temperature": 0.0, "repetition_penalty": 1.8},
+    "logit_bias": {"logit_bias": {7: 6.0, 8: 6.5, 9: -100.0}},
+    "min_tokens": {"logit_bias": {5: 8.0}, "min_tokens": 9, "ignore_eos": False},
+    "all": {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.1,
+        "logit_bias": {11: 3.0},
+        "min_tokens": 4,
+        "ignore_eos": False,
+    },
+}
+EOS = frozenset({5})
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_tokens_are_generates(name):
     reference = make_model(name)
     texts = prompts(18)
-    expected = []
-    with torch.inference_mode():
-        for text in texts:
-            out = reference.generate(
-                torch.tensor([text]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-            expected.append(out[0, len(text) :].tolist())
     engine = make_engine(make_model(name))
     assert (type(engine._decoder).__name__ == "FusedDecoder") == (name in FUSED)
     answers = run(engine, requests(texts))
-    for i, wanted in enumerate(expected):
-        found = tokens(answers[i])
-        if found != wanted:
-            _assert_a_tie(reference, texts[i], wanted, found)
-
-
-def _assert_a_tie(reference, text, wanted, found):
-    """A difference counts unless the reference's two best logits at that place are all but equal."""
-    place = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
-    with torch.inference_mode():
-        logits = reference(torch.tensor([text + wanted[:place]])).logits[0, -1]
-    best = logits.topk(2).values
-    assert best[0] - best[1] < 1e-4, (place, wanted, found)
+    for i, text in enumerate(texts):
+        wanted, found = generate(reference, text, 24), tokens(answers[i])
+        assert found == wanted or is_tie(reference, text, wanted, found), (i, wanted, found)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -133,45 +80,63 @@ def test_a_prompt_longer_than_a_step_alone(name):
     assert len(text) > 3 * 40 and tokens(in_steps) == tokens(whole)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "mistral-window", "gemma3", "phi3"])
 def test_logprobs_are_transformers(name):
     reference = make_model(name)
-    (text,) = prompts(1, seed=5)
-    answer = run(make_engine(make_model(name)), requests([text], logprobs=5, temperature=0.8))[0]
-    drawn = tokens(answer)
-    with torch.inference_mode():
-        logits = reference(torch.tensor([text + drawn])).logits[0, len(text) - 1 : -1]
-    expected = logits.log_softmax(-1)
-    assert len(answer.logprobs[0]) == len(drawn) == 24
-    for place, (each, token) in enumerate(zip(answer.logprobs[0], drawn, strict=True)):
-        assert each.token == str(token) and abs(each.logprob - float(expected[place, token])) < 1e-4
-        values, indexes = expected[place].topk(5)
-        assert [top.token for top in each.top] == [str(index) for index in indexes.tolist()]
-        assert max(abs(top.logprob - value) for top, value in zip(each.top, values.tolist(), strict=True)) < 1e-4
+    texts = prompts(9, seed=5)
+    answers = run(make_engine(make_model(name)), requests(texts, logprobs=5, temperature=0.8))
+    for i, text in enumerate(texts):
+        drawn = tokens(answers[i])
+        expected = logits_after(reference, text, drawn).log_softmax(-1)
+        assert len(answers[i].logprobs[0]) == len(drawn) == 24
+        for place, (each, token) in enumerate(zip(answers[i].logprobs[0], drawn, strict=True)):
+            assert each.token == str(token) and abs(each.logprob - float(expected[place, token])) < 1e-4
+            # By what transformers says of the named tokens: two that are all but equal may have changed places.
+            named = [(float(expected[place, int(top.token)]), top.logprob) for top in each.top]
+            best = expected[place].topk(5).values.tolist()
+            assert max(abs(theirs - ours) for theirs, ours in named) < 1e-4
+            assert max(abs(value - ours) for value, (_, ours) in zip(best, named, strict=True)) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma3"])
-def test_the_same_answer_in_every_company(name, dtype):
-    """Alone; in batches of 2 and 64; in chunks of 5 tokens; preempted again and again; from a cached prefix; all over."""
-    texts = prompts(50)
-    wanted = requests(texts, temperature=0.9, top_p=0.95)
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_every_parameter_draws_what_a_plain_sampler_draws(params):
+    """Tokens of the engine, each among those that the plain sampler takes from transformers' logits in its place."""
+    reference = make_model("llama")
+    texts = prompts(12, seed=3)
+    chosen = {"temperature": 1.0, "max_tokens": 20} | params
+    answers = run(make_engine(make_model("llama"), eos=EOS), requests(texts, logprobs=0, **chosen))
+    ended = 0
+    for i, text in enumerate(texts):
+        sampling, answer, drawn = SamplingParams(**chosen), answers[i], tokens(answers[i])
+        if answer.choices[0][1] == "stop":
+            drawn, ended = [*drawn, *EOS], ended + 1
+        assert answer.completion_tokens == len(drawn) and (len(drawn) == 20 or drawn[-1] in EOS)
+        for place, logits in enumerate(logits_after(reference, text, drawn).tolist()):
+            number = uniform(1000 + i, place)
+            expected = next_tokens(logits, sampling, text, drawn[:place], EOS, number)
+            assert drawn[place] in expected, (i, place)
+    if sampling.min_tokens and sampling.logit_bias.get(5):
+        assert ended > 6  # or the least length was never tried
 
-    def answers(batch, **config):
-        engine = make_engine(make_model(name, dtype), **config)
-        found = {}
-        for start in range(0, len(wanted), batch):
-            found |= run(engine, wanted[start : start + batch])
-        return {i: tokens(answer) for i, answer in found.items()}, engine
 
-    alone, engine = answers(1)
-    again = {i: tokens(answer) for i, answer in run(engine, wanted).items()}  # the prompts' blocks are cached by now
-    assert engine.pool.cached and again == alone
-    for batch in (2, 64):
-        assert answers(batch)[0] == alone, batch
-    assert answers(64, step_tokens=5, online_step_tokens=5, fewest_prompt_tokens=5)[0] == alone
-    crowded, engine = answers(64, blocks=13)
-    assert engine.scheduler.preemptions > 20 and crowded == alone
+def test_rows_of_other_parameters_do_not_touch_each_other():
+    """All parameters at once in one batch of random logits, each row drawn as if it were alone."""
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(600, 48, generator=generator) * 3
+    kinds = list(PARAMS.values())
+    sequences, expected = [], []
+    for row in range(len(logits)):
+        params = SamplingParams(**{"temperature": 1.0} | kinds[row % len(kinds)])
+        context = torch.randint(0, 48, (12,), generator=generator).tolist()
+        sequence = Sequence(row, 0, context[:6], 6, 99, row, params, EOS)
+        for token in context[6:]:
+            sequence.append(token)
+        sequences.append(sequence)
+        number = uniform(row, sequence.generated)
+        expected.append(next_tokens(logits[row].tolist(), params, context[:6], context[6:], EOS, number))
+    found = sample(logits.clone(), sequences)
+    assert [token in tokens for token, tokens in zip(found, expected, strict=True)] == [True] * 600
+    assert len(set(found)) > 30
 
 
 def test_answers_of_one_prompt_share_it_and_differ():
@@ -180,6 +145,7 @@ def test_answers_of_one_prompt_share_it_and_differ():
     params = SamplingParams(max_tokens=8, temperature=1.0, n=6, seed=3, ignore_eos=True)
     answer = run(engine, [Request(1, "complete", prompts=[text], params=params)])[1]
     assert len({text for text, _ in answer.choices}) > 3 and answer.completion_tokens == 48
+    assert answer.prompt_tokens == len(text)  # once, however many answers
     assert engine.scheduler.prompt_tokens_computed < len(text) + 6 * 16
     apart = [
         run(engine, [Request(2, "complete", prompts=[text], params=SamplingParams(
@@ -189,54 +155,111 @@ def test_answers_of_one_prompt_share_it_and_differ():
     assert apart == answer.choices
 
 
-def test_penalties_biases_and_least_tokens():
-    model = make_model("llama")
-    with torch.inference_mode():
-        text = prompts(1)[0]
-        logits = model(torch.tensor([text])).logits[0, -1]
-    best, second = logits.topk(2).indexes if hasattr(logits.topk(2), "indexes") else logits.topk(2).indices
-    gap = float(logits[best] - logits[second])
-    engine = make_engine(model)
+def test_cached_tokens_are_the_blocks_that_somebody_of_the_namespace_computed():
+    engine = make_engine(make_model("llama"))
+    text = prompts(9)[8]  # 43 tokens: two blocks of 16, and 11
 
-    def first(**params):
-        return tokens(run(engine, requests([text], **params))[0])
+    def cached(prompt, namespace=""):
+        (answer,) = run(engine, [Request(1, "complete", prompts=[prompt], namespace=namespace,
+                                         params=SamplingParams(max_tokens=2, ignore_eos=True))]).values()  # fmt: skip
+        return answer.cached_tokens
 
-    assert first()[0] == best
-    assert first(logit_bias={int(best): -gap - 0.1})[0] == second
-    assert set(first(logit_bias={7: 100.0})) == {7}
-    free = first(max_tokens=60)
-    assert len(set(first(max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0))) > len(set(free))
-    repeated = first(max_tokens=60, logit_bias={7: 30.0}, repetition_penalty=10.0)
-    assert repeated.count(7) < 60
-    engine._prompts.eos = frozenset({7})
-    ends = run(engine, requests([text], logit_bias={7: 100.0}, min_tokens=5, ignore_eos=False))[0]
-    assert ends.completion_tokens == 6 and ends.choices[0][1] == "stop" and 7 not in tokens(ends)
-    assert run(engine, requests([text], logit_bias={7: 100.0}, ignore_eos=False))[0].choices == [("", "stop")]
+    assert [cached(text), cached(text), cached(text[:32] + [1, 2, 3])] == [0, 32, 32]
+    assert cached(text[:32]) == 16  # at least one token is computed, as the next one comes from it
+    assert cached([1] + text[1:]) == 0 and cached(text, "another tenant") == 0 and cached(text, "another tenant") == 32
 
 
-def test_penalties_are_the_plain_ones():
-    from services.worker.engine.sampling import adjust
-    from services.worker.engine.sequence import Sequence
+def first_end(answer, token):
+    return next((i for i, drawn in enumerate(answer) if drawn == token), None)
 
-    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0, logit_bias={4: 1.5})
-    sequence = Sequence(1, 0, [0, 1], 2, 9, 0, params, frozenset({5}))
-    for token in (2, 2, 3):
-        sequence.append(token)
-    row = torch.tensor([2.0, -2.0, 4.0, -4.0, 1.0, 1.0])
-    adjust(row, sequence)
-    assert row.tolist() == [1.0, -4.0, 2.0 - 0.5 - 0.5, -8.0 - 0.5 - 0.25, 2.5, 1.0]
+
+def test_why_an_answer_ended_is_said_exactly():
+    """At an end token, also the last allowed; at a limit; not at an end token that is to be ignored."""
+    text = prompts(1)[0]
+    free = tokens(run(make_engine(make_model("llama")), requests([text], max_tokens=30))[0])
+    end = free[6]
+    place = first_end(free, end)
+    engine = make_engine(make_model("llama"), eos=frozenset({end}))
+
+    def answer(**params):
+        found = run(engine, requests([text], **{"ignore_eos": False} | params))[0]
+        return tokens(found), found.choices[0][1], found.completion_tokens
+
+    assert answer(max_tokens=30) == (free[:place], "stop", place + 1)
+    assert answer(max_tokens=place + 1) == (free[:place], "stop", place + 1)
+    assert answer(max_tokens=place) == (free[:place], "length", place)
+    assert answer(max_tokens=30, ignore_eos=True) == (free, "length", 30)
+    least, reason, count = answer(max_tokens=place + 4, min_tokens=place + 2)
+    assert least[:place] == free[:place] and end not in least[: place + 1] and count >= place + 2
+    assert reason == ("stop" if count < place + 4 or len(least) < count else "length")
+
+
+def test_stop_strings_end_an_answer_wherever_its_tokens_part_them():
+    """Tokens read `12 345 6`: a stop string may end in the middle of one, span three, or be complete with the last."""
+    text = prompts(1)[0]
+    engine = make_engine(make_model("llama"))
+    free = run(engine, requests([text]))[0].choices[0][0]
+    words = free.split()
+    ends = [len(" ".join(words[: i + 1])) for i in range(len(words))]
+    for start in range(0, len(free) - 9, 3):
+        stop = free[start : start + 9]
+        cut = free.find(stop)
+        (answer,) = run(engine, requests([text], stop=(stop, "never said"))).values()
+        assert answer.choices == [(free[:cut], "stop")], stop
+        needed = next(i + 1 for i, end in enumerate(ends) if end >= cut + 9)
+        assert answer.completion_tokens in (needed, needed + 1), stop  # a token's text may depend on the next one
+    last = free[-4:]
+    assert free.find(last) == len(free) - 4
+    assert run(engine, requests([text], stop=(last,)))[0].choices == [(free[:-4], "stop")]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_what_is_aborted_gives_its_blocks_back_at_once_and_disturbs_nobody(steps):
+    """Waiting, in the middle of its prompt, generating; one answer, and three."""
+    engine = make_engine(make_model("llama"), step_tokens=48, online_step_tokens=48, fewest_prompt_tokens=8)
+    texts = [text * 2 for text in prompts(9)]
+    expected = {i: tokens(answer) for i, answer in run(engine, requests(texts)).items()}
+    wanted = requests(texts)
+    victims = [Request(100 + i, "complete", prompts=[[9 + i, *text]], params=SamplingParams(
+        max_tokens=40, n=1 + 2 * (i % 2), ignore_eos=True)) for i, text in enumerate(texts)]  # fmt: skip
+    for request, victim in zip(wanted, victims, strict=True):
+        engine.add(victim)
+        engine.add(request)
+    answers = {}
+    for _ in range(steps):
+        answers |= {response.id: tokens(response) for response in engine.step().responses}
+    for victim in victims:
+        held = sum(len(s.blocks) for s in engine.scheduler.running if s.request_id == victim.id)
+        before = engine.pool.in_use
+        aborted = engine.abort(victim.id)
+        assert aborted.is_aborted and engine.abort(victim.id) is None
+        assert before - engine.pool.in_use <= held and (not held or engine.pool.in_use < before)
+        assert all(s.request_id != victim.id for s in engine.scheduler.running)
+        engine.check_integrity()
+    while engine.wait_seconds() is not None:
+        answers |= {response.id: tokens(response) for response in engine.step().responses}
+    assert answers == expected and engine.pool.in_use == 0
+
+
+def test_a_burst_that_does_not_fit_preempts_and_completes():
+    """A pool for three long answers, and forty of them at once: blocks are never more than there are."""
+    engine = make_engine(make_model("llama"), blocks=20)
+    most = 0
+    wanted = requests([text * 2 for text in prompts(40)], max_tokens=60)
+    roomy = run(make_engine(make_model("llama")), requests([text * 2 for text in prompts(40)], max_tokens=60))
+    for request in wanted:
+        engine.add(request)
+    answers = {}
+    while engine.wait_seconds() is not None:
+        answers |= {response.id: response for response in engine.step().responses}
+        engine.check_integrity()
+        most = max(most, engine.pool.in_use)
+    assert engine.scheduler.preemptions > 10 and 18 <= most <= 20
+    assert {i: tokens(answer) for i, answer in answers.items()} == {i: tokens(a) for i, a in roomy.items()}
 
 
 def test_draws_follow_the_filtered_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    assert keep_likely(logits, SamplingParams(top_p=0.6)).isfinite().tolist() == [True, False, False, False]
-    assert keep_likely(logits, SamplingParams(top_p=0.7)).isfinite().tolist() == [True, True, False, False]
-    assert keep_likely(logits, SamplingParams(min_p=0.3)).isfinite().tolist() == [True, True, False, False]
-    assert keep_likely(logits, SamplingParams(top_k=3)).isfinite().tolist() == [True, True, True, False]
-
-    from services.worker.engine.sampling import sample
-    from services.worker.engine.sequence import Sequence
-
     sequences = [
         Sequence(i, 0, [0], 1, 9, i, SamplingParams(temperature=0.7, top_k=3), frozenset()) for i in range(6000)
     ]

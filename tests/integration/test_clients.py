@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import inspect
 import json
 import os
 import shutil
@@ -55,6 +56,47 @@ def test_async_client(stack, admin_key):
     batches, results, found = asyncio.run(use())
     assert all(contents(lines) == ["text 0", "text 1", "text 2"] for lines in results)
     assert {batch["id"] for batch in batches} <= set(found)
+
+
+def public_methods(client):
+    """Return what a client has to offer: names, and what each takes."""
+    methods = {name: getattr(client, name) for name in dir(client) if not name.startswith("_")}
+    return {name: list(inspect.signature(method).parameters.values()) for name, method in methods.items()}
+
+
+def test_both_clients_offer_the_same():
+    assert public_methods(AsyncClient) == public_methods(Client)
+    assert {"upload", "download", "readiness", "submit", "wait", "results", "jobs"} <= public_methods(Client).keys()
+
+
+def test_the_async_client_from_a_file_to_a_file(stack, native, admin_key, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(jsonl([chat_line("a", "one"), chat_line("b", "two" * 200_000)]))
+
+    async def use():
+        async with AsyncClient(stack.url, admin_key) as client:
+            assert await client.readiness() == native.readiness()
+            file = await client.upload(tmp_path / "in.jsonl")
+            batch = await client.create_batch(file["id"], CHAT)
+            job = await client.wait(batch["id"])
+            return file, await client.download(job["output_file_id"], tmp_path / "out.jsonl"), job
+
+    file, size, job = asyncio.run(use())
+    assert (file["filename"], file["bytes"]) == ("in.jsonl", (tmp_path / "in.jsonl").stat().st_size)
+    assert native.download(job["output_file_id"], tmp_path / "again.jsonl") == size > 600_000
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert contents(lines) == ["one", "two" * 200_000]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "in.jsonl", "out.jsonl"]
+
+
+def test_an_upload_takes_a_path_or_a_name_with_a_content(native, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n")
+    for file in (native.upload(str(tmp_path / "a.jsonl")), native.upload("a.jsonl", b"{}\n", purpose="evals")):
+        assert (file["filename"], file["bytes"]) == ("a.jsonl", 3)
+    with pytest.raises(TypeError, match="purpose="):
+        native.upload(tmp_path / "a.jsonl", "evals")
+    with pytest.raises(FileNotFoundError):
+        native.upload(tmp_path / "none.jsonl")
 
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight"
@@ -289,19 +331,75 @@ def test_results_that_break_are_an_error_of_ours(is_async):
         result_lines(url, is_async=is_async)
 
 
-def test_a_download_is_tried_again_whole_or_not_there(tmp_path):
+def downloaded(url, target, *, is_async):
+    if not is_async:
+        with Client(url, "k") as client:
+            return client.download("file-1", target)
+
+    async def download():
+        async with AsyncClient(url, "k") as client:
+            return await client.download("file-1", target)
+
+    return asyncio.run(download())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_download_is_tried_again_whole_or_not_there(tmp_path, is_async):
     target = tmp_path / "out"
-    with scripted([AWAY, LOST, (200, {}, "content")]) as (url, _), Client(url, "k") as client:
-        assert client.download("file-1", target) == 7 and target.read_text() == "content"
+    with scripted([AWAY, LOST, (200, {}, "content")]) as (url, _):
+        assert downloaded(url, target, is_async=is_async) == 7 and target.read_text() == "content"
     target.unlink()
     for answers, kind in (
         ([BROKEN], lamplighter.ServerUnreachable),
         ([LOST] * 4, lamplighter.ServerUnreachable),
         ([(404, {}, error("x"))], lamplighter.NotFound),
     ):
-        with scripted(answers) as (url, _), Client(url, "k") as client, pytest.raises(kind):
-            client.download("file-1", target)
+        with scripted(answers) as (url, _), pytest.raises(kind):
+            downloaded(url, target, is_async=is_async)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_download_that_breaks_leaves_what_was_there_before(tmp_path, is_async):
+    target = tmp_path / "out"
+    target.write_text("yesterday's")
+    with scripted([BROKEN]) as (url, _), pytest.raises(lamplighter.ServerUnreachable):
+        downloaded(url, target, is_async=is_async)
+    assert list(tmp_path.iterdir()) == [target] and target.read_text() == "yesterday's"
+
+
+NOT_READY = (503, {}, json.dumps({"status": "unavailable", "postgres": False, "redis": True}))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_readiness_is_asked_once_and_no_is_an_answer(is_async):
+    def ask(url):
+        if not is_async:
+            with Client(url, "k") as client:
+                return client.readiness()
+
+        async def readiness():
+            async with AsyncClient(url, "k") as client:
+                return await client.readiness()
+
+        return asyncio.run(readiness())
+
+    with scripted([NOT_READY]) as (url, requests):
+        assert ask(url)["postgres"] is False and len(requests) == 1
+    with scripted([(503, {}, "<html>bad gateway</html>")]) as (url, _), pytest.raises(lamplighter.ServerFailed):
+        ask(url)
+    with pytest.raises(lamplighter.ServerUnreachable):
+        ask("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_who_is_told_to_come_much_later_hears_so_at_once(is_async):
+    """It came again after a minute all the same, three times, and was refused each time."""
+    started = time.monotonic()
+    with scripted([(429, {"Retry-After": "200"}, error("queue_full"))]) as (url, requests):
+        with pytest.raises(lamplighter.RateLimited) as caught:
+            waited(url, is_async=is_async)
+    assert caught.value.retry_after_seconds == 200 and len(requests) == 1 and time.monotonic() - started < 30
 
 
 def test_the_client_installs_alone(tmp_path, stack, admin_key):

@@ -119,6 +119,29 @@ def test_a_file_that_fails_takes_no_place_in_the_queue(database):
         accept(good)
 
 
+def test_a_file_that_fails_counts_for_nobody_while_it_is_looked_at(database):
+    """Its lines stood in the way of all others, of every tenant, until the scheduler had come to it."""
+    settings = database.settings("gateway", max_queued_lines=10)
+
+    def accept(content):
+        with tenant_transaction(database.engine("gateway"), "default") as connection:
+            caller = Caller("default", "k", frozenset({"write"}))
+            body = BatchCreate(input_file_id=file_of(connection, content), endpoint=CHAT, completion_window="24h")
+            return jobs.get(connection, submissions.accept_batch(connection, settings, caller, body, None))
+
+    def unfinished():
+        with tenant_transaction(database.engine("gateway"), "default") as connection:
+            return jobs.unfinished_lines(connection, "default")
+
+    wrong = [accept(b"\n" * 3_000_000), accept(b"x\n" * 11)]
+    assert [job.state for job in wrong] == ["validating", "validating"] and unfinished() == (0, 0)
+    good = accept(jsonl(chat_lines(8)))
+    # Seen from outside, nothing of a batch is known before it was looked at.
+    assert (good.state, good.total) == ("validating", 0) and unfinished() == (8, 8)
+    with pytest.raises(QueueFull):
+        accept(jsonl(chat_lines(3)))
+
+
 def test_content_that_cannot_be_indexed_is_removed(store, tmp_path, monkeypatch):
     ingest = FileIngest(store.writer(file_path("default", file_id := uuid4())))
     ingest.feed(jsonl(chat_lines(2)))

@@ -205,7 +205,10 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 50))
     def cancel(self, which):
-        job_id = self._change(self._job(which), jobs.cancel, (*RUNS, JobState.PAUSED, JobState.CANCELLING))
+        self._cancel(self._job(which))
+
+    def _cancel(self, job_id):
+        job_id = self._change(job_id, jobs.cancel, (*RUNS, JobState.PAUSED, JobState.CANCELLING))
         if job_id is not None:
             self.stops.setdefault(job_id, "cancel")
             assert self._state(job_id) is JobState.CANCELLING
@@ -323,6 +326,18 @@ class LeaseMachine(RuleBasedStateMachine):
             self._write(holder, slices.record, lines)
         if hears:
             self._renew(holder.worker_id)
+        self._end(holder)
+
+    @rule(which=st.integers(0, 50))
+    def stop_and_hear(self, which):
+        """A job is cancelled under a worker, which hears of it and ends its slice."""
+        if (holder := self._holder(which, old=False)) is None:
+            return
+        self._cancel(holder.claimed.job_id)
+        self._renew(holder.worker_id)
+        self._end(holder)
+
+    def _end(self, holder):
         if len(self._recorded(holder)) == holder.claimed.hi - holder.claimed.lo:
             self.seen["done"] += self._write(holder, slices.finish, SliceState.DONE)
         elif holder.stop_reason in ("cancel", "expire"):

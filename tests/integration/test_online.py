@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from shared.db.session import connect_engine
+from tests.support.batches import chat_lines, submit, wait_for
 from tests.support.servers import wait_until
 
 
@@ -208,3 +209,33 @@ def test_many_at_once(sdk):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def online_seconds(rows):
+    query = "SELECT coalesce(sum(device_seconds), 0) FROM job WHERE kind = 'online' AND tenant_id = 'default'"
+    return rows(query)[0][0]
+
+
+def test_a_call_is_charged_the_device_while_the_engine_has_it(sdk, rows):
+    before, began = online_seconds(rows), time.monotonic()
+    ask(sdk, extra_body={"delay_ms": 1000})
+    assert 0.9 < online_seconds(rows) - before < time.monotonic() - began
+
+
+def test_calls_and_a_batch_together_are_charged_no_more_than_goes_by(sdk, rows):
+    before, began = online_seconds(rows), time.monotonic()
+    batch = submit(sdk, chat_lines(6, delay_ms=3000))
+    wait_until(lambda: rows("SELECT count(*) FROM slice WHERE state = 'running'")[0][0], 20)
+    calls = [threading.Thread(target=ask, args=(sdk,), kwargs={"extra_body": {"delay_ms": 1500}}) for _ in range(3)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    wait_for(sdk, batch.id)
+    of_calls, of_batch = online_seconds(rows) - before, rows(_BATCH_SECONDS)[0][0]
+    # Each of the nine requests counts the same: a third of one and a half seconds is the calls'.
+    assert 0.2 < of_calls < 1.2 and of_batch > 2
+    assert of_calls + of_batch < time.monotonic() - began
+
+
+_BATCH_SECONDS = "SELECT device_seconds FROM job WHERE kind = 'batch' ORDER BY created_at DESC LIMIT 1"

@@ -1,6 +1,7 @@
 """The gateway's side of online calls on a real Redis and Postgres, against a worker that says what the test wants."""
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from uuid import uuid4
@@ -10,6 +11,7 @@ import pytest
 from services.gateway import idempotency, online
 from services.gateway.idempotency import OnlineKey
 from services.gateway.online import OnlineCalls
+from services.worker.online import Publisher
 from shared.db import workers
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
@@ -19,6 +21,7 @@ from shared.queueing.online import (
     Abort,
     Call,
     Done,
+    Open,
     Piece,
     Refused,
     Replies,
@@ -27,6 +30,8 @@ from shared.queueing.online import (
     encode_replies,
 )
 from shared.queueing.wake import connect_redis
+from tests.support.redis_user import own_user, refused_user
+from tests.support.servers import wait_until
 
 CALLER = Caller("default", "k", frozenset({"write"}))
 
@@ -128,6 +133,62 @@ def test_a_gap_in_what_a_worker_says_fails_its_open_calls(database, redis_server
             later = await open_call(calls)
             worker.say(stream, Piece(later.id, 0, "d"), number=4)
             assert (await next_of(later)).text == "d"
+
+    asyncio.run(run())
+
+
+def test_a_lost_last_reply_is_noticed_once_redis_takes_the_worker_again(database, redis_server, redis_client, worker):
+    """Redis refuses the worker alone, for longer than it tries; it has nothing else to say after that."""
+
+    async def run(publisher):
+        async with gateway(database, redis_server) as calls:
+            call = await open_call(calls)
+            stream = (await worker.call()).replies_to
+            publisher.send(stream, Piece(call.id, 0, "a"))
+            assert isinstance(await next_of(call), Piece)
+            with refused_user(redis_client):
+                publisher.send(stream, Done(call.id, b"{}", ["stop"]))
+                await asyncio.to_thread(wait_until, lambda: publisher._cut_off, 20, "the worker has given up")
+                assert call.take() is None
+            refused = await next_of(call)
+            assert isinstance(refused, Refused) and refused.status == 503
+            later = await open_call(calls)  # what is said now is whole again
+            publisher.send(stream, Piece(later.id, 0, "b"))
+            assert (await next_of(later)).text == "b"
+            assert publisher._cut_off == set()
+
+    with own_user(redis_server, redis_client) as url:
+        publisher = Publisher(connect_redis(url, timeout_seconds=2), worker.id)
+        thread = threading.Thread(target=publisher.run)
+        thread.start()
+        try:
+            asyncio.run(run(publisher))
+        finally:
+            publisher.stop()
+            thread.join()
+
+
+def test_a_gateway_says_which_calls_it_waits_for(database, redis_server, redis_client, worker, monkeypatch):
+    monkeypatch.setattr(online, "RENEW_SECONDS", 0.2)
+
+    async def last_said():
+        for _ in range(200):
+            said = [message for message in worker.heard() if isinstance(message, Open)]
+            if said:
+                redis_client.delete(calls_stream(worker.id))
+                return said[-1]
+            await asyncio.sleep(0.01)
+        return None
+
+    async def run():
+        async with gateway(database, redis_server) as calls:
+            assert await last_said() is None  # it has none
+            one, other = await open_call(calls), await open_call(calls)
+            stream = (await worker.call()).replies_to
+            assert await last_said() == Open(stream, [one.id, other.id])
+            calls.close(one, is_finished=True)
+            await last_said()
+            assert await last_said() == Open(stream, [other.id])
 
     asyncio.run(run())
 

@@ -106,6 +106,7 @@ def test_a_claim_reads_one_slice_one_job_one_file(seeded):
         "device": "d",
         "task_id": "t",
         "lease_seconds": 60.0,
+        "kind": "generate",
     }
     sequential, read, _ = explain(seeded, slices._CLAIM.text, "worker", **parameters)
     assert sequential == [] and read <= 12
@@ -155,7 +156,7 @@ def test_a_page_of_jobs_reads_a_page(seeded, kind, tenant_id):
     cursor = "SELECT job_id, created_at FROM job WHERE tenant_id = 't1' ORDER BY created_at DESC LIMIT 1 OFFSET 2000"
     after, created = one(seeded, cursor)
     parameters = {"limit": 21, "after": after, "after_created": created, "kind": kind, "state": None, "key": None}
-    parameters |= {"tenant_id": tenant_id}
+    parameters |= {"tenant_id": tenant_id, "metadata": None}
     sequential, read, _ = explain(seeded, jobs.PAGE, "gateway", is_admin=tenant_id is None, **parameters)
     assert "job" not in sequential and "slice" not in sequential
     assert read <= 25  # those before the cursor are not touched

@@ -1,28 +1,38 @@
 """The scheduler's loops on a real Postgres and a real Redis."""
 
 import os
+import socket
+import threading
 import time
+from contextlib import contextmanager
 from datetime import date, timedelta
 from uuid import uuid4
 
 import pytest
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import DataError, OperationalError
 
+from services.local import valkey
 from services.scheduler import troubled
 from services.scheduler.auditor import INVARIANTS, Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
+from services.scheduler.main import Scheduler
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
 from shared.db import events, slices, workers
 from shared.db.session import connect_engine
+from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
-from shared.queueing.celery_app import create_app
-from shared.queueing.names import CANARY_KEY, worker_queue
+from shared.domain.slice import SliceState
+from shared.queueing.celery_app import create_app, declare_worker_queue
+from shared.queueing.names import CANARY_KEY, GENERATE_TASK, worker_queue
 from shared.queueing.wake import connect_redis
 from tests.support.batches import chat_line, chat_lines, make_job, rows, scalar
+from tests.support.servers import running, wait_until
 
 
 @pytest.fixture
@@ -187,8 +197,6 @@ def test_the_auditor_finds_what_is_broken(database, store, invariant):
 
 
 def test_two_planners_plan_a_job_once(database, store):
-    import threading
-
     for _ in range(6):
         make_job(database.engine("gateway"), store, chat_lines(30))
     planners = [Planner(database.engine("scheduler"), database.settings("scheduler")) for _ in range(3)]
@@ -389,3 +397,84 @@ def _noting(check, seen):
         check(self, invariant, findings)
 
     return noted
+
+
+@contextmanager
+def scheduling(database, store_url, redis):
+    """Run a scheduler whose Redis refuses connections, or takes them and says nothing, as behind a broken network."""
+    server = socket.create_server(("127.0.0.1", 0), backlog=256)
+    settings = {"redis_url": f"redis://127.0.0.1:{server.getsockname()[1]}/0", "store_url": store_url}
+    if redis == "refusing":
+        server.close()
+    scheduler = Scheduler(database.settings("scheduler", dispatch_seconds=0.2, **settings))
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        scheduler.stop.set()
+        server.close()  # whoever waits for it need not wait any more
+        thread.join()
+
+
+def answer_all(database, worker, job):
+    """Do what a worker does with every slice of a job."""
+    lease = {"worker_id": worker.worker_id, "worker": "w", "device": "cpu", "task_id": "t", "lease_seconds": 60.0}
+    for row in rows(database.engine("worker"), "SELECT slice_id FROM slice WHERE job_id = :j", j=job):
+        with database.engine("worker").begin() as connection:
+            claimed = slices.claim(connection, row.slice_id, **lease)
+            lines = RecordedLines()
+            for line_no in range(claimed.lo, claimed.hi):
+                lines.add(line_no, f"line-{line_no}", 200, "{}", None, 10)
+            slices.record(connection, claimed.slice_id, claimed.lease_token, lines)
+            slices.finish(connection, claimed.slice_id, claimed.lease_token, SliceState.DONE)
+
+
+@pytest.mark.parametrize("redis", ["refusing", "silent"])
+def test_jobs_begin_and_end_while_nothing_can_be_published(database, store, tmp_path, redis):
+    worker = register(database)
+    waiting = planned(database, store)  # so there is something to publish all the time
+    with scheduling(database, str(tmp_path / "store"), redis):
+        for _ in range(2):
+            job = make_job(database.engine("gateway"), store, chat_lines(30))
+            wait_until(lambda job=job: state_of(database, job) == "queued", 4, "the job is planned")
+            answer_all(database, worker, job)
+            wait_until(lambda job=job: state_of(database, job) == "succeeded", 4, "the job is ended")
+        assert state_of(database, waiting) == "queued"
+
+
+def state_of(database, job):
+    return scalar(database.engine("scheduler"), "SELECT state FROM job WHERE job_id = :j", j=job)
+
+
+def test_a_publish_fails_soon_where_redis_refuses_and_works_once_it_is_back(tmp_path):
+    server, queue = valkey.prepare(tmp_path / "valkey"), declare_worker_queue(uuid4())
+    app, client = create_app(server.url), connect_redis(server.url)
+
+    def publish():
+        app.send_task(GENERATE_TASK, args=[1], queue=queue, ignore_result=True)
+
+    def refused():
+        began = time.monotonic()
+        with pytest.raises(BrokerError):
+            publish()
+        return time.monotonic() - began
+
+    assert refused() < 3  # nobody was ever there
+    with running(server.command(), tmp_path / "valkey.log") as process:
+        wait_until(lambda: answers(client), 30)
+        publish()
+        process.kill()
+        process.wait()
+        assert refused() < 3 and refused() < 3  # on the broken connection, and on a new one
+    with running(server.command(), tmp_path / "valkey.log"):
+        wait_until(lambda: answers(client), 30)
+        publish()
+        assert client.llen(queue.name) >= 1
+
+
+def answers(client):
+    try:
+        return client.ping()
+    except RedisError:
+        return False

@@ -111,7 +111,7 @@ def test_logs_and_tracebacks_hold_no_secrets(two_tenants, tmp_path, monkeypatch,
         app = create_app(settings)
         if fault is not None:
             monkeypatch.setattr(app.state.parts.lookups, "model", fault)
-        client = TestClient(app, raise_server_exceptions=False)
+        client = TestClient(app, "http://localhost", raise_server_exceptions=False)
         return client.post(path, json=body, headers=headers)
 
     async def raise_it(*arguments):

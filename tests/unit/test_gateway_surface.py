@@ -5,6 +5,7 @@ import logging
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from services.gateway.app import create_app
 from shared.settings import Settings
@@ -18,22 +19,62 @@ def settings(**more):
 def ask(app, method, path, **more):
     async def run():
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://good.example") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **more)
 
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/nowhere"])
-def test_a_host_that_is_not_served_is_refused_everywhere(path):
-    app = create_app(settings(allowed_hosts=["good.example", "*.inner.example"]))
-    answer = ask(app, "GET", path, headers={"Host": "evil.example"})
-    assert answer.status_code == 400 and answer.headers["x-request-id"].startswith("req_")
+def is_refused_for_its_host(answer):
+    if answer.status_code != 400:
+        return False
+    assert answer.headers["x-request-id"].startswith("req_")
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == ("invalid_host", "Host")
-    for host in ("good.example", "good.example:8000", "a.inner.example"):
-        assert ask(app, "GET", "/healthz", headers={"Host": host}).json() == {"status": "ok"}
+    return (error["code"], error["param"]) == ("invalid_host", "Host")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nowhere", "/openapi.json"])
+def test_a_host_that_is_not_served_is_refused_everywhere(path):
+    app = create_app(settings(allowed_hosts="good.example, *.inner.example"))
+    for host in ("evil.example", "localhost", "good.example.evil", "inner.example", "10.0.0.5", "a b", ""):
+        assert is_refused_for_its_host(ask(app, "GET", path, headers={"Host": host})), host
+    for host in ("good.example", "good.example:8000", "GOOD.example", "a.inner.example", "127.0.0.1"):
+        assert not is_refused_for_its_host(ask(app, "GET", path, headers={"Host": host})), host
+
+
+def test_by_default_the_loopback_is_served_and_nothing_else():
+    app = create_app(settings())
+    for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+        assert ask(app, "GET", "/v1/models", headers={"Host": host}).status_code == 401
+    for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.5:8000", "0.0.0.0", "[::2]"):
+        assert is_refused_for_its_host(ask(app, "GET", "/v1/models", headers={"Host": host})), host
+
+
+@pytest.mark.parametrize(("bound", "host"), [("10.0.0.5", "10.0.0.5:8000"), ("fd00::5", "[fd00::5]:8000")])
+def test_the_address_that_is_listened_on_is_served_too(bound, host):
+    def is_served(bound):
+        return not is_refused_for_its_host(ask(create_app(settings(host=bound)), "GET", "/x", headers={"Host": host}))
+
+    assert is_served(bound) and not is_served("0.0.0.0")
+
+
+@pytest.mark.parametrize("host", ["10.0.0.5:8000", "evil.example", ""])
+def test_health_is_told_under_every_name(host):
+    assert ask(create_app(settings()), "GET", "/healthz", headers={"Host": host}).json() == {"status": "ok"}
+    assert ask(create_app(settings()), "GET", "/readyz", headers={"Host": host}).status_code == 503  # nothing is there
+
+
+@pytest.mark.parametrize("names", ["http://a.example", "a.example:8000", "a*.example", "a.example,,", ""])
+def test_what_is_no_name_of_a_host_is_refused_at_the_start(names):
+    with pytest.raises(ValidationError, match="allowed_hosts"):
+        settings(allowed_hosts=names)
+
+
+def test_names_stand_in_a_variable_with_commas_or_as_json(monkeypatch):
+    for text in ("a.example, [::1]", '["a.example", "[::1]"]'):
+        monkeypatch.setenv("LAMPLIGHTER_ALLOWED_HOSTS", text)
+        assert settings().allowed_hosts == settings(allowed_hosts=text).allowed_hosts == ["a.example", "[::1]"]
 
 
 def test_an_error_that_nobody_foresaw_is_found_in_the_log_by_its_id(caplog):

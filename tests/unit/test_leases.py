@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.worker.slices import Leases
+from services.worker.leases import Leases
 
 
 def test_slices_that_run_together_share_their_device():

@@ -14,6 +14,7 @@ class Slice:
     slice_class: int = 2
     model: str | None = "m"
     estimated_tokens: int = 100
+    kind: str = "generate"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Worker:
     slots: int = 2
     occupied: int = 0
     models: frozenset = frozenset()
+    is_training: bool = False
     worker_id: UUID = field(default_factory=uuid4)
 
 
@@ -87,3 +89,13 @@ def test_one_batch_spreads_over_idle_workers():
     fleet = [Worker(slots=4, worker_id=UUID(int=i)) for i in range(4)]
     releases = plan([Slice(i) for i in range(4)], fleet)
     assert len({release.worker_id for release in releases}) == 4
+
+
+def test_a_device_trains_one_job_at_a_time_and_lines_go_past_what_waits_for_it():
+    busy = Worker(slots=4, is_training=True, worker_id=UUID(int=1))
+    backlog = [Slice(1, kind="train"), Slice(2, kind="train"), Slice(3)]
+    assert [r.slice_id for r in plan(backlog, [busy])] == [3]
+    free = Worker(slots=4, worker_id=UUID(int=2))
+    releases = plan(backlog, [busy, free])
+    assert [r.slice_id for r in releases] == [1, 3]
+    assert releases[0].worker_id == free.worker_id

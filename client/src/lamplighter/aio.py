@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -16,14 +17,19 @@ from lamplighter.policy import (
     TIMEOUT_SECONDS,
     LineSplitter,
     Outage,
+    PartialFile,
     batch_body,
+    broken,
     file_key,
     finished,
     input_lines,
     json_answer,
     key_header,
     pause_seconds,
+    readiness_answer,
     request_headers,
+    unreachable,
+    upload_form,
 )
 
 
@@ -62,7 +68,7 @@ class AsyncClient:
             except httpx.RequestError as error:
                 pause = pause_seconds(attempt)
                 if pause is None:
-                    raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
+                    raise unreachable(self._http.base_url, error) from None
             if pause is None:
                 assert response is not None  # a lost connection was raised above
                 return response
@@ -70,12 +76,19 @@ class AsyncClient:
             attempt += 1
 
     async def upload(
-        self, name: str, content: bytes, purpose: str = "batch", *, idempotency_key: str | None = None
+        self,
+        file: Path | str,
+        content: bytes | None = None,
+        purpose: str = "batch",
+        *,
+        idempotency_key: str | None = None,
     ) -> dict[str, Any]:
-        """Upload a file and return its object; a second upload under the same key returns the first one's."""
-        files = {"file": (name, content, "application/jsonl")}
-        headers = key_header(idempotency_key)
-        return await self.request("POST", "/v1/files", data={"purpose": purpose}, files=files, headers=headers)
+        """Upload a file and return its object; a second upload under the same key returns the first one's.
+
+        `file` is its path, or with `content` its name only.
+        """
+        with upload_form(file, content, purpose) as form:
+            return await self.request("POST", "/v1/files", headers=key_header(idempotency_key), **form)
 
     async def create_batch(
         self, input_file_id: str, endpoint: str, *, idempotency_key: str | None = None, **fields: Any
@@ -97,6 +110,17 @@ class AsyncClient:
         lines = input_lines(requests, endpoint)
         file = await self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return await self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
+
+    async def readiness(self) -> dict[str, Any]:
+        """Return what the server says of its parts: `status`, `postgres`, `redis`. It is asked once.
+
+        "Not ready" is an answer here. Raises ServerFailed for a 503 that somebody else wrote, ServerUnreachable.
+        """
+        try:
+            response = await self._http.get("/readyz")
+        except httpx.RequestError as error:
+            raise unreachable(self._http.base_url, error) from None
+        return readiness_answer(response)
 
     async def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""
@@ -162,6 +186,14 @@ class AsyncClient:
         for line in splitter.finish():
             yield json.loads(line)
 
+    async def download(self, file_id: str, to: Path) -> int:
+        """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
+        with PartialFile(to) as output:
+            async with aclosing(self._content(file_id)) as blocks:
+                async for block in blocks:
+                    await asyncio.to_thread(output.write, block)
+        return output.bytes
+
     async def _content(self, file_id: str) -> AsyncGenerator[bytes]:
         """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
         response = await self._send("GET", f"/v1/files/{file_id}/content", stream=True)
@@ -171,6 +203,6 @@ class AsyncClient:
             async for block in response.aiter_bytes():
                 yield block
         except httpx.RequestError as error:
-            raise ServerUnreachable(f"The connection to {self._http.base_url} broke: {error}") from None
+            raise broken(self._http.base_url, error) from None
         finally:
             await response.aclose()

@@ -301,16 +301,30 @@ def list_models(context: typer.Context, as_json: JsonOption = False) -> None:
 @models_app.command("add")
 def add_model(
     name: str,
-    source: Annotated[str, typer.Argument(help="A directory on the server, or a hub id.")],
+    source: Annotated[str, typer.Argument(help="A directory on the server, a hub id, or the URL of another server.")],
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="For a LoRA adapter: the name of the model that it changes.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose it is; without this it serves everybody.")] = None,
+    remote_model: Annotated[str | None, typer.Option(help="The model's name on the server at the URL.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="The workers' variable with that server's key: LAMPLIGHTER_REMOTE_KEY_NAME.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Calls that one worker may have there at once.")] = None,
+    check: Annotated[bool, typer.Option(help="Ask that server whether it has the model.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Register a model under a name (admin)."""
     path = Path(source)
-    body = {"name": name, "source": str(path.resolve()) if path.is_dir() else source, "dtype": dtype}
+    body: dict[str, Any] = {"name": name, "source": str(path.resolve()) if path.is_dir() else source}
+    options = {"remote_model": remote_model, "api_key_env": api_key_env, "concurrency": concurrency}
+    options |= {"base": base, "tenant": tenant}
+    body |= {option: value for option, value in options.items() if value is not None}
+    body |= ({} if dtype == "auto" else {"dtype": dtype}) | ({} if check else {"check": False})
     with client() as api:
         model = api.request("POST", "/v1/models", json=body)
     print(json.dumps(model) if as_json else f"{model['id']} ({model['kind']}, {model['dtype']})")
+    if "warning" in model:
+        errors.print(f"Registered, but: {model['warning']}", markup=False)
 
 
 @keys_app.command("create")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import httpx
 
@@ -16,7 +16,9 @@ from lamplighter.policy import (
     TIMEOUT_SECONDS,
     LineSplitter,
     Outage,
+    PartialFile,
     batch_body,
+    broken,
     file_key,
     finished,
     input_lines,
@@ -25,6 +27,8 @@ from lamplighter.policy import (
     pause_seconds,
     readiness_answer,
     request_headers,
+    unreachable,
+    upload_form,
 )
 
 
@@ -66,21 +70,27 @@ class Client:
             except httpx.RequestError as error:
                 pause = pause_seconds(attempt)
                 if pause is None:
-                    raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
+                    raise unreachable(self._http.base_url, error) from None
             if pause is None:
                 assert response is not None  # a lost connection was raised above
                 return response
             time.sleep(pause)
             attempt += 1
 
-    def upload(self, path: Path, purpose: str = "batch", *, idempotency_key: str | None = None) -> dict[str, Any]:
-        """Upload a file and return its object; a second upload under the same key returns the first one's."""
-        with path.open("rb") as content:
-            return self._upload(path.name, content, purpose, idempotency_key)
+    def upload(
+        self,
+        file: Path | str,
+        content: bytes | None = None,
+        purpose: str = "batch",
+        *,
+        idempotency_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Upload a file and return its object; a second upload under the same key returns the first one's.
 
-    def _upload(self, name: str, content: IO[bytes] | bytes, purpose: str, key: str | None) -> dict[str, Any]:
-        files = {"file": (name, content, "application/jsonl")}
-        return self.request("POST", "/v1/files", data={"purpose": purpose}, files=files, headers=key_header(key))
+        `file` is its path, or with `content` its name only.
+        """
+        with upload_form(file, content, purpose) as form:
+            return self.request("POST", "/v1/files", headers=key_header(idempotency_key), **form)
 
     def create_batch(
         self, input_file_id: str, endpoint: str, *, idempotency_key: str | None = None, **fields: Any
@@ -100,7 +110,7 @@ class Client:
         With a key, a producer that died in between calls it again with the same requests: it is one batch.
         """
         lines = input_lines(requests, endpoint)
-        file = self._upload("requests.jsonl", lines, "batch", file_key(idempotency_key))
+        file = self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
 
     def readiness(self) -> dict[str, Any]:
@@ -111,7 +121,7 @@ class Client:
         try:
             response = self._http.get("/readyz")
         except httpx.RequestError as error:
-            raise ServerUnreachable(f"Nobody answers at {self._http.base_url}: {error}") from None
+            raise unreachable(self._http.base_url, error) from None
         return readiness_answer(response)
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -177,17 +187,10 @@ class Client:
 
     def download(self, file_id: str, to: Path) -> int:
         """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
-        partial = to.with_name(f"{to.name}.part")
-        size = 0
-        try:
-            with closing(self._content(file_id)) as blocks, partial.open("wb") as output:
-                for block in blocks:
-                    size += output.write(block)
-            partial.rename(to)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        return size
+        with PartialFile(to) as output, closing(self._content(file_id)) as blocks:
+            for block in blocks:
+                output.write(block)
+        return output.bytes
 
     def _content(self, file_id: str) -> Generator[bytes]:
         """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
@@ -197,6 +200,6 @@ class Client:
                 json_answer(response)
             yield from response.iter_bytes()
         except httpx.RequestError as error:
-            raise ServerUnreachable(f"The connection to {self._http.base_url} broke: {error}") from None
+            raise broken(self._http.base_url, error) from None
         finally:
             response.close()

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 from uuid import uuid4
 
 import httpx
 
-from lamplighter.errors import ApiError, JobFailed, error_for
+from lamplighter.errors import ApiError, JobFailed, ServerUnreachable, error_for
 
 TRIES = 4
 FIRST_PAUSE_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 60.0
+"""Who is told to come again later than this hears so at once: to block for minutes is for the caller to decide."""
 TIMEOUT_SECONDS = 60.0
 OUTAGE_SECONDS = 600.0
 """How long a wait bears a server that is away: a restart of the gateway, or of Postgres, within the night."""
@@ -103,8 +107,16 @@ def pause_seconds(attempt: int, response: httpx.Response | None = None) -> float
         return None
     if response.status_code not in (408, 409, 429) and response.status_code < 500:
         return None
+    announced = _announced_seconds(response)
+    if announced is None:
+        return backoff
+    return announced if announced <= MAX_PAUSE_SECONDS else None
+
+
+def _announced_seconds(response: httpx.Response) -> float | None:
+    """Return what an answer's Retry-After says, None where it says nothing that can be counted."""
     announced = response.headers.get("Retry-After", "")
-    return min(MAX_PAUSE_SECONDS, float(announced)) if announced.isdigit() else backoff
+    return float(announced) if announced.isdigit() else None
 
 
 def json_answer(response: httpx.Response) -> dict[str, Any]:
@@ -132,9 +144,60 @@ def readiness_answer(response: httpx.Response) -> dict[str, Any]:
 def api_error(response: httpx.Response, body: Any) -> ApiError:
     """Return the error of an answer, whoever wrote it: us, or a proxy on the way."""
     error = body.get("error") if isinstance(body, dict) else None
-    announced = response.headers.get("Retry-After", "")
-    retry_after = float(announced) if announced.isdigit() else None
-    return error_for(response.status_code, error if isinstance(error, dict) else {}, retry_after)
+    return error_for(response.status_code, error if isinstance(error, dict) else {}, _announced_seconds(response))
+
+
+def unreachable(url: httpx.URL, error: httpx.RequestError) -> ServerUnreachable:
+    """Return the error of a request that got no answer."""
+    return ServerUnreachable(f"Nobody answers at {url}: {error}")
+
+
+def broken(url: httpx.URL, error: httpx.RequestError) -> ServerUnreachable:
+    """Return the error of an answer that ended in the middle."""
+    return ServerUnreachable(f"The connection to {url} broke: {error}")
+
+
+@contextmanager
+def upload_form(file: Path | str, content: bytes | None, purpose: str) -> Iterator[dict[str, Any]]:
+    """Yield what an upload sends: the file at a path, read as it is sent, or `content` under a name."""
+    if content is None:
+        path = Path(file)
+        with path.open("rb") as opened:
+            yield _form(path.name, opened, purpose)
+    elif isinstance(content, bytes):
+        yield _form(Path(file).name, content, purpose)
+    else:
+        raise TypeError("content: must be bytes; name the purpose as purpose=…")
+
+
+def _form(name: str, content: Any, purpose: str) -> dict[str, Any]:
+    return {"data": {"purpose": purpose}, "files": {"file": (name, content, "application/jsonl")}}
+
+
+class PartialFile:
+    """A file under another name while it is written: at `to` it is whole, or not there at all."""
+
+    def __init__(self, to: Path) -> None:
+        self.bytes = 0
+        self._to, self._partial = to, to.with_name(f"{to.name}.part")
+
+    def __enter__(self) -> Self:
+        self._output = self._partial.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._output.close()  # writes what is left
+            if kind is None:
+                self._partial.rename(self._to)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def write(self, block: bytes) -> None:
+        """Add to the file."""
+        self.bytes += self._output.write(block)
 
 
 def batch_body(input_file_id: str, endpoint: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from starlette.responses import JSONResponse, Response
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import KeyCreate, TenantCreate, list_page
-from shared.db import tenants, workers
+from shared.db import model_registry, tenants, workers
 from shared.db.submissions import body_digest
+from shared.db.workers import WorkerView
 
 router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
@@ -69,23 +70,35 @@ def revoke_key(key_id: str, parts: PartsDependency, caller: Admin) -> dict[str, 
 
 @router.get("/workers")
 def list_workers(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return the workers of the last hour; of models, only those that the caller may use."""
     with parts.transaction(caller) as connection:
-        rows = workers.listing(connection)
-    data = [
-        {
-            "id": str(row["worker_id"]),
-            "object": "worker",
-            "name": row["name"],
-            "host": row["host"],
-            "device": row["device"],
-            "state": row["state"],
-            "models": row["models"],
-            "memory": {"used_bytes": row["stats"].get("cache_bytes", 0), "budget_bytes": None},
-            "tokens_per_second": None,
-            "batch_occupancy": row["stats"].get("in_flight", 0),
-            "model_loads": row["stats"].get("model_loads", 0),
-            "stale_writes": row["stats"].get("stale_writes", 0),
-        }
-        for row in rows
-    ]
-    return list_page(data, has_more=False)
+        found = workers.listing(connection, parts.settings.lease_seconds)
+        usable = {model.name for model in model_registry.visible(connection, caller.tenant_id)}
+    shown = {name for worker in found for name in worker.models if caller.is_admin or name in usable}
+    return list_page([_worker_object(worker, shown) for worker in found], has_more=False)
+
+
+def _worker_object(worker: WorkerView, shown: set[str]) -> dict[str, Any]:
+    """Return a worker with the figures of its last heartbeat. A lost one holds nothing and does nothing: zeros.
+
+    `batch_occupancy` is the share of the places in its steps that were taken, between 0 and 1.
+    """
+    stats = {} if worker.is_lost else worker.stats
+    return {
+        "id": str(worker.worker_id),
+        "object": "worker",
+        "name": worker.name,
+        "host": worker.host,
+        "device": worker.device,
+        "state": worker.state,
+        "models": [] if worker.is_lost else [name for name in worker.models if name in shown],
+        "memory": {"used_bytes": stats.get("cache_bytes", 0), "budget_bytes": worker.stats.get("budget_bytes", 0)},
+        "tokens_per_second": stats.get("tokens_per_second", 0.0),
+        "batch_occupancy": stats.get("batch_occupancy", 0.0),
+        "online_calls": stats.get("online", 0),
+        "engines": [
+            {"model": name, **figures} for name, figures in sorted(stats.get("engines", {}).items()) if name in shown
+        ],
+        "model_loads": worker.stats.get("model_loads", 0),
+        "stale_writes": worker.stats.get("stale_writes", 0),
+    }

@@ -76,7 +76,7 @@ async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None
     try:
         kept_under = once.kept_under if once is not None else None
         call = await parts.online.open(
-            caller, endpoint, raw, payload.model, is_streamed=is_streamed, idempotency=kept_under
+            caller, endpoint, raw, model.loaded_name, is_streamed=is_streamed, idempotency=kept_under
         )
     except BaseException:
         if once is not None:

@@ -3,14 +3,18 @@
 Modules are taken out of the model one layer after another, so that its weights are never there twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from services.worker.engine.decoder import Layer, Weights
 from services.worker.engine.kernels.kernels import Activation, HeadNorms, HeadShape, Norm, Rotary
-from services.worker.engine.linear import Linear
+from services.worker.engine.linear import Linear, Part
+
+Names = Mapping[int, str]
+"""What each module of the model, by its id, is called in it: adapters speak of modules by these names."""
 
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 """Position encodings that change with the longest sequence at hand: a token would depend on its neighbours."""
@@ -30,18 +34,18 @@ def fused_weights(model: Any, positions: int) -> Weights | None:
 
 def _llama_like(model: Any, positions: int) -> Weights:
     """Llama, Mistral, Qwen2, Qwen3 and Gemma: RMS norms, rotary positions, a gated MLP."""
-    core, config = model.model, model.config
+    core, config, names = model.model, model.config, _names(model)
     # Gemma stores its norms' weights less one.
     offset = 1.0 if config.model_type == "gemma" else 0.0
     rotary = _rotary(core.rotary_emb, positions, model.dtype)
     norm = _rms_norm(core.norm, offset)
-    layers = _take_apart(core.layers, lambda layer: _llama_layer(layer, config, rotary, offset))
+    layers = _take_apart(core.layers, lambda layer: _llama_layer(layer, config, names, rotary, offset))
     activation: Activation = "silu" if config.hidden_act == "silu" else "gelu_tanh"
     head = Linear(model.lm_head.weight.detach(), model.lm_head.bias)
     return Weights(core.embed_tokens, None, rotary, layers, norm, head, activation, is_gated=True)
 
 
-def _llama_layer(layer: Any, config: Any, rotary: Rotary, offset: float) -> Layer:
+def _llama_layer(layer: Any, config: Any, names: Names, rotary: Rotary, offset: float) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     size: int = attention.head_dim
     head_norms = None
@@ -59,12 +63,12 @@ def _llama_layer(layer: Any, config: Any, rotary: Rotary, offset: float) -> Laye
     return Layer(
         shape=shape,
         attention_norm=_rms_norm(layer.input_layernorm, offset),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_joined(names, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norms=head_norms,
-        output=_joined(attention.o_proj),
+        output=_joined(names, attention.o_proj),
         mlp_norm=_rms_norm(layer.post_attention_layernorm, offset),
-        up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
+        up=_joined(names, mlp.gate_proj, mlp.up_proj),
+        down=_joined(names, mlp.down_proj),
     )
 
 
@@ -77,25 +81,25 @@ def _window(attention: Any, config: Any) -> int:
 
 def _gpt2(model: Any, positions: int) -> Weights:
     """Layer norms, learned positions, one matrix for queries, keys and values as it is; matrices stored transposed."""
-    core, config = model.transformer, model.config
+    core, config, names = model.transformer, model.config, _names(model)
     norm = _layer_norm(core.ln_f)
-    layers = _take_apart(core.h, lambda layer: _gpt2_layer(layer, config))
+    layers = _take_apart(core.h, lambda layer: _gpt2_layer(layer, config, names))
     head = Linear(model.lm_head.weight.detach())
     table = core.wpe.weight.detach()[:positions]
     return Weights(core.wte, table, None, layers, norm, head, "gelu_tanh", is_gated=False)
 
 
-def _gpt2_layer(layer: Any, config: Any) -> Layer:
+def _gpt2_layer(layer: Any, config: Any, names: Names) -> Layer:
     size = config.n_embd // config.n_head
     return Layer(
         shape=HeadShape(config.n_head, config.n_head, size, scale=size**-0.5),
         attention_norm=_layer_norm(layer.ln_1),
-        qkv=_transposed(layer.attn.c_attn),
+        qkv=_transposed(names, layer.attn.c_attn),
         head_norms=None,
-        output=_transposed(layer.attn.c_proj),
+        output=_transposed(names, layer.attn.c_proj),
         mlp_norm=_layer_norm(layer.ln_2),
-        up=_transposed(layer.mlp.c_fc),
-        down=_transposed(layer.mlp.c_proj),
+        up=_transposed(names, layer.mlp.c_fc),
+        down=_transposed(names, layer.mlp.c_proj),
     )
 
 
@@ -117,19 +121,27 @@ def _take_apart(layers: Any, read: Callable[[Any], Layer]) -> list[Layer]:
     return taken
 
 
-def _joined(*linears: Any) -> Linear:
+def _names(model: Any) -> Names:
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _joined(names: Names, *linears: Any) -> Linear:
     weight = torch.cat([linear.weight.detach() for linear in linears])
+    widths = [linear.out_features for linear in linears]
+    starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
+    parts = [Part(names[id(linear)], *place) for linear, *place in zip(linears, starts, widths, strict=True)]
     if all(linear.bias is None for linear in linears):
-        return Linear(weight)
+        return Linear(weight, None, parts)
     # A part without a bias has one of zeros beside parts that have one.
     biases = [
         linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
     ]
-    return Linear(weight, torch.cat([bias.detach() for bias in biases]))
+    return Linear(weight, torch.cat([bias.detach() for bias in biases]), parts)
 
 
-def _transposed(convolution: Any) -> Linear:
-    return Linear(convolution.weight.detach().t().contiguous(), convolution.bias.detach())
+def _transposed(names: Names, convolution: Any) -> Linear:
+    weight = convolution.weight.detach().t().contiguous()
+    return Linear(weight, convolution.bias.detach(), [Part(names[id(convolution)], 0, weight.shape[0])])
 
 
 def _rms_norm(norm: Any, offset: float) -> Norm:

@@ -22,6 +22,8 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Blocks that nobody holds and whose content is known, the least recently used first."""
+        self.evictions = 0
+        """How often a cached content was given up for room."""
 
     @property
     def available(self) -> int:
@@ -53,6 +55,7 @@ class BlockPool:
         else:
             block, _ = self._cached.popitem(last=False)
             del self._by_hash[self._hash_of.pop(block)]
+            self.evictions += 1
         self._holders[block] = 1
         return block
 

@@ -5,11 +5,14 @@ input are one matrix, and everything between two products is one kernel. Other m
 `services.worker.engine.transformers_decoder`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from services.worker.engine.adapters import Adapter, read_adapter
 from services.worker.engine.kernels.kernels import (
     Activation,
     HeadNorms,
@@ -39,6 +42,10 @@ class Decoder(Protocol):
 
     def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
         """Compute `tokens` [T] where `layout` says they belong; return float32 logits [len(rows), vocabulary]."""
+        ...
+
+    def read_adapter(self, directory: Path) -> Adapter:
+        """Return an adapter of this model, from PEFT's files; raises ModelRefused. For any thread."""
         ...
 
 
@@ -74,9 +81,14 @@ class Weights:
     is_gated: bool
 
     @property
+    def products(self) -> list[Linear]:
+        """All matrices of all layers."""
+        return [m for layer in self.layers for m in (layer.qkv, layer.output, layer.up, layer.down)]
+
+    @property
     def bytes(self) -> int:
         tables = [self.embedding.weight, *([self.positions] if self.positions is not None else [])]
-        products = [self.head, *(m for layer in self.layers for m in (layer.qkv, layer.output, layer.up, layer.down))]
+        products = [self.head, *self.products]
         return sum(t.numel() * t.element_size() for t in tables) + sum(m.weight_bytes for m in products)
 
 
@@ -88,6 +100,7 @@ class FusedDecoder:
         self.vocabulary = weights.head.out_features
         table = weights.embedding.weight
         self._pool = [new_pool(blocks, layer.shape, table.dtype, table.device) for layer in weights.layers]
+        self._products = numbered(weights.products)
 
     @property
     def weight_bytes(self) -> int:
@@ -105,7 +118,10 @@ class FusedDecoder:
         for layer, pool in zip(weights.layers, self._pool, strict=True):
             normed = kernels.add_norm(residual, mixed, layer.attention_norm)
             normed = kernels.add_norm(residual, self._attend(layer, normed, pool, layout), layer.mlp_norm)
-            mixed = layer.down(kernels.activate(layer.up(normed), weights.activation, is_gated=weights.is_gated))
+            inner = kernels.activate(
+                self._multiply(layer.up, normed, layout), weights.activation, is_gated=weights.is_gated
+            )
+            mixed = self._multiply(layer.down, inner, layout)
         # Only the rows from which a token is drawn go through the head; in the middle of a long prompt there are none.
         if not rows:
             return residual.new_empty(0, self.vocabulary, dtype=torch.float32)
@@ -121,7 +137,23 @@ class FusedDecoder:
         return out
 
     def _attend(self, layer: Layer, normed: torch.Tensor, pool: LayerPool, layout: Layout) -> torch.Tensor:
-        queries = self._kernels.prepare_heads(
-            layer.qkv(normed), layer.shape, layer.head_norms, self._weights.rotary, pool, layout
-        )
-        return layer.output(self._kernels.attend(queries, layer.shape, pool, layout))
+        qkv = self._multiply(layer.qkv, normed, layout)
+        queries = self._kernels.prepare_heads(qkv, layer.shape, layer.head_norms, self._weights.rotary, pool, layout)
+        return self._multiply(layer.output, self._kernels.attend(queries, layer.shape, pool, layout), layout)
+
+    def _multiply(self, linear: Linear, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Return the base's product, and in rows with an adapter what that adds to it."""
+        out = linear(x)
+        if layout.adapters is not None and linear.number in layout.adapters.products:
+            self._kernels.add_adapters(out, x, linear.number, layout.adapters)
+        return out
+
+    def read_adapter(self, directory: Path) -> Adapter:
+        return read_adapter(directory, self._products, self._kernels, self._weights.norm.weight)
+
+
+def numbered(products: Sequence[Linear]) -> Sequence[Linear]:
+    """Give a decoder's products the numbers by which adapters know them, and return them."""
+    for number, linear in enumerate(products):
+        linear.number = number
+    return products

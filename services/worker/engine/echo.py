@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from services.worker.protocol import Delta, Output, Request, RequestFault, Response, TokenLogprob
+from services.worker.engine.statistics import StepClock
+from services.worker.protocol import Delta, EngineStatistics, Output, Request, RequestFault, Response, TokenLogprob
 
 EMBEDDING_FLOATS = 8
 STEP_REQUESTS = 32
@@ -35,6 +36,11 @@ class EchoEngine:
         self._refused: list[Response] = []
         self._steps = 0
         self._tokens = 0
+        self._prompt_tokens = 0
+        self._aborts = 0
+        self._answering_steps = 0
+        self._answered = 0
+        self._clock = StepClock()
 
     @property
     def weight_bytes(self) -> int:
@@ -47,6 +53,21 @@ class EchoEngine:
     @property
     def tokens(self) -> int:
         return self._tokens
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """A step that only waits, or sends on, is none: places are for answers."""
+        return EngineStatistics(
+            tokens=self._tokens,
+            prompt_tokens_computed=self._prompt_tokens,
+            steps=self._answering_steps,
+            sequences=self._answered,
+            places=self._answering_steps * STEP_REQUESTS,
+            part_seconds=self._clock.part_seconds,
+            aborts=self._aborts,
+            running=len(self._sending),
+            waiting=len(self._requests),
+        )
 
     def add(self, request: Request) -> None:
         fault = _too_much(request)
@@ -67,10 +88,12 @@ class EchoEngine:
             used = (_prompt_words(request), 0)
         else:
             return None
+        self._aborts += 1
         return Response(request_id, prompt_tokens=used[0], completion_tokens=used[1], is_aborted=True)
 
     def step(self) -> Output:
         self._steps += 1
+        self._clock.start()
         now = time.monotonic()
         output, self._refused = Output(self._refused), []
         answered = 0
@@ -87,6 +110,9 @@ class EchoEngine:
                 output.responses.append(response)
         for _ in range(len(self._sending)):
             self._send(self._sending.popleft(), output)
+        self._clock.charge("deliver")
+        self._answered += answered
+        self._answering_steps += bool(answered)
         return output
 
     def _send(self, sending: "_Sending", output: Output) -> None:
@@ -115,11 +141,13 @@ class EchoEngine:
             texts = [_text(prompt) for prompt in request.prompts]
             count = sum(len(text.split()) for text in texts)
             self._tokens += count
+            self._prompt_tokens += count
             return Response(request.id, embeddings=[embed(text) for text in texts], prompt_tokens=count)
         texts, prompt_tokens = _texts(request), _prompt_words(request)
         answers = [cut(text, request.params.max_tokens) for text in texts for _ in range(request.params.n)]
         count = sum(len(text.split()) for text, _ in answers)
         self._tokens += count
+        self._prompt_tokens += prompt_tokens
         response = Response(request.id, choices=answers, prompt_tokens=prompt_tokens, completion_tokens=count)
         if (top := request.params.logprobs) is not None:
             response.logprobs = [[_certain(word, top) for word in _words(text)] for text, _ in answers]

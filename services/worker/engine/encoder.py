@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from services.worker.protocol import Output, Request, RequestFault, Response
+from services.worker.engine.statistics import StepClock
+from services.worker.protocol import EngineStatistics, Output, Request, RequestFault, Response
 
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass; halved when memory runs out."""
@@ -56,6 +57,11 @@ class EncoderEngine:
         self._batch_tokens = BATCH_TOKENS
         self._steps = 0
         self._tokens = 0
+        self._aborts = 0
+        self._batches = 0
+        self._batched = 0
+        self._places = 0
+        self._clock = StepClock()
 
     @property
     def weight_bytes(self) -> int:
@@ -68,6 +74,19 @@ class EncoderEngine:
     @property
     def tokens(self) -> int:
         return self._tokens
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            tokens=self._tokens,
+            prompt_tokens_computed=self._tokens,
+            steps=self._batches,
+            sequences=self._batched,
+            places=self._places,
+            part_seconds=self._clock.part_seconds,
+            aborts=self._aborts,
+            waiting=len(self._rows),
+        )
 
     def add(self, request: Request) -> None:
         if request.task != "embed":
@@ -99,6 +118,7 @@ class EncoderEngine:
         pending = self._pending.pop(request_id, None)
         if pending is None:
             return None
+        self._aborts += 1
         left = sum(row.length for row in self._rows if row.request_id == request_id)
         self._rows = [row for row in self._rows if row.request_id != request_id]
         return Response(request_id, prompt_tokens=pending.tokens - left, is_aborted=True)
@@ -108,8 +128,10 @@ class EncoderEngine:
 
     def step(self) -> Output:
         self._steps += 1
+        self._clock.start()
         responses, self._refused = self._refused, []
         batch = self._take_batch()
+        self._clock.charge("schedule")
         if batch:
             self._run(batch, responses)
         return Output(responses)
@@ -126,12 +148,23 @@ class EncoderEngine:
             self._batch_tokens = max(self._settings.max_tokens, self._batch_tokens // 2)
             torch.cuda.empty_cache()
             return
+        finally:
+            self._clock.charge("forward")
+        self._count(batch)
         for row, vector in zip(batch, vectors, strict=True):
             pending = self._pending[row.request_id]
             pending.vectors[row.index] = vector.tobytes()
-            self._tokens += row.length
             if pending.is_done:
                 responses.append(self._respond(pending))
+        self._clock.charge("deliver")
+
+    def _count(self, batch: list[_Row]) -> None:
+        width = max(row.length for row in batch)
+        self._batches += 1
+        self._batched += len(batch)
+        # So many inputs of this width would have been one batch.
+        self._places += max(len(batch), min(BATCH_ROWS, self._batch_tokens // max(1, width)))
+        self._tokens += sum(row.length for row in batch)
 
     def _take_batch(self) -> list[_Row]:
         """Take the last rows of the order, as many as fit when padded to the longest of them."""
@@ -158,6 +191,7 @@ class EncoderEngine:
         ids = torch.tensor([row.ids + [pad] * (width - row.length) for row in batch], device=self._model.device)
         lengths = torch.tensor([[row.length] for row in batch], device=self._model.device)
         mask = (torch.arange(width, device=self._model.device)[None, :] < lengths).long()
+        self._clock.charge("prepare")
         hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         is_cls = self._settings.pooling == "cls"
         pooled = hidden[:, 0] if is_cls else (hidden * mask[:, :, None]).sum(1) / lengths

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from services.worker.protocol import Output, Request, Response
+from services.worker.protocol import EngineStatistics, Output, Request, Response
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions."""
@@ -24,6 +24,11 @@ class Engine(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens generated (or embedded) so far."""
+        ...
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What it has done since it was loaded, and what it holds; zeros for what it has nothing of."""
         ...
 
     def add(self, request: Request) -> None:

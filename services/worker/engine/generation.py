@@ -2,9 +2,11 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from services.worker.engine.adapters import Adapter, route
 from services.worker.engine.blocks import BlockPool
 from services.worker.engine.decoder import Decoder
 from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
@@ -14,8 +16,9 @@ from services.worker.engine.prompts import Prompts
 from services.worker.engine.sampling import sample
 from services.worker.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.statistics import StepClock
 from services.worker.engine.streaming import StreamedText
-from services.worker.protocol import Delta, Output, Request, RequestFault, Response, TokenLogprob
+from services.worker.protocol import Delta, EngineStatistics, Output, Request, RequestFault, Response, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class _Running:
 
     request: Request
     prompt_tokens: int
+    adapter: Adapter | None
     sequences: list[Sequence] = field(default_factory=list)
 
 
@@ -39,13 +43,17 @@ class GenerationEngine:
         self.pool = BlockPool(blocks, BLOCK_TOKENS)
         self.scheduler = Scheduler(self.pool, config or SchedulerConfig())
         self._running: dict[int, _Running] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._refused: list[Response] = []
         self._steps = 0
         self._tokens = 0
+        self._aborts = 0
+        self._clock = StepClock()
 
     @property
     def weight_bytes(self) -> int:
-        return self._decoder.weight_bytes + self._decoder.pool_bytes
+        adapters = sum(adapter.bytes for adapter in self._adapters.values())
+        return self._decoder.weight_bytes + self._decoder.pool_bytes + adapters
 
     @property
     def progress(self) -> int:
@@ -54,6 +62,28 @@ class GenerationEngine:
     @property
     def tokens(self) -> int:
         return self._tokens
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        scheduler, pool = self.scheduler, self.pool
+        return EngineStatistics(
+            tokens=self._tokens,
+            prompt_tokens_computed=scheduler.prompt_tokens_computed,
+            prompt_tokens_cached=scheduler.prompt_tokens_cached,
+            steps=scheduler.steps,
+            sequences=scheduler.sequences,
+            places=scheduler.steps * scheduler.config.most_sequences,
+            part_seconds=self._clock.part_seconds,
+            preemptions=scheduler.preemptions,
+            aborts=self._aborts,
+            evictions=pool.evictions,
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            blocks=pool.blocks,
+            blocks_in_use=pool.in_use,
+            blocks_cached=pool.cached,
+            kv_bytes=self._decoder.pool_bytes,
+        )
 
     def wait_seconds(self) -> float | None:
         return 0.0 if self._refused or self._running else None
@@ -73,10 +103,13 @@ class GenerationEngine:
         if fault is not None:
             self._refused.append(Response(request.id, fault=fault))
             return
-        running = self._running[request.id] = _Running(request, sum(map(len, prompts)))
+        adapter = self._adapters[request.adapter] if request.adapter else None
+        running = self._running[request.id] = _Running(request, sum(map(len, prompts)), adapter)
         for index in range(len(prompts) * request.params.n):
             prompt = prompts[index // request.params.n]
             sequence = self._sequence(request, index, prompt, limit or self._prompts.context - len(prompt))
+            if adapter is not None:  # what it computes of a prompt is nobody else's
+                sequence.namespace = f"{adapter.digest}/{request.namespace}"
             sequence.constraint = constraints[index]
             running.sequences.append(sequence)
             self.scheduler.add(sequence)
@@ -97,10 +130,27 @@ class GenerationEngine:
             text=StreamedText(self._prompts.decode, request.params.stop) if is_read else None,
         )
 
+    def load_adapter(self, directory: str) -> Adapter:
+        """Return an adapter of this model, from its files; raises ModelRefused. For any thread."""
+        return self._decoder.read_adapter(Path(directory))
+
+    def attach(self, directory: str, adapter: Adapter) -> None:
+        """Serve requests for the adapter of `directory` from now on."""
+        self._adapters[directory] = adapter
+
+    def detach(self, directory: str) -> None:
+        """Forget an adapter that no request uses."""
+        del self._adapters[directory]
+
+    def uses(self, directory: str) -> bool:
+        """Whether a request for an adapter is unanswered."""
+        return any(running.request.adapter == directory for running in self._running.values())
+
     def abort(self, request_id: int) -> Response | None:
         running = self._running.pop(request_id, None)
         if running is None:
             return None
+        self._aborts += 1
         self.scheduler.remove(request_id)
         generated = sum(sequence.generated for sequence in running.sequences)
         return Response(request_id, prompt_tokens=running.prompt_tokens, completion_tokens=generated, is_aborted=True)
@@ -109,14 +159,20 @@ class GenerationEngine:
         """Compute one pass over whatever the scheduler chose, and draw the tokens that it brings."""
         output, self._refused = Output(self._refused), []
         self._steps += 1
+        self._clock.start()
         chunks = self.scheduler.schedule()
+        self._clock.charge("schedule")
         if not chunks or (logits := self._compute(chunks)) is None:
             return output
         self.scheduler.computed(chunks)
+        self._clock.charge("schedule")
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
-        for sequence, token in zip(sequences, sample(logits, sequences) if sequences else [], strict=True):
+        tokens = sample(logits, sequences) if sequences else []
+        self._clock.charge("sample")
+        for sequence, token in zip(sequences, tokens, strict=True):
             if sequence.request_id in self._running:  # another choice of it may just have given it up
                 self._take(sequence, token, output)
+        self._clock.charge("deliver")
         return output
 
     def _compute(self, chunks: list[Chunk]) -> torch.Tensor | None:
@@ -125,6 +181,9 @@ class GenerationEngine:
         A CUDA error poisons the whole process: it ends, and its requests are tried again in a fresh one.
         """
         layout, tokens, rows = plan_step(chunks)
+        if self._adapters:
+            layout.adapters = route((self._running[chunk.sequence.request_id].adapter, chunk.count) for chunk in chunks)
+        self._clock.charge("prepare")
         try:
             return self._decoder.forward(tokens, layout, rows)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -136,6 +195,8 @@ class GenerationEngine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return None
+        finally:
+            self._clock.charge("forward")
 
     def _take(self, sequence: Sequence, token: int, output: Output) -> None:
         """Give a sequence its next token; answer its request when that was the last one of all."""
@@ -201,6 +262,7 @@ class GenerationEngine:
         self.scheduler.check_integrity()
 
     def close(self) -> None:
+        self._adapters.clear()
         del self._decoder
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,5 +1,8 @@
 """Matrix products with weights that never change: packed once for the machine, and the same for a row in any batch."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -10,10 +13,25 @@ Measured: float32 with 1 row (packed), and with 1 or 2 rows (torch's own); from 
 any batch."""
 
 
-class Linear:
-    """`x @ weight.T + bias` for x [rows, in]; the weight is [out, in] and is not kept when it was packed."""
+@dataclass(frozen=True)
+class Part:
+    """Which columns of a product are those of one of the model's own modules: `size` of them from `start` on."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    module: str
+    start: int
+    size: int
+
+
+class Linear:
+    """`x @ weight.T + bias` for x [rows, in]; the weight is [out, in] and is not kept when it was packed.
+
+    `parts`: the modules of which it is made; none when no adapter can change it. `number`: its place among its
+    decoder's products, by which adapters know it.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, parts: Sequence[Part] = ()) -> None:
+        self.parts = tuple(parts)
+        self.number = -1
         self.out_features, self.in_features = weight.shape
         self.weight_bytes = weight.numel() * weight.element_size()
         self._bias = bias

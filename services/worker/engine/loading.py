@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from services.worker.engine.adapters import adapter_bytes
 from services.worker.engine.decoding import build_decoder, kv_bytes_per_token
 from services.worker.engine.encoder import EncoderEngine, EncoderSettings
 from services.worker.engine.engine import Engine
@@ -30,7 +31,12 @@ def kv_blocks(context: int) -> int:
 
 
 def model_bytes(spec: ModelSpec) -> int:
-    """Return what a model will hold in memory: its weights in the served number type, and its KV cache."""
+    """Return what a model will hold in memory: its weights in the served number type, and its KV cache.
+
+    For an adapter, what it takes beside its base.
+    """
+    if spec.adapter:
+        return adapter_bytes(Path(spec.adapter), _width(spec.dtype))
     directory = Path(spec.source)
     try:
         config = orjson.loads((directory / "config.json").read_bytes())

@@ -9,13 +9,17 @@ import os
 import queue
 import socket
 import threading
+import time
+from collections.abc import Callable
 
 from services.worker.engine.echo import EchoEngine
 from services.worker.engine.engine import Engine
+from services.worker.engine.statistics import merged
 from services.worker.model_cache import ModelCache
 from services.worker.protocol import (
     Abort,
     Channel,
+    EngineStatistics,
     ModelSpec,
     Output,
     Ping,
@@ -45,6 +49,7 @@ class EngineProcess:
         self._waiting: dict[str, tuple[ModelSpec, list[Request]]] = {}
         self._owner: dict[int, Engine] = {}
         self._turns = 0
+        self._placements = 0
 
     def run(self) -> None:
         """Serve until the worker says stop or is gone."""
@@ -61,6 +66,10 @@ class EngineProcess:
             self._inbox.put(message)
         # The worker is gone, so nobody wants the answers: end now, even in the middle of a forward pass.
         os._exit(0)
+
+    def wake(self) -> None:
+        """Have the loop look at its engines now: one of them has something that came from elsewhere. For any thread."""
+        self._inbox.put(None)
 
     def _messages(self) -> list[ToChild]:
         """Return what has arrived; wait for it as long as no engine has anything to do."""
@@ -85,6 +94,8 @@ class EngineProcess:
     def _handle(self, messages: list[ToChild]) -> bool:
         for message in messages:
             if isinstance(message, Submit):
+                for request in message.requests:
+                    request.adapter = message.model.adapter
                 self._waiting.setdefault(message.model.key, (message.model, []))[1].extend(message.requests)
             elif isinstance(message, Abort):
                 self._send(Output(self._abort(set(message.ids))))
@@ -121,6 +132,7 @@ class EngineProcess:
             else:
                 if engine is not None:
                     del self._waiting[key]
+                    self._placements += 1
                     refused += [refusal for request in requests if (refusal := self._give(engine, request))]
                 continue
             del self._waiting[key]
@@ -162,14 +174,30 @@ class EngineProcess:
                 model_loads=self._cache.loads,
                 cache_bytes=self._cache.used_bytes,
                 tokens=sum(engine.tokens for engine in engines),
+                # Each load is followed by one placement, which had to wait for it (or for an adapter that it is for).
+                model_hits=max(0, self._placements - self._cache.loads),
+                engines=self._statistics(engines),
+                at_seconds=time.monotonic(),
             )
         )
 
+    def _statistics(self, engines: list[Engine]) -> dict[str, EngineStatistics]:
+        by_name: dict[str, EngineStatistics] = {}
+        for engine in engines:
+            name, statistics = self._cache.name_of(engine), engine.statistics
+            by_name[name] = merged(by_name[name], statistics) if name in by_name else statistics
+        return by_name
 
-def load_engine(spec: ModelSpec, device: str) -> Engine:
-    """Load a model; torch comes in here, and only here."""
+
+def load_engine(spec: ModelSpec, device: str, wake: Callable[[], None]) -> Engine:
+    """Load a model; torch comes in here, and only here. `wake` is for engines to which things come from elsewhere."""
     if spec.kind == "echo":
         return EchoEngine()
+    if spec.kind == "remote":
+        from services.worker.engine.remote import load_remote
+        from shared.settings import load_remote_settings
+
+        return load_remote(spec, load_remote_settings(), wake)
     from services.worker.engine.loading import load_model
 
     return load_model(spec, device)
@@ -177,7 +205,7 @@ def load_engine(spec: ModelSpec, device: str) -> Engine:
 
 def estimate_bytes(spec: ModelSpec) -> int:
     """Return what a model will take in memory, from its files alone; raises ModelRefused."""
-    if spec.kind == "echo":
+    if spec.kind in ("echo", "remote"):
         return 0
     from services.worker.engine.loading import model_bytes
 
@@ -192,8 +220,11 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_logging("engine")
     channel = Channel(socket.socket(fileno=arguments.channel))
-    cache = ModelCache(arguments.cache_bytes, lambda spec: load_engine(spec, arguments.device), estimate_bytes)
-    EngineProcess(channel, cache).run()
+    cache = ModelCache(
+        arguments.cache_bytes, lambda spec: load_engine(spec, arguments.device, process.wake), estimate_bytes
+    )
+    process = EngineProcess(channel, cache)
+    process.run()
     channel.close()
     # Threads of libraries must not hold up the end.
     os._exit(0)

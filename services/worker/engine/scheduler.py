@@ -50,6 +50,11 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prompt_tokens_computed = 0
+        self.prompt_tokens_cached = 0
+        """Prompt tokens that were not computed, as others had computed them before."""
+        self.steps = 0
+        self.sequences = 0
+        """How many took part in a step, summed over all steps."""
 
     @property
     def has_work(self) -> bool:
@@ -159,6 +164,7 @@ class Scheduler:
         if not sequence.is_admitted:
             sequence.is_admitted = True
             sequence.cached_tokens = sequence.computed
+            self.prompt_tokens_cached += sequence.cached_tokens
         self.running.append(sequence)
         sequence.is_running = True
         return True
@@ -203,6 +209,8 @@ class Scheduler:
     def computed(self, chunks: list[Chunk]) -> None:
         """Note that these were computed: their full blocks can be found by others from now on."""
         size = self._pool.block_tokens
+        self.steps += 1
+        self.sequences += len(chunks)
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.computed = chunk.start + chunk.count

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
+from services.worker.engine.adapters import Adapter, read_adapter
+from services.worker.engine.decoder import numbered
 from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout, new_pool
-from services.worker.engine.linear import FEWEST_ROWS, Linear
+from services.worker.engine.linear import FEWEST_ROWS, Linear, Part
 from shared.domain.errors import ModelRefused
 
 KernelPicker = Callable[[HeadShape, torch.Tensor], Kernels]
@@ -26,6 +29,8 @@ class _Pass:
     layout: Layout | None
     pools: dict[int, LayerPool]
     shapes: dict[int, HeadShape]
+    rows: dict[Linear, set[int]] = field(default_factory=dict)
+    """How many rows each product was given, in a pass that only looks."""
 
 
 _current: ContextVar[_Pass] = ContextVar("step")
@@ -77,12 +82,20 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class _PackedLinear(torch.nn.Module):
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, name: str) -> None:
         super().__init__()
-        self._product = Linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.product = Linear(linear.weight.detach(), bias, [Part(name, 0, linear.out_features)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._product.out_features)
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.product(rows)
+        step, number = _current.get(), self.product.number
+        if step.layout is None or step.kernels is None:
+            step.rows.setdefault(self.product, set()).add(len(rows))
+        elif (adapters := step.layout.adapters) is not None and number in adapters.products:
+            step.kernels.add_adapters(out, rows.contiguous(), number, adapters)
+        return out.view(*x.shape[:-1], self.product.out_features)
 
 
 class TransformersDecoder:
@@ -90,19 +103,30 @@ class TransformersDecoder:
 
     def __init__(self, model: Any, pick_kernels: KernelPicker, blocks: int) -> None:
         self._weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
-        _pack_products(model)
+        packed = _pack_products(model)
         model.set_attn_implementation(ATTENTION)
         config = model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self._model = model
-        self._shapes = self._look(int(config.num_hidden_layers))
+        looked = self._look(int(config.num_hidden_layers))
+        self._shapes = looked.shapes
         self._kernels = pick_kernels(self._shapes[0], model.get_input_embeddings().weight)
         self._pools = {
             number: new_pool(blocks, shape, model.dtype, model.device) for number, shape in self._shapes.items()
         }
+        # Only what sees every row of a step can be adapted: neither the head nor one expert of several.
+        self._products = numbered(
+            [
+                module.product
+                for name, module in packed.items()
+                if looked.rows.get(module.product) == {FEWEST_ROWS}
+                and module is not model.get_output_embeddings()
+                and ".experts." not in name
+            ]
+        )
 
-    def _look(self, layers: int) -> dict[int, HeadShape]:
-        """Return every layer's attention, as a pass over a few tokens shows it."""
+    def _look(self, layers: int) -> _Pass:
+        """Return every layer's attention, and what each product is given, as a pass over a few tokens shows it."""
         step = _Pass(None, None, {}, {})
         ids = torch.zeros(1, FEWEST_ROWS, dtype=torch.long, device=self._model.device)
         try:
@@ -112,7 +136,7 @@ class TransformersDecoder:
             raise ModelRefused(f"Its modules cannot be given another attention: {error}") from error
         if set(step.shapes) != set(range(layers)):
             raise ModelRefused("Some of its layers remember a sequence by other means than attention.")
-        return step.shapes
+        return step
 
     @property
     def weight_bytes(self) -> int:
@@ -139,9 +163,17 @@ class TransformersDecoder:
         logits: torch.Tensor = out.logits[0][: len(rows)]
         return logits.float()
 
+    def read_adapter(self, directory: Path) -> Adapter:
+        return read_adapter(directory, self._products, self._kernels, self._model.get_input_embeddings().weight)
 
-def _pack_products(model: Any) -> None:
-    for module in list(model.modules()):
+
+def _pack_products(model: Any) -> dict[str, _PackedLinear]:
+    """Put our products in the place of the model's; return them by name."""
+    packed = {}
+    for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear:
-                setattr(module, name, _PackedLinear(child))
+                full_name = f"{path}.{name}" if path else name
+                packed[full_name] = _PackedLinear(child, full_name)
+                setattr(module, name, packed[full_name])
+    return packed

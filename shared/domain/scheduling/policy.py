@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 from uuid import UUID
 
+from shared.domain.slice import SliceKind
+
 
 class Waiting(Protocol):
     """A queued slice."""
@@ -25,6 +27,8 @@ class Waiting(Protocol):
     def model(self) -> str | None: ...
     @property
     def estimated_tokens(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
 
 
 class Host(Protocol):
@@ -38,6 +42,8 @@ class Host(Protocol):
     def models(self) -> frozenset[str]: ...
     @property
     def occupied(self) -> int: ...
+    @property
+    def is_training(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,10 @@ def plan_releases(
     """Return which queued slices go to which workers now.
 
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
-    each tenant's queue, in that queue's order.
+    each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds every
+    worker training waits, and what is behind it goes on.
     """
+    training = {worker.worker_id for worker in workers if worker.is_training}
     room = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
     queues: dict[str, list[Waiting]] = defaultdict(list)
     for waiting in backlog:
@@ -89,22 +97,27 @@ def plan_releases(
         waiting = queues[tenant_id].pop(0)
         if not queues[tenant_id]:
             del queues[tenant_id]
-        worker = _place(waiting, workers, room, window)
+        hosts = [host for host in workers if waiting.kind != SliceKind.TRAIN or host.worker_id not in training]
+        worker = _place(waiting, hosts, room, window)
+        if worker is None:
+            continue
+        if waiting.kind == SliceKind.TRAIN:
+            training.add(worker.worker_id)
         room[worker.worker_id] -= 1
         fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
 
 
-def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int], window: int) -> Host:
-    """Return the best worker with room: free slots first, then a warm model, then the emptiest."""
+def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int], window: int) -> Host | None:
+    """Return the best worker with room: free slots first, then a warm model, then the emptiest; None: all are full."""
 
     def preference(worker: Host) -> tuple[bool, bool, int, str]:
         space = room[worker.worker_id]
         has_slot = space > window  # what is left beyond the few that may wait in Redis
         return (not has_slot, waiting.model not in worker.models, -space, worker.worker_id.hex)
 
-    return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference)
+    return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference, default=None)
 
 
 class OnlineHost(Host, Protocol):

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from tests.benchmarks.peers.rounds import serve_rounds
+from tests.benchmarks.peers.rounds import Answers, serve_rounds
 
 NO_EOS = -1
+POOL = 8
 
 
 def continuous(model):
@@ -30,34 +31,36 @@ def continuous(model):
     manager.start()
     rounds = 0
 
-    def run(jobs):
+    def run(jobs: list[dict]) -> Answers:
         nonlocal rounds
         rounds += 1
-        for number, job in enumerate(jobs):
-            manager.add_request(job["prompt"], request_id=f"{rounds}:{number}", max_new_tokens=job["max_tokens"])
-        done = tokens = 0
-        while done < len(jobs):
+        names = [f"{rounds}:{number}" for number in range(len(jobs))]
+        for name, job in zip(names, jobs, strict=True):
+            manager.add_request(job["prompt"], request_id=name, max_new_tokens=job["max_tokens"])
+        answers = {}
+        while len(answers) < len(jobs):
             result = manager.get_result(timeout=1.0)
+            if result is None and not manager.is_running():
+                raise RuntimeError("its thread has ended")
             if result is not None and result.is_finished():
-                done += 1
-                tokens += len(result.generated_tokens)
-        return tokens
+                answers[result.request_id] = list(result.generated_tokens)
+        return [answers[name] for name in names]
 
     return run
 
 
 def threads(model):
-    def one(job):
+    def one(job: dict) -> list[int]:
         prompt = torch.tensor([job["prompt"]])
         with torch.inference_mode():
             out = model.generate(
                 prompt, max_new_tokens=job["max_tokens"], do_sample=False, eos_token_id=None, pad_token_id=0
             )
-        return out.shape[1] - prompt.shape[1]
+        return out[0, prompt.shape[1] :].tolist()
 
-    def run(jobs):
-        with ThreadPoolExecutor(8) as pool:
-            return sum(pool.map(one, jobs))
+    def run(jobs: list[dict]) -> Answers:
+        with ThreadPoolExecutor(POOL) as pool:
+            return list(pool.map(one, jobs))
 
     return run
 

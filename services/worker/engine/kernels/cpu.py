@@ -1,6 +1,7 @@
 """The kernels in C (`cpu_kernels.c`), called through ctypes."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_long, c_void_p
 from typing import Any
 
@@ -8,11 +9,20 @@ import numpy as np
 import torch
 
 from services.worker.engine.kernels.compile import find_library
-from services.worker.engine.kernels.kernels import Activation, HeadNorms, HeadShape, LayerPool, Layout, Norm, Rotary
+from services.worker.engine.kernels.kernels import (
+    Activation,
+    AdapterRows,
+    HeadNorms,
+    HeadShape,
+    LayerPool,
+    Layout,
+    LoraPart,
+    Norm,
+    Rotary,
+)
+from services.worker.engine.kernels.panels import LANES, MAX_ROWS, PanelAdapter, StepItems
 
-MAX_ROWS = 8
 MAX_HEAD_SIZE = 512
-LANES = 16
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -43,6 +53,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "prepare_heads": [c_void_p] * 8 + [c_long, POINTER(_Heads), c_int],
     "add_norm": [c_void_p] * 5 + [c_long, c_long, c_float, c_float, c_int],
     "activate_rows": [c_void_p] * 2 + [c_long, c_long, c_int, c_int, c_int],
+    "add_adapters": [c_void_p] * 3 + [c_long] + [c_void_p] * 2 + [c_long] * 4 + [c_int],
 }
 
 
@@ -58,7 +69,7 @@ class CpuKernels:
         library = ctypes.CDLL(str(find_library(torch.backends.cpu.get_cpu_capability())))
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = c_int if name == "attend" else None
+            getattr(library, name).restype = c_int if name in ("attend", "add_adapters") else None
         self._library = library
 
     @staticmethod
@@ -153,6 +164,29 @@ class CpuKernels:
             out.data_ptr(), x.data_ptr(), rows, size, int(is_gated), ACTIVATIONS[activation], DTYPES[x.dtype]
         )
         return out
+
+    def pack_adapter(self, products: Sequence[Sequence[LoraPart]]) -> PanelAdapter:
+        return PanelAdapter(products)
+
+    def add_adapters(self, out: torch.Tensor, x: torch.Tensor, product: int, adapters: AdapterRows) -> None:
+        step = adapters.cache.get("items")
+        if step is None:
+            step = adapters.cache["items"] = StepItems(adapters)
+        failed = self._library.add_adapters(
+            out.data_ptr(),
+            x.data_ptr(),
+            step.tables.ctypes.data,
+            product,
+            step.rows.ctypes.data,
+            step.items.ctypes.data,
+            len(step.items),
+            x.shape[1],
+            out.shape[1],
+            step.ranks,
+            DTYPES[x.dtype],
+        )
+        if failed:
+            raise MemoryError("an adapter found no memory for its rows")
 
 
 def _items(layout: Layout, most: int) -> "np.ndarray[Any, np.dtype[np.int32]]":

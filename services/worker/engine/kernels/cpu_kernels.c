@@ -373,3 +373,138 @@ void activate_rows(void *out, const void *in, long rows, long size, int gated, i
             store(out, r * size + i, x, dtype);
         }
 }
+
+/* Adapters (LoRA): y += scale * (x A) B for the rows that belong to one.
+ *
+ * Matrices lie in panels of LANES columns: A [panels, in, LANES] has the ranks of all of a product's parts side by side,
+ * filled up with zeros; each part's B is [panels, rank, LANES]. A row's sums go over `in`, and then over `rank`, one
+ * addition after the other, however many rows and panels are computed beside it. */
+#define LANES 16
+#define MAX_PARTS 3
+#define MAX_PANELS 8
+
+struct lora_part {
+    const void *b;
+    long first, rank; /* its columns of x A */
+    long start, size; /* its columns of y */
+    float scale;
+};
+
+struct lora { /* one adapter's share of one product; no parts: the product is as the base has it */
+    const void *a;
+    long ranks, parts; /* columns of A, filled up */
+    struct lora_part part[MAX_PARTS];
+};
+
+struct lora_item { /* the next `count` of one adapter's rows, at most MAX_ROWS: `rows[first]` on */
+    int32_t adapter, first, count;
+};
+
+struct product { /* what an item's rows are multiplied with, and where the results go */
+    const float *x[MAX_ROWS];
+    void *out[MAX_ROWS];
+    const void *matrix;
+    long depth, size; /* rows and columns of the matrix */
+    float scale;
+};
+
+/* `width` panels from `panel` on: out = x matrix (float32), or out += scale * x matrix where `adds`. */
+INLINE void multiply_panels(const struct product *p, long panel, const int rows, const int width, const int adds,
+                            const int dtype) {
+    vector total[MAX_ROWS][MAX_PANELS] = {};
+    for (long i = 0; i < p->depth; i++)
+        for (int w = 0; w < width; w++) {
+            const vector line = load(p->matrix, ((panel + w) * p->depth + i) * LANES, dtype);
+            for (int r = 0; r < rows; r++) total[r][w] += p->x[r][i] * line;
+        }
+    for (int w = 0; w < width; w++) {
+        const long column = (panel + w) * LANES;
+        for (int r = 0; r < rows; r++) {
+            if (!adds) store(p->out[r], column, total[r][w], FLOAT32);
+            else if (column + LANES <= p->size)
+                store(p->out[r], column, load(p->out[r], column, dtype) + p->scale * total[r][w], dtype);
+            else
+                for (long i = 0; i < p->size - column; i++)
+                    put(p->out[r], column + i, get(p->out[r], column + i, dtype) + p->scale * total[r][w][i], dtype);
+        }
+    }
+}
+
+/* Few rows take many panels at once: a sum's next addition waits for its last one, so several must be under way. */
+INLINE void multiply(const struct product *p, const int rows, const int adds, const int dtype) {
+    const long panels = (p->size + LANES - 1) / LANES;
+    const int width = rows == 1 ? 8 : rows <= 5 ? 4 : 2;
+    long panel = 0;
+    for (; panel + width <= panels; panel += width) multiply_panels(p, panel, rows, width, adds, dtype);
+    for (; panel < panels; panel++) multiply_panels(p, panel, rows, 1, adds, dtype);
+}
+
+/* `scratch`: room for MAX_ROWS rows of x in float32 and of their products with A. */
+INLINE void adapt_rows(void *y, const void *x, const int32_t *places, const struct lora *lora, long in, long out,
+                       float *scratch, const int rows, const int dtype) {
+    const long width = dtype == FLOAT32 ? 4 : 2;
+    struct product down = {.matrix = lora->a, .depth = in, .size = lora->ranks};
+    float *inner = scratch + MAX_ROWS * in;
+    for (int r = 0; r < rows; r++) {
+        const long first = places[r] * in;
+        if (dtype == FLOAT32) down.x[r] = (const float *)x + first;
+        else {
+            for (long i = 0; i < in; i++) scratch[r * in + i] = get(x, first + i, dtype);
+            down.x[r] = scratch + r * in;
+        }
+        down.out[r] = inner + r * lora->ranks;
+    }
+    multiply(&down, rows, 0, dtype);
+    for (long number = 0; number < lora->parts; number++) {
+        const struct lora_part *part = lora->part + number;
+        struct product up = {.matrix = part->b, .depth = part->rank, .size = part->size, .scale = part->scale};
+        for (int r = 0; r < rows; r++) {
+            up.x[r] = inner + r * lora->ranks + part->first;
+            up.out[r] = (char *)y + (places[r] * out + part->start) * width;
+        }
+        multiply(&up, rows, 1, dtype);
+    }
+}
+
+#undef CASE
+#define CASE(n) \
+    case n: \
+        adapt_rows(y, x, places, lora, in, out, scratch, n, dtype); \
+        break;
+
+INLINE void adapt_item(void *y, const void *x, const int32_t *places, int count, const struct lora *lora, long in,
+                       long out, float *scratch, const int dtype) {
+    switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+}
+
+static void adapt_float32(void *y, const void *x, const int32_t *places, int count, const struct lora *lora, long in,
+                          long out, float *scratch) {
+    adapt_item(y, x, places, count, lora, in, out, scratch, FLOAT32);
+}
+
+static void adapt_bfloat16(void *y, const void *x, const int32_t *places, int count, const struct lora *lora, long in,
+                           long out, float *scratch) {
+    adapt_item(y, x, places, count, lora, in, out, scratch, BFLOAT16);
+}
+
+/* y [rows, out] += what adapters bring of x [rows, in], for the rows that items name. adapters: for each adapter its
+ * products' struct lora, of which `number` is meant; `ranks`: the most that any of these has. Returns 0, or 1 when memory
+ * ran out. */
+int add_adapters(void *y, const void *x, const struct lora *const *adapters, long number, const int32_t *rows,
+                 const struct lora_item *items, long count, long in, long out, long ranks, int dtype) {
+    int failed = 0;
+#pragma omp parallel
+    {
+        float *scratch = malloc(MAX_ROWS * (in + ranks) * sizeof(float));
+        if (scratch == NULL) failed = 1;
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < count; i++) {
+            const struct lora *lora = adapters[items[i].adapter] + number;
+            if (scratch == NULL || lora->parts == 0) continue;
+            (dtype == FLOAT32 ? adapt_float32 : adapt_bfloat16)(y, x, rows + items[i].first, items[i].count, lora, in,
+                                                                out, scratch);
+        }
+        free(scratch);
+    }
+    return failed;
+}

@@ -3,6 +3,7 @@
 Legend of shapes: T tokens of one step, S sequences, H heads, K kv heads, D head size, B tokens of a block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -91,6 +92,43 @@ class Span:
     count: int
 
 
+@dataclass(frozen=True)
+class LoraPart:
+    """What an adapter adds to a product, from column `start` on: scale * (x @ a.T) @ b.T, for a [rank, in] and
+    b [columns, rank].
+    """
+
+    start: int
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+class PackedAdapter(Protocol):
+    """An adapter's matrices in the form that its kernels want."""
+
+    @property
+    def products(self) -> frozenset[int]:
+        """The numbers of the decoder's products that it changes."""
+        ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """Which rows of a step belong to which adapter; those that are the base's alone belong to none."""
+
+    adapters: Sequence[PackedAdapter]
+    rows: Sequence["np.ndarray[Any, np.dtype[np.int32]]"]
+    """Of each adapter, at least one."""
+    products: frozenset[int]
+    """The numbers of the products that any of them changes."""
+    cache: dict[Any, Any] = field(default_factory=dict)
+    """What kernels derive from it, once a step."""
+
+
 @dataclass
 class Layout:
     """Where the tokens of one step belong; made once a step, used by every layer."""
@@ -104,6 +142,8 @@ class Layout:
     """[S, most blocks]"""
     longest: int
     """The most keys that any token sees."""
+    adapters: AdapterRows | None = None
+    """None: every row is the base's."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """What kernels derive from it, once a step."""
 
@@ -155,4 +195,12 @@ class Kernels(Protocol):
 
     def activate(self, x: torch.Tensor, activation: Activation, *, is_gated: bool) -> torch.Tensor:
         """Return activation(gate) * up of `x` [T, 2*width] = (gate, up); without a gate, activation of [T, width]."""
+        ...
+
+    def pack_adapter(self, products: Sequence[Sequence[LoraPart]]) -> PackedAdapter:
+        """Return an adapter's matrices in these kernels' form; `products` has its parts of each product, or none."""
+        ...
+
+    def add_adapters(self, out: torch.Tensor, x: torch.Tensor, product: int, adapters: AdapterRows) -> None:
+        """Add to `out` [T, columns], in place, what adapters bring of `x` [T, in] in the rows that are theirs."""
         ...

@@ -1,19 +1,25 @@
 """The kernels in torch: for GPUs, for machines without a C compiler, and for what the C kernels are compared with."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from services.worker.engine.kernels.kernels import (
     BLOCK_TOKENS,
     Activation,
+    AdapterRows,
     HeadNorms,
     HeadShape,
     LayerPool,
     Layout,
+    LoraPart,
     Norm,
     Rotary,
     Span,
 )
+from services.worker.engine.linear import Linear
 
 
 class TorchKernels:
@@ -86,6 +92,42 @@ class TorchKernels:
         gate = gate.float()
         out = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
         return (out if up is None else out * up.float()).to(x.dtype)
+
+    def pack_adapter(self, products: Sequence[Sequence[LoraPart]]) -> "TorchAdapter":
+        return TorchAdapter(products)
+
+    def add_adapters(self, out: torch.Tensor, x: torch.Tensor, product: int, adapters: AdapterRows) -> None:
+        places = adapters.cache.get("places")
+        if places is None:
+            places = adapters.cache["places"] = [torch.as_tensor(rows, device=x.device) for rows in adapters.rows]
+        packed: Any
+        for packed, rows in zip(adapters.adapters, places, strict=True):
+            for part in packed.parts.get(product, ()):
+                part.add_to(out, x, rows)
+
+
+class TorchAdapter:
+    """`PackedAdapter` of these kernels: two products for each part, which give a row the same bits in any batch."""
+
+    def __init__(self, products: Sequence[Sequence[LoraPart]]) -> None:
+        self.parts = {number: [_Factors(part) for part in parts] for number, parts in enumerate(products) if parts}
+        self.products = frozenset(self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for parts in self.parts.values() for part in parts)
+
+
+class _Factors:
+    def __init__(self, part: LoraPart) -> None:
+        self._a, self._b = Linear(part.a), Linear(part.b)
+        self._scale, self._start = part.scale, part.start
+        self.bytes = self._a.weight_bytes + self._b.weight_bytes
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add to `out` in the rows that `rows` names."""
+        added = self._b(self._a(x[rows])) * self._scale
+        out.narrow(1, self._start, self._b.out_features).index_add_(0, rows, added)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

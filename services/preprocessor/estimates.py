@@ -1,0 +1,181 @@
+"""What a training job will take, said before a GPU is touched: steps, tokens, memory and time.
+
+Steps and tokens are exact. Memory follows from the shapes in the model's files and from what the trainer keeps; time
+from a speed that somebody measured.
+"""
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from services.preprocessor.shards import Manifest
+from shared.domain.errors import ModelRefused
+from shared.domain.fine_tuning import Hyperparameters
+
+# OpenAI's rules, as its cookbook gives them: three epochs, more for few examples, fewer for very many.
+USUAL_EPOCHS, MOST_EPOCHS = 3, 25
+LEAST_EXAMPLES_SEEN, MOST_EXAMPLES_SEEN = 100, 25_000
+BATCH_SHARE, MOST_IN_BATCH = 0.002, 256
+AUTO_MULTIPLIER = 1.0
+
+MICRO_BATCH_TOKENS = 4096
+"""What the trainer computes at a time, as long as memory allows."""
+
+_FLOAT32_BYTES = 4
+_ADAM_BYTES = 8
+"""Two moments of a trained weight, in float32."""
+_IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
+_MOST_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Hyperparameters with every `auto` decided."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device. `optimizer` is all that training adds to the weights: adapter, gradients, moments.
+
+    `activations` are what the backward pass needs of one micro-batch, logits among them.
+    """
+
+    weights_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`tokens` are those of all epochs, as `trained_tokens` of a job counts them; `seconds` None: no speed is known."""
+
+    chosen: Chosen
+    steps: int
+    tokens_per_epoch: int
+    tokens: int
+    memory: Memory
+    seconds: float | None
+
+
+def choose(asked: Hyperparameters, examples: int) -> Chosen:
+    """Decide what was left to us for a training file of so many examples."""
+    epochs = USUAL_EPOCHS
+    if examples * USUAL_EPOCHS < LEAST_EXAMPLES_SEEN:
+        epochs = min(MOST_EPOCHS, LEAST_EXAMPLES_SEEN // examples)
+    elif examples * USUAL_EPOCHS > MOST_EXAMPLES_SEEN:
+        epochs = max(1, MOST_EXAMPLES_SEEN // examples)
+    batch_size = min(MOST_IN_BATCH, max(1, round(examples * BATCH_SHARE)))
+    multiplier = asked.learning_rate_multiplier
+    return Chosen(
+        n_epochs=asked.n_epochs if isinstance(asked.n_epochs, int) else epochs,
+        batch_size=asked.batch_size if isinstance(asked.batch_size, int) else batch_size,
+        learning_rate_multiplier=AUTO_MULTIPLIER if isinstance(multiplier, str) else multiplier,
+    )
+
+
+def estimate(
+    manifest: Manifest,
+    asked: Hyperparameters,
+    model: Path,
+    dtype: str,
+    *,
+    gradient_checkpointing: bool = False,
+    tokens_per_second: float | None = None,
+) -> Estimate:
+    """Return what training the model in directory `model` on a prepared file will take. Raises ModelRefused.
+
+    dtype: The number type in which the model is served, and its products are computed.
+    """
+    chosen = choose(asked, manifest.examples)
+    at_a_time = max(manifest.longest, min(MICRO_BATCH_TOKENS, chosen.batch_size * manifest.longest))
+    shapes = _weight_shapes(model)
+    width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
+    elements = sum(map(math.prod, shapes.values()))
+    # Weights that are trained are held in float32, whatever the number type of the products.
+    trained = elements if asked.full else _adapter_elements(shapes, asked.lora_rank)
+    memory = Memory(
+        weights_bytes=elements * (_FLOAT32_BYTES if asked.full else width),
+        optimizer_bytes=trained * (_FLOAT32_BYTES + _ADAM_BYTES + (0 if asked.full else _FLOAT32_BYTES)),
+        activations_bytes=_activation_bytes(_config(model), manifest, at_a_time, width, gradient_checkpointing),
+    )
+    tokens = manifest.tokens * chosen.n_epochs
+    return Estimate(
+        chosen=chosen,
+        steps=chosen.n_epochs * math.ceil(manifest.examples / chosen.batch_size),
+        tokens_per_epoch=manifest.tokens,
+        tokens=tokens,
+        memory=memory,
+        seconds=tokens / tokens_per_second if tokens_per_second else None,
+    )
+
+
+def _adapter_elements(shapes: dict[str, list[int]], rank: int) -> int:
+    """Return the weights of a LoRA adapter on all linear layers but the head: `rank` rows and columns for each."""
+    matrices = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and _IN_A_LAYER.search(name) and "norm" not in name
+    ]
+    return rank * sum(map(sum, matrices))
+
+
+def _activation_bytes(
+    config: dict[str, Any], manifest: Manifest, tokens: int, width: int, gradient_checkpointing: bool
+) -> int:
+    """Return what the backward pass of so many tokens needs, in the manner of Korthikanti et al. 2022 (2205.05198).
+
+    Of a layer, for each token: the input of each product, what attention was given and gave, both of the gated MLP's
+    halves with their activation, and the float32 that norms compute in. Attention itself keeps no scores. With
+    checkpointing, the input of each layer, and all of one layer that is computed again.
+    """
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    head = config.get("head_dim") or hidden // heads
+    attention = (2 * heads + 2 * (config.get("num_key_value_heads") or heads)) * head
+    norms = 2 * hidden * (_FLOAT32_BYTES + width)
+    layer = width * (2 * hidden + attention + 4 * inner) + norms
+    kept = layers * width * hidden + layer if gradient_checkpointing else layers * layer
+    # Logits are made for what is learned only; their float32 form and its gradient are alive at once.
+    learned = manifest.trained_tokens / max(1, manifest.tokens)
+    logits = learned * (config.get("vocab_size") or manifest.vocabulary) * (width + 2 * _FLOAT32_BYTES)
+    return math.ceil(tokens * (kept + logits))
+
+
+def _config(model: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = orjson.loads((model / "config.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ModelRefused(f"config.json cannot be read: {error}") from None
+    text_config: dict[str, Any] = config.get("text_config", config)
+    return text_config
+
+
+def _weight_shapes(model: Path) -> dict[str, list[int]]:
+    """Return the shape of every weight, from the headers of the model's files: an eight-byte length, then JSON."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = orjson.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+        except (OSError, struct.error, orjson.JSONDecodeError) as error:
+            raise ModelRefused(f"{path.name} cannot be read: {error}") from None
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if not shapes:
+        raise ModelRefused("There are no safetensors weights.")
+    return shapes

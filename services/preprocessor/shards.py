@@ -1,0 +1,188 @@
+"""A prepared data set on disk: what a trainer maps into memory, under the digest of all that it was made from.
+
+```
+DIGEST/tokens.bin     uint32, little-endian: the tokens of all examples, one after another
+DIGEST/weights.bin    uint8, one for each token: 1 where the token is learned
+DIGEST/offsets.bin    int64, little-endian: where each example begins, and the end of the last
+DIGEST/manifest.json  `Manifest`
+```
+A directory has its name only when it is whole and durable. Two writers of the same digest write the same bytes; whoever
+comes second finds the first one's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from array import array
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import msgspec
+
+FORMAT_VERSION = 1
+PARTIAL_PREFIX = ".partial-"
+STALE_SECONDS = 3600
+"""An unfinished directory to which nothing was written for so long belongs to a writer that died."""
+
+_BUFFER_BYTES = 1 << 20
+_OFFSET = struct.Struct("<q")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prepared data set holds; `max_length`, `longest` and all counts are in tokens."""
+
+    version: int = FORMAT_VERSION
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    vocabulary: int
+    pad_token: int | None
+    data_sha256: str
+    tokenizer_sha256: str
+    template_sha256: str
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A prepared data set. `is_new`: it was written just now, and not found."""
+
+    path: Path
+    manifest: Manifest
+    is_new: bool
+
+
+def shards_digest(**made_from: Any) -> str:
+    """Return the name of the data set that is made from these."""
+    content = json.dumps({"version": FORMAT_VERSION, **made_from}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def find_shards(out: Path, digest: str) -> Shards | None:
+    """Return the data set of this digest if it is there, and whole as far as sizes tell."""
+    path = out / digest
+    try:
+        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+        sizes = [(path / name).stat().st_size for name in ("tokens.bin", "weights.bin", "offsets.bin")]
+    except (OSError, msgspec.DecodeError):
+        return None
+    if sizes != [4 * manifest.tokens, manifest.tokens, _OFFSET.size * (manifest.examples + 1)]:
+        return None
+    return Shards(path, manifest, is_new=False)
+
+
+class ShardWriter:
+    """Writes one data set, an example at a time, in constant memory; left without `commit`, it leaves nothing."""
+
+    def __init__(self, out: Path, digest: str) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        self._final = out / digest
+        self._partial = out / f"{PARTIAL_PREFIX}{digest[:16]}-{uuid4().hex}"
+        self.examples = self.tokens = self.trained_tokens = self.longest = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._partial.mkdir()
+            stack.callback(shutil.rmtree, self._partial, ignore_errors=True)
+            self._files = [
+                stack.enter_context((self._partial / name).open("wb", buffering=_BUFFER_BYTES))
+                for name in ("tokens.bin", "weights.bin", "offsets.bin")
+            ]
+            self._files[2].write(_OFFSET.pack(0))
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._opened.close()
+        except OSError:
+            if error is None:
+                raise  # else what broke it is known already, a full disk as a rule
+
+    def add(self, tokens: "array[int]", weights: bytes | bytearray) -> None:
+        """Add an example: tokens as an array of type `I`, and a 0 or 1 for each. Raises OSError."""
+        self._files[0].write(_little_endian(tokens))
+        self._files[1].write(weights)
+        self.examples += 1
+        self.tokens += len(tokens)
+        self.trained_tokens += sum(weights)
+        self.longest = max(self.longest, len(tokens))
+        self._files[2].write(_OFFSET.pack(self.tokens))
+
+    def commit(self, **fields: Any) -> Shards:
+        """Make the data set durable and give it its name; `fields` are the manifest's beside the counts.
+
+        Raises OSError; the data set is then not there.
+        """
+        manifest = Manifest(
+            examples=self.examples,
+            tokens=self.tokens,
+            trained_tokens=self.trained_tokens,
+            longest=self.longest,
+            **fields,
+        )
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        with (self._partial / "manifest.json").open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(self._partial)
+        return self._publish(manifest)
+
+    def _publish(self, manifest: Manifest) -> Shards:
+        try:
+            self._partial.rename(self._final)
+        except OSError:
+            # The name is taken: by a writer that was quicker, or by what is left of a data set that was damaged since.
+            found = find_shards(self._final.parent, self._final.name)
+            if found is not None:
+                return found
+            if not self._final.exists():
+                raise
+            damaged = self._partial.with_name(f"{self._partial.name}-damaged")
+            self._final.rename(damaged)
+            self._partial.rename(self._final)
+            shutil.rmtree(damaged, ignore_errors=True)
+        _sync_directory(self._final.parent)
+        return Shards(self._final, manifest, is_new=True)
+
+
+def _little_endian(tokens: "array[int]") -> bytes:
+    if sys.byteorder == "big":
+        tokens = tokens[:]
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what writers left behind that were killed."""
+    before = time.time() - STALE_SECONDS
+    for partial in out.glob(f"{PARTIAL_PREFIX}*"):
+        try:
+            written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+        except FileNotFoundError:
+            continue  # its writer has just finished
+        if written < before:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""Prepares the data of training jobs that wait for it, and queues or refuses them."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO, cast
+from uuid import UUID
+
+from sqlalchemy import Engine, text
+
+from services.preprocessor.estimates import Estimate, estimate
+from services.preprocessor.preparation import Options, Prepared, prepare
+from services.preprocessor.shards import Shards
+from shared.db import model_registry, training
+from shared.db.session import tenant_transaction
+from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
+from shared.domain.errors import ModelRefused, NotFound
+from shared.domain.fine_tuning import Hyperparameters
+from shared.domain.training_file import TrainingFileRefused
+from shared.settings import Settings
+from shared.store import Store, prepared_path
+
+log = logging.getLogger(__name__)
+
+_GIVEN_UP = "The data could not be prepared: each time it was tried, the preprocessor failed."
+_GONE = "The file's content is gone."
+
+
+class Preparations:
+    """Safe to run twice and anywhere: a session's lock lets one preprocessor work on a job, and ends with it."""
+
+    def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
+        self._engine, self._store, self._settings = engine, store, settings
+
+    def prepare(self, tenant_id: str, job_id: UUID) -> bool:
+        """Prepare a job if it still waits for it and nobody else is at it; return whether it was queued.
+
+        Raises OperationalError and OSError for what may pass: the job goes on waiting.
+        """
+        with self._alone(job_id) as is_mine:
+            if not is_mine:
+                return False
+            with tenant_transaction(self._engine, tenant_id) as connection:
+                job = training.begin_preparation(connection, job_id)
+            if job is None:
+                return False
+            return self._prepare(job)
+
+    @contextmanager
+    def _alone(self, job_id: UUID) -> Iterator[bool]:
+        with self._engine.connect() as connection:
+            session = connection.execution_options(isolation_level="AUTOCOMMIT")
+            is_mine = training.preparation_lock(session, job_id)
+            try:
+                yield is_mine
+            finally:
+                # A connection that goes back to the pool would keep its session's locks.
+                session.execute(text("SELECT pg_advisory_unlock_all()"))
+
+    def _prepare(self, job: UnpreparedJob) -> bool:
+        if job.preparations >= MOST_PREPARATIONS:
+            return self._refuse(job, {"code": "server_error", "message": _GIVEN_UP, "param": None})
+        try:
+            base = self._base(job)
+            asked = Hyperparameters.model_validate(job.spec["hyperparameters"])
+            made = self._make(job, Path(base.source), asked)
+            plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype)
+        except TrainingFileRefused as error:
+            return self._refuse(job, error.job_error(), [line.as_dict() for line in error.errors])
+        except ModelRefused as error:
+            return self._refuse(job, {"code": "model_refused", "message": error.message, "param": "model"})
+        except NotFound as error:
+            return self._refuse(job, {"code": "model_not_found", "message": error.message, "param": "model"})
+        except FileNotFoundError:
+            return self._refuse(job, {"code": "file_not_found", "message": _GONE, "param": "training_file"})
+        with tenant_transaction(self._engine, job.tenant_id) as connection:
+            outcome = _outcome(asked, plan, made, self._relative)
+            return training.prepared(
+                connection, job, base=base.name, steps=plan.steps, tokens=plan.tokens, outcome=outcome
+            )
+
+    def _base(self, job: UnpreparedJob) -> model_registry.ModelView:
+        """Return the model whose weights are trained on: of an adapter, its base. Raises NotFound."""
+        with tenant_transaction(self._engine, job.tenant_id) as connection:
+            model = model_registry.find(connection, job.tenant_id, job.model)
+            return model if model.base is None else model_registry.find(connection, job.tenant_id, model.base)
+
+    def _make(self, job: UnpreparedJob, model: Path, asked: Hyperparameters) -> Prepared:
+        out = self._directory() / prepared_path(job.tenant_id)
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(self._local(path)) if path is not None else None
+                for path in (job.training_path, job.validation_path)
+            ]
+            if files[0] is None or (job.spec.get("validation_file_id") and files[1] is None):
+                raise FileNotFoundError
+            return prepare(files[0], files[1], model, out, Options(max_length=asked.max_length))
+
+    def _directory(self) -> Path:
+        """Return the store as a directory: trainers map prepared data into memory."""
+        directory = self._settings.store_directory
+        if directory is None:
+            raise ModelRefused("Training needs a store that is a directory; this one's is elsewhere.")
+        return directory
+
+    def _relative(self, path: Path) -> str:
+        return str(path.relative_to(self._directory()))
+
+    @contextmanager
+    def _local(self, path: str) -> Iterator[BinaryIO]:
+        """Open an object of the store as a seekable file."""
+        with NamedTemporaryFile() as file:
+            for block in self._store.read(path):
+                file.write(block)
+            file.seek(0)
+            yield cast("BinaryIO", file)
+
+    def _refuse(self, job: UnpreparedJob, error: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> bool:
+        with tenant_transaction(self._engine, job.tenant_id) as connection:
+            training.reject(connection, job, error, lines or [])
+        log.info("training job refused", extra={"job_id": str(job.job_id), "code": error["code"]})
+        return False
+
+
+def _outcome(asked: Hyperparameters, plan: Estimate, made: Prepared, relative: Callable[[Path], str]) -> dict[str, Any]:
+    """Return what a job's row keeps of its preparation: hyperparameters as they are used, data, what it will take."""
+    chosen = {
+        "n_epochs": plan.chosen.n_epochs,
+        "batch_size": plan.chosen.batch_size,
+        "learning_rate_multiplier": plan.chosen.learning_rate_multiplier,
+    }
+
+    def data(shards: Shards | None) -> dict[str, Any] | None:
+        if shards is None:
+            return None
+        manifest = shards.manifest
+        counts = {"examples": manifest.examples, "tokens": manifest.tokens, "trained_tokens": manifest.trained_tokens}
+        return {"path": relative(shards.path), **counts}
+
+    return {
+        "hyperparameters": asked.model_dump() | chosen,
+        "training": data(made.training),
+        "validation": data(made.validation),
+        "estimate": {"steps": plan.steps, "tokens": plan.tokens, "memory_bytes": plan.memory.total_bytes},
+    }

@@ -1,0 +1,167 @@
+"""One fine-tuning job from its first step, or its newest checkpoint, to its product."""
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from services.worker.protocol import CheckpointWritten, Evaluated, Finished, FromChild, Progress, Started, Train
+from services.worker.trainer.checkpoint import CheckpointStore, as_disk_full, require_room, write_directory
+from services.worker.trainer.data import PreparedData
+from services.worker.trainer.errors import BaseRefused, StopRequested
+from services.worker.trainer.gate import Gate, Pulse
+from services.worker.trainer.language_model import load_language_model
+from services.worker.trainer.memory import limit_memory
+from services.worker.trainer.trainer import StepMetrics, Trainer
+
+log = logging.getLogger(__name__)
+
+BITS_DEPEND_ON = ("torch", "transformers", "peft", "numpy", "safetensors")
+"""Libraries whose versions stand in every checkpoint."""
+TRAINING_BYTES_PER_WEIGHT = 12
+"""A float32 weight and two moments, as they are written."""
+
+
+class FineTuningJob:
+    """Prepares, then runs: between any two steps the job is what its newest checkpoint and its spec say."""
+
+    def __init__(
+        self, spec: Train, device: torch.device, report: Callable[[FromChild], None], gate: Gate, pulse: Pulse
+    ) -> None:
+        """Load data and model, and the newest valid checkpoint if there is one. Raises TrainingFailed."""
+        self._spec, self._report, self._gate, self._pulse = spec, report, gate, pulse
+        limit_memory(device, spec.memory_bytes)
+        self._data = PreparedData(Path(spec.data))
+        self._validation = PreparedData(Path(spec.validation)) if spec.validation else None
+        self._output = Path(spec.output)
+        self._store = CheckpointStore(
+            self._output / "checkpoints",
+            spec.lease_token,
+            spec.checkpoints,
+            self._fingerprint(),
+            _environment(device),
+            pulse.advance,
+        )
+        newest, skipped = self._store.newest()
+        source = newest.model if newest and spec.hyperparameters.full else Path(spec.base)
+        with pulse.uncounted():
+            self._model = load_language_model(source, spec.base_name, spec.hyperparameters, device, spec.seed)
+        self._require_vocabulary()
+        self._model.watch(pulse.advance)
+        self.trainer = Trainer(self._model, self._data, spec.hyperparameters, spec.seed, gate.pass_through)
+        if newest:
+            if not spec.hyperparameters.full:
+                self._model.load_adapter(newest.model)
+            self.trainer.load(newest.path)
+        self._saved_step = self.trainer.state.step
+        self._saved_at = time.monotonic()
+        report(self._started(skipped))
+
+    def _started(self, skipped: list[str]) -> Started:
+        trainer = self.trainer
+        return Started(
+            trainer.state.step, trainer.total_steps, trainer.steps_per_epoch, trainer.trainable_parameters, skipped
+        )
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Return what a checkpoint must have been made with for this job to go on from it."""
+        asked = msgspec.json.encode(self._spec.hyperparameters).decode()
+        sets = {"training data": self._data, "validation data": self._validation}
+        digests = {name: data.manifest.data_sha256 for name, data in sets.items() if data is not None}
+        return {"base": self._spec.base_name, "hyperparameters": asked, "seed": str(self._spec.seed), **digests}
+
+    def _require_vocabulary(self) -> None:
+        for data in (self._data, self._validation):
+            if data is not None and data.manifest.vocabulary > self._model.vocabulary:
+                known = self._model.vocabulary
+                raise BaseRefused(f"The data has {data.manifest.vocabulary} tokens to choose from, its base {known}.")
+
+    def run(self) -> Finished:
+        """Train to the end. Raises TrainingFailed, and StopRequested once a checkpoint is written."""
+        trainer = self.trainer
+        try:
+            while True:
+                self._evaluate_if_due()
+                self._save_if_due()
+                if trainer.state.step >= trainer.total_steps:
+                    return self._finish()
+                self._gate.pass_through()
+                started = time.monotonic()
+                self._tell(trainer.train_step(), time.monotonic() - started)
+        except StopRequested:
+            if trainer.state.step > self._saved_step:
+                self._save()
+            raise
+
+    def _tell(self, metrics: StepMetrics, seconds: float) -> None:
+        self._report(
+            Progress(
+                step=self.trainer.state.step,
+                total_steps=self.trainer.total_steps,
+                loss=metrics.means.loss,
+                accuracy=metrics.means.accuracy,
+                learning_rate=metrics.learning_rate,
+                gradient_norm=metrics.gradient_norm,
+                tokens=metrics.tokens,
+                trained_tokens=metrics.means.targets,
+                seconds=seconds,
+            )
+        )
+
+    def _evaluate_if_due(self) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        every = self._spec.hyperparameters.eval_steps or trainer.steps_per_epoch
+        is_due = state.step % every == 0 or state.step >= trainer.total_steps
+        if self._validation is None or not is_due or state.evaluated_step == state.step:
+            return
+        means = trainer.evaluate(self._validation)
+        self._report(Evaluated(state.step, means.loss, means.accuracy))
+
+    def _save_if_due(self) -> None:
+        policy, step = self._spec.checkpoints, self.trainer.state.step
+        is_due = (
+            step in policy.keep_steps
+            or step >= self.trainer.total_steps
+            or (policy.every_steps is not None and step % policy.every_steps == 0)
+            or (policy.every_seconds is not None and time.monotonic() - self._saved_at >= policy.every_seconds)
+        )
+        if is_due and step > self._saved_step:
+            self._save()
+
+    def _save(self) -> None:
+        step = self.trainer.state.step
+
+        def write(directory: Path) -> None:
+            self._model.save(directory / "model")
+            self.trainer.save(directory)
+
+        with self._pulse.uncounted():
+            checkpoint = self._store.save(step, write, self._expected_bytes)
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._report(
+            CheckpointWritten(
+                str(checkpoint.path), str(checkpoint.model), step, checkpoint.sha256, dict(self.trainer.state.metrics)
+            )
+        )
+
+    @property
+    def _expected_bytes(self) -> int:
+        return self.trainer.trainable_parameters * TRAINING_BYTES_PER_WEIGHT
+
+    def _finish(self) -> Finished:
+        state = self.trainer.state
+        with self._pulse.uncounted(), as_disk_full():
+            require_room(self._output, self._expected_bytes)
+            model = write_directory(self._output / "model", self._model.save_product)
+        return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics))
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """Return what the last bits of a run depend on."""
+    versions = {name: importlib.metadata.version(name) for name in BITS_DEPEND_ON}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**versions, "device": kind, "threads": str(torch.get_num_threads()), "processes": "1"}

@@ -1,0 +1,241 @@
+"""The training loop's one step, and all that a run is between two steps.
+
+A step is a pure function of the weights, the optimizer's state and the step's number: examples, learning rate and
+random numbers follow from the seed and the number. So a run that goes on from a checkpoint ends with the same bits.
+"""
+
+import gc
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.worker.protocol import Hyperparameters
+from services.worker.trainer.data import Indices, MicroBatch, PreparedData, StepSampler, micro_batches, plan
+from services.worker.trainer.errors import LossNotFinite, OutOfMemory
+from services.worker.trainer.memory import free_cached, is_out_of_memory
+from services.worker.trainer.schedule import Schedule, build_optimizer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+EVALUATED_AT_A_TIME = 256
+"""Examples whose micro-batches are planned together in an evaluation."""
+
+
+class TrainableModel(Protocol):
+    """What the trainer asks of a model (`language_model.CausalLanguageModel`)."""
+
+    is_packed: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]: ...
+
+    def train(self, is_training: bool) -> None: ...
+
+    def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class TrainerState(msgspec.Struct):
+    """What a run is between two steps, beside weights and optimizer.
+
+    `micro_batch_tokens`: how many tokens are computed at a time, after what memory allowed. `evaluated_step`: the last
+    after which the validation set was computed. `metrics` are those of the last step and evaluation.
+    """
+
+    micro_batch_tokens: int
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    evaluated_step: int | None = None
+    metrics: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Means:
+    """Loss and accuracy over `targets` tokens."""
+
+    loss: float
+    accuracy: float
+    targets: int
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step was like; its means are those before the update."""
+
+    means: Means
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+
+
+class Trainer:
+    """Trains a model on prepared data. `between` is called between evaluation's passes: it may wait, or raise."""
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        data: PreparedData,
+        asked: Hyperparameters,
+        seed: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model, self._data, self._asked, self._seed, self._between = model, data, asked, seed, between
+        self._parameters = model.trainable
+        self._sampler = StepSampler(len(data), asked.batch_size, seed)
+        self.total_steps = asked.max_steps or asked.n_epochs * self._sampler.steps_per_epoch
+        self._schedule = Schedule.of(asked, self.total_steps)
+        self._optimizer = build_optimizer(self._parameters.values(), asked)
+        self.state = TrainerState(asked.micro_batch_tokens)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._sampler.steps_per_epoch
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    def train_step(self) -> StepMetrics:
+        """Take one optimizer step. Raises LossNotFinite, with the weights as they were, and OutOfMemory."""
+        step = self.state.step
+        examples = self._sampler.batch(step)
+        means = self._within_memory(self._data, examples, self._accumulate)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._asked.max_grad_norm))
+        if not np.isfinite(means.loss) or not np.isfinite(norm):
+            raise LossNotFinite(f"Step {step + 1}: the loss is {means.loss}, the norm of its gradient {norm}.")
+        rate = self._schedule.learning_rate(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        tokens = int(self._data.lengths[examples].sum())
+        self._note(means, tokens)
+        return StepMetrics(means, rate, norm, tokens)
+
+    def _accumulate(self, data: PreparedData, examples: Indices) -> Means:
+        """Add up the gradient of the mean loss over all of the examples' targets, however many passes that takes."""
+        self._optimizer.zero_grad(set_to_none=True)
+        targets = max(1, sum(int(data.targets(int(example)).sum()) for example in examples))
+        outcomes = []
+        for batch in self._passes(data, examples):
+            loss, correct = self._model.losses(batch)
+            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            outcomes.append((loss.detach(), correct))
+        return _means(outcomes, targets)
+
+    def evaluate(self, data: PreparedData) -> Means:
+        """Return the means over a whole data set, without dropout. Raises OutOfMemory, and what `between` raises."""
+        self._model.train(False)
+        try:
+            with torch.no_grad():
+                parts = [
+                    self._within_memory(
+                        data, np.arange(start, min(start + EVALUATED_AT_A_TIME, len(data))), self._score
+                    )
+                    for start in range(0, len(data), EVALUATED_AT_A_TIME)
+                ]
+        finally:
+            self._model.train(True)
+        targets = max(1, sum(part.targets for part in parts))
+        loss = sum(part.loss * part.targets for part in parts) / targets
+        means = Means(loss, sum(part.accuracy * part.targets for part in parts) / targets, targets)
+        self.state.evaluated_step = self.state.step
+        self.state.metrics |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": means.accuracy}
+        return means
+
+    def _score(self, data: PreparedData, examples: Indices) -> Means:
+        outcomes = []
+        targets = 0
+        for batch in self._passes(data, examples):
+            self._between()
+            outcomes.append(self._model.losses(batch))
+            targets += len(batch.targets)
+        return _means(outcomes, targets)
+
+    def _passes(self, data: PreparedData, examples: Indices) -> Iterator[MicroBatch]:
+        """Yield the micro-batches that have anything to learn, each with random numbers of its own."""
+        budget_tokens = self.state.micro_batch_tokens
+        for number, batch in enumerate(micro_batches(data, examples, budget_tokens, packed=self._model.is_packed)):
+            if len(batch.targets):
+                seed_everything(self._seed, self.state.step, number)
+                yield batch.to(self._model.device)
+
+    def _within_memory(self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], T]) -> T:
+        """Do work on examples; with half as many tokens at a time, again, whenever memory runs out."""
+        while True:
+            try:
+                return work(data, examples)
+            except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+            # Only here is the failed pass let go: the error's traceback held its tensors.
+            self._halve(data.lengths[examples])
+
+    def _halve(self, lengths: Indices) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        free_cached(self._model.device)
+        groups = plan(lengths, self.state.micro_batch_tokens, packed=self._model.is_packed)
+        if max(len(group) for group in groups) == 1:
+            longest = int(lengths.max())
+            raise OutOfMemory(f"Step {self.state.step + 1}: an example of {longest} tokens does not fit into memory.")
+        self.state.micro_batch_tokens //= 2
+        log.warning("out of memory: fewer tokens at a time", extra={"tokens": self.state.micro_batch_tokens})
+
+    def _note(self, means: Means, tokens: int) -> None:
+        state = self.state
+        state.step += 1
+        state.tokens += tokens
+        state.trained_tokens += means.targets
+        state.metrics |= {"train_loss": means.loss, "train_mean_token_accuracy": means.accuracy}
+
+    def save(self, directory: Path) -> None:
+        """Write optimizer and state; the weights are the model's to save. Raises OSError."""
+        moments = {
+            f"{name}:{key}": value.detach().contiguous()
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+        }
+        save_file(moments, directory / OPTIMIZER_FILE)
+        (directory / STATE_FILE).write_bytes(msgspec.json.encode(self.state))
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote, with the model's weights already in place."""
+        self.state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=TrainerState)
+        moments = load_file(directory / OPTIMIZER_FILE, device=str(self._model.device))
+        for key, value in moments.items():
+            name, _, moment = key.rpartition(":")
+            self._optimizer.state[self._parameters[name]][moment] = value.clone()
+
+
+def _means(outcomes: list[tuple[torch.Tensor, torch.Tensor]], targets: int) -> Means:
+    if not outcomes:
+        return Means(0.0, 0.0, targets)
+    loss = float(torch.stack([loss.double() for loss, _ in outcomes]).sum())
+    correct = int(torch.stack([correct for _, correct in outcomes]).sum())
+    return Means(loss / max(1, targets), correct / max(1, targets), targets)
+
+
+def seed_everything(seed: int, step: int, number: int) -> None:
+    """Seed every generator that a model may draw from, by the pass's place in the run."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{number}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "little")
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002  # models that draw from numpy draw from its global generator

@@ -1,0 +1,408 @@
+"""Runs one training job under its lease: a trainer child does the work, and what it says is recorded here."""
+
+import csv
+import io
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection, Engine
+
+from services.worker.leases import Lease, SliceHolder
+from services.worker.protocol import (
+    CheckpointPolicy,
+    CheckpointWritten,
+    Evaluated,
+    Failed,
+    Finished,
+    FromChild,
+    Hyperparameters,
+    Progress,
+    Started,
+    Stop,
+    Stopped,
+    Train,
+)
+from services.worker.trainer_child import OnlineGate, TrainerChild
+from shared.db import files, jobs, model_registry, slices, training
+from shared.db.model_registry import ModelView
+from shared.db.training import NewCheckpoint, Product, TrainingRun
+from shared.domain.errors import ChildLost, Conflict
+from shared.domain.fine_tuning import checkpoint_model_name, tuned_model_name
+from shared.domain.job import StopReason
+from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
+from shared.settings import Settings
+from shared.store import Store, file_path, training_path
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+BUSY_SECONDS = 5.0
+"""How long a second training slice is put off that comes while this device trains."""
+LEARNING_RATE = {False: 2e-4, True: 2e-5}
+"""By whether all weights are trained, before the job's multiplier."""
+PAUSES = ("disk_full",)
+"""Failures after which a job waits for somebody to make room: its last checkpoint is good."""
+LOST = {
+    "code": "training_failed",
+    "message": "Training was given up: what ran it died each time it was tried. The job's attempts say why.",
+    "type": "server_error",
+    "param": None,
+}
+RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+@dataclass
+class _Report:
+    """What a trainer has said and nobody has recorded yet."""
+
+    steps: int = 0
+    trained_tokens: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[tuple[str, str]] = field(default_factory=list)
+    awaits_evaluation: bool = False
+    """The validation of the last step is on its way: both are told together."""
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, message: Progress, *, awaits_evaluation: bool) -> None:
+        self.awaits_evaluation = awaits_evaluation
+        self.steps, self.trained_tokens = message.step, self.trained_tokens + message.trained_tokens
+        self.metrics.append(
+            {
+                "step": message.step,
+                "total_steps": message.total_steps,
+                "train_loss": message.loss,
+                "train_mean_token_accuracy": message.accuracy,
+                "learning_rate": message.learning_rate,
+            }
+        )
+
+    def evaluated(self, message: Evaluated) -> None:
+        """Note a validation, of the base model (step 0) or of the step before it."""
+        self.awaits_evaluation = False
+        valid = {"full_valid_loss": message.loss, "full_valid_mean_token_accuracy": message.accuracy}
+        valid |= {"valid_loss": message.loss, "valid_mean_token_accuracy": message.accuracy}
+        if self.metrics and self.metrics[-1]["step"] == message.step:
+            self.metrics[-1] |= valid
+        text = f"Step {message.step}: validation loss={message.loss:.4f}, token accuracy={message.accuracy:.4f}"
+        self.messages.append(("info", text))
+
+    def __bool__(self) -> bool:
+        return bool(self.metrics or self.messages)
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What the wiring made. `environment`: more variables of the child; `online_in_flight`: calls on `device`."""
+
+    device: str
+    holder: SliceHolder
+    engine: Engine
+    store: Store
+    settings: Settings
+    environment: dict[str, str]
+    online_in_flight: Callable[[], int]
+
+    def write(self, lease: Lease, act: Callable[[Connection], None]) -> None:
+        """Do `act` under the lease. What it does may be done again: a commit may have been lost with its answer."""
+        self.holder.write(lease, lambda connection, _: act(connection))
+
+    def give_back(self, connection: Connection, lease: Lease, delay_seconds: float = 0.0) -> None:
+        """Release an unfinished slice at no cost; it goes on from its newest checkpoint."""
+        slices.release(
+            connection,
+            lease.claimed.slice_id,
+            lease.claimed.lease_token,
+            outcome=AttemptOutcome.PREEMPTED,
+            delay_seconds=delay_seconds,
+            device_seconds=self.holder.leases.device_seconds(lease),
+        )
+
+
+class TrainingRunner:
+    """Claims and runs training slices, one at a time."""
+
+    def __init__(self, parts: TrainingParts) -> None:
+        self._parts = parts
+        self._device = threading.Lock()
+
+    def run(self, slice_id: int, task_id: str) -> None:
+        """Run a training slice if it may be claimed; whatever happens, its row says so, or its lease runs out."""
+        self._parts.holder.run(slice_id, task_id, SliceKind.TRAIN, self._run)
+
+    def _run(self, lease: Lease) -> None:
+        if not self._device.acquire(blocking=False):
+            self._parts.write(lease, lambda connection: self._parts.give_back(connection, lease, BUSY_SECONDS))
+            return
+        try:
+            work = _Work(self._parts, lease, *self._read(lease))
+            if is_dead_letter(lease.claimed.lo, lease.claimed.hi, lease.claimed.losses):
+                work.fail(LOST)
+                return
+            with self._child() as child:
+                child.begin(work.message())
+                work.follow(child)
+        finally:
+            self._device.release()
+
+    @contextmanager
+    def _child(self) -> Iterator[TrainerChild]:
+        """A fresh process for each job: what one leaves in memory is not the next one's."""
+        parts = self._parts
+        child = TrainerChild(parts.device, hang_seconds=parts.settings.hang_seconds, environment=parts.environment)
+        try:
+            yield child
+        finally:
+            child.close()
+
+    def _read(self, lease: Lease) -> tuple[TrainingRun, ModelView]:
+        with self._parts.engine.begin() as connection:
+            run = training.run_of(connection, lease.claimed.job_id)
+            return run, model_registry.find(connection, run.tenant_id, run.model)
+
+
+class _Work:
+    """One claimed job: what its child is told, and what becomes of what it says."""
+
+    def __init__(self, parts: TrainingParts, lease: Lease, run: TrainingRun, base: ModelView) -> None:
+        self._parts, self._lease, self._job, self._base = parts, lease, run, base
+        self._fence = training.Lease(lease.claimed.slice_id, lease.claimed.lease_token)
+        self._report = _Report()
+        self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
+        self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
+
+    def message(self) -> Train:
+        """Return what the child is to do."""
+        used, store = self._job.outcome["hyperparameters"], self._store_directory()
+        validation = self._job.outcome.get("validation")
+        # Ends of epochs are served by name, so they stay; the others are there to go on from.
+        kept = tuple(range(self._epoch_steps, self._job.steps + 1, self._epoch_steps))
+        return Train(
+            base=self._base.source,
+            base_name=self._base.name,
+            data=str(store / self._job.outcome["training"]["path"]),
+            validation=str(store / validation["path"]) if validation else None,
+            output=str(store / training_path(self._job.tenant_id, self._job.job_id)),
+            lease_token=str(self._fence.lease_token),
+            hyperparameters=Hyperparameters(
+                full=used["full"],
+                n_epochs=used["n_epochs"],
+                batch_size=used["batch_size"],
+                learning_rate=LEARNING_RATE[used["full"]] * used["learning_rate_multiplier"],
+                warmup_ratio=used["warmup_ratio"],
+                weight_decay=used["weight_decay"],
+                dtype="bfloat16" if self._base.dtype == "bfloat16" else "float32",
+                lora_rank=used["lora_rank"],
+                lora_alpha=used["lora_alpha"] or 2.0 * used["lora_rank"],
+                lora_dropout=used["lora_dropout"],
+            ),
+            seed=self._job.spec["seed"],
+            checkpoints=CheckpointPolicy(keep_steps=kept),
+        )
+
+    def _store_directory(self) -> Path:
+        directory = self._parts.settings.store_directory
+        assert directory is not None  # what was prepared lies in one
+        return directory.resolve()
+
+    def follow(self, child: TrainerChild) -> None:
+        """Record what the child says until it has ended. Raises ChildLost, LeaseGivenUp, LeaseLost."""
+        is_stopping, gate = False, OnlineGate(child, self._parts.online_in_flight)
+        while True:
+            try:
+                message = child.inbox.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                gate.look()
+            else:
+                if message is None:
+                    self._flush()
+                    raise ChildLost
+                if self._take(message):
+                    return
+            if not is_stopping and self._parts.holder.must_stop(self._lease):
+                child.tell(Stop())
+                is_stopping = True
+            if self._is_due():
+                self._flush()
+
+    def _is_due(self) -> bool:
+        report = self._report
+        age = time.monotonic() - report.since
+        return bool(report) and not report.awaits_evaluation and age >= self._parts.settings.flush_seconds
+
+    def _take(self, message: FromChild) -> bool:
+        """Note or record what the child says; return whether that was its last word."""
+        if isinstance(message, Started):
+            self._started(message)
+        elif isinstance(message, Progress):
+            is_epoch = message.step % self._epoch_steps == 0
+            has_validation = self._job.outcome.get("validation") is not None
+            self._report.add(message, awaits_evaluation=is_epoch and has_validation)
+        elif isinstance(message, Evaluated):
+            self._report.evaluated(message)
+        elif isinstance(message, CheckpointWritten):
+            self._flush()
+            self._checkpoint(message)
+        elif isinstance(message, Finished):
+            self._flush()
+            self._succeed(message)
+            return True
+        elif isinstance(message, Stopped):
+            self._flush()
+            self._stopped()
+            return True
+        elif isinstance(message, Failed):
+            self._flush()
+            self._failed(message)
+            return True
+        return False
+
+    def _started(self, message: Started) -> None:
+        what = f"Training goes on after step {message.step}." if message.step else "Fine-tuning job started."
+        self._report.messages.append(("info", what))
+        for path in message.skipped:
+            self._report.messages.append(("warn", f"A damaged checkpoint was passed over: {Path(path).name}."))
+
+    def _flush(self) -> None:
+        """Record what has come so far."""
+        report, self._report = self._report, _Report(self._report.steps, self._report.trained_tokens)
+        if not report:
+            return
+        self._write(
+            lambda connection: training.progress(
+                connection,
+                self._fence,
+                steps=report.steps,
+                tokens=report.trained_tokens,
+                metrics=report.metrics,
+                messages=report.messages,
+            )
+        )
+
+    def _write(self, act: Callable[[Connection], None]) -> None:
+        self._parts.write(self._lease, act)
+
+    def _checkpoint(self, message: CheckpointWritten) -> None:
+        """Have an epoch's end served by name. The last one is the product itself, and others only serve to go on."""
+        if message.step % self._epoch_steps:
+            return
+        checkpoint = NewCheckpoint(
+            step=message.step,
+            tokens=self._report.trained_tokens,
+            path=message.path,
+            model_path=message.model,
+            sha256=message.sha256,
+            metrics={"step": message.step, **message.metrics},
+        )
+        product = self._product(checkpoint_model_name(self._name, message.step), message.model)
+        self._write(lambda connection: training.add_checkpoint(connection, self._fence, checkpoint, product))
+
+    def _product(self, name: str, source: str) -> Product:
+        is_full = self._job.outcome["hyperparameters"]["full"]
+        return Product(
+            name=name,
+            kind="causal_lm" if is_full else "adapter",
+            base=None if is_full else self._base.name,
+            source=source,
+            dtype=self._base.dtype,
+            context_length=self._base.context_length,
+            weight_bytes=sum(path.stat().st_size for path in Path(source).glob("*.safetensors")),
+        )
+
+    def _succeed(self, message: Finished) -> None:
+        product, file_id = self._product(self._name, message.model), uuid4()
+        with self._parts.engine.begin() as connection:
+            content = _result_csv(training.metrics_of(connection, self._job.job_id))
+        path = file_path(self._job.tenant_id, file_id)
+        writer = self._parts.store.writer(path)
+        try:
+            writer.write(content)
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+
+        def write(connection: Connection) -> None:
+            files.add(
+                connection,
+                tenant_id=self._job.tenant_id,
+                file_id=file_id,
+                purpose="fine-tune-results",
+                filename="step_metrics.csv",
+                bytes=len(content),
+                sha256=None,
+                store_path=path,
+                index_path=None,
+                lines=None,
+                validation=None,
+                expires_after_seconds=None,
+            )
+            training.succeed(
+                connection,
+                self._fence,
+                steps=message.step,
+                tokens=message.trained_tokens,
+                product=product,
+                result_file_id=file_id,
+            )
+            self._finish(connection, SliceState.DONE)
+
+        self._write(write)
+
+    def _stopped(self) -> None:
+        """The child has left its work in a checkpoint: the job was stopped, or this worker is."""
+        if self._lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
+            self._write(lambda connection: self._finish(connection, SliceState.CANCELLED))
+        else:
+            self._write(lambda connection: self._parts.give_back(connection, self._lease))
+
+    def _failed(self, message: Failed) -> None:
+        if message.code in PAUSES:
+            self._pause(message)
+            return
+        text = f"{message.message} The last good checkpoint is kept."
+        self.fail({"code": message.code, "message": text, "type": "server_error", "param": None})
+
+    def _pause(self, message: Failed) -> None:
+        """Let the job wait for somebody: it can be resumed once there is room."""
+
+        def write(connection: Connection) -> None:
+            with suppress(Conflict):  # it is being cancelled
+                jobs.pause(connection, self._job.job_id)
+            notes = [("error", f"{message.message} The job is paused; resume it once there is room.")]
+            training.progress(connection, self._fence, steps=message.step, tokens=0, messages=notes)
+            self._parts.give_back(connection, self._lease)
+
+        self._write(write)
+
+    def fail(self, error: dict[str, Any]) -> None:
+        """End the job with an error, in the API's shape."""
+
+        def write(connection: Connection) -> None:
+            training.fail(connection, self._fence, error)
+            self._finish(connection, SliceState.DEAD)
+
+        self._write(write)
+
+    def _finish(self, connection: Connection, state: SliceState) -> None:
+        seconds = self._parts.holder.leases.device_seconds(self._lease)
+        slices.finish(connection, self._fence.slice_id, self._fence.lease_token, state, device_seconds=seconds)
+
+
+def _result_csv(metrics: list[dict[str, Any]]) -> bytes:
+    """Return the file of a run's metrics, a row for each step, in OpenAI's columns."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(RESULT_COLUMNS)
+    for row in metrics:
+        values = (row["train_loss"], row["train_mean_token_accuracy"])
+        valid = (row.get("valid_loss"), row.get("valid_mean_token_accuracy"))
+        rows.writerow([row["step"], *(("" if value is None else f"{value:.5f}") for value in (*values, *valid))])
+    return text.getvalue().encode()

@@ -1,0 +1,389 @@
+"""Training jobs: accepted, prepared, and what a trainer brings forth under its lease.
+
+A training job has one slice of kind `train`, which stands for the whole run: the lease protocol of `shared.db.slices`
+guards it like any other. Before that it waits as `validating` until a preprocessor has prepared its data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+
+from shared.db import events
+from shared.domain.errors import LeaseLost
+from shared.domain.job import JobState
+
+MOST_PREPARATIONS = 5
+"""Times that a job's preparation is begun; data that brings the preprocessor down each time fails its job alone."""
+MOST_TOLD = 20
+"""Faulty lines that become events; all that were noted stand in the job's row."""
+
+
+@dataclass(frozen=True)
+class NewTraining:
+    """What a producer asked for, already checked."""
+
+    tenant_id: str
+    key_id: str | None
+    kind: str
+    model: str
+    training_file_id: UUID
+    priority: int
+    spec: dict[str, Any]
+    metadata: dict[str, Any] | None
+    idempotency_key: str | None
+
+
+_ACCEPT = text("""
+    INSERT INTO job (tenant_id, job_id, kind, state, created_on, key_id, idempotency_key, model, priority, spec,
+                     metadata, input_file_id)
+    VALUES (:tenant_id, :job_id, :kind, 'validating', (now() AT TIME ZONE 'UTC')::date, :key_id, :idempotency_key,
+            :model, :priority, :spec, :metadata, :training_file_id)
+""").bindparams(bindparam("spec", type_=JSONB), bindparam("metadata", type_=JSONB(none_as_null=True)))
+
+
+def accept(connection: Connection, new: NewTraining) -> UUID:
+    """Write an accepted training job; once this commits, it is kept. Returns its id."""
+    job_id = uuid4()
+    columns = {name: getattr(new, name) for name in NewTraining.__dataclass_fields__}
+    connection.execute(_ACCEPT, columns | {"job_id": job_id})
+    events.add(connection, new.tenant_id, job_id, "message", "Created fine-tuning job.")
+    _status_event(connection, new.tenant_id, job_id, JobState.VALIDATING)
+    return job_id
+
+
+_UNPREPARED = text("""
+    SELECT tenant_id, job_id FROM job
+    WHERE state = 'validating' AND kind IN ('fine_tuning', 'training') ORDER BY created_at LIMIT :limit
+""")
+
+
+def unprepared(connection: Connection, limit: int) -> list[tuple[str, UUID]]:
+    """Return (tenant, job id) of the oldest jobs whose data is not prepared yet."""
+    return [(row.tenant_id, row.job_id) for row in connection.execute(_UNPREPARED, {"limit": limit})]
+
+
+@dataclass(frozen=True)
+class UnpreparedJob:
+    """What a preprocessor needs. Paths are in the store; those of files that are gone are None."""
+
+    tenant_id: str
+    job_id: UUID
+    created_on: date
+    kind: str
+    model: str
+    priority: int
+    spec: dict[str, Any]
+    preparations: int
+    training_path: str | None
+    validation_path: str | None
+
+
+_TO_PREPARE = text("""
+    SELECT job.tenant_id, job.job_id, job.created_on, job.kind, job.model, job.priority, job.spec,
+        coalesce((job.outcome ->> 'preparations')::int, 0) AS preparations,
+        training.store_path AS training_path, validation.store_path AS validation_path
+    FROM job
+    LEFT JOIN file AS training ON training.tenant_id = job.tenant_id AND training.file_id = job.input_file_id
+    LEFT JOIN file AS validation ON validation.tenant_id = job.tenant_id
+        AND validation.file_id = (job.spec ->> 'validation_file_id')::uuid
+    WHERE job.job_id = :job_id AND job.state = 'validating'
+""")
+
+_COUNT_PREPARATION = text("""
+    UPDATE job SET outcome = outcome || jsonb_build_object('preparations', cast(:count AS int)) WHERE job_id = :job_id
+""")
+
+
+def begin_preparation(connection: Connection, job_id: UUID) -> UnpreparedJob | None:
+    """Count one more try and return the job; None when it waits for none any more. `preparations` counts earlier ones.
+
+    Whoever calls this holds `preparation_lock`.
+    """
+    row = connection.execute(_TO_PREPARE, {"job_id": job_id}).mappings().one_or_none()
+    if row is None:
+        return None
+    connection.execute(_COUNT_PREPARATION, {"job_id": job_id, "count": row["preparations"] + 1})
+    return UnpreparedJob(**row)
+
+
+def preparation_lock(connection: Connection, job_id: UUID) -> bool:
+    """Take the session's lock on a job's preparation; False when another has it. It goes with the connection."""
+    statement = text("SELECT pg_try_advisory_lock(hashtextextended('prepare:' || :job_id, 0))")
+    return bool(connection.execute(statement, {"job_id": job_id.hex}).scalar_one())
+
+
+_PREPARED = text("""
+    WITH prepared AS (
+        UPDATE job SET state = 'queued', in_progress_at = now(), total = :steps, outcome = outcome || :outcome
+        WHERE job_id = :job_id AND state = 'validating'
+        RETURNING tenant_id, job_id, created_on, priority, model
+    )
+    INSERT INTO slice (tenant_id, job_id, created_on, kind, lo, hi, state, priority, model, estimated_tokens,
+                       devices_needed)
+    SELECT tenant_id, job_id, created_on, 'train', 0, 1, 'queued', priority, :base, :tokens, :devices FROM prepared
+""").bindparams(bindparam("outcome", type_=JSONB))
+
+
+def prepared(
+    connection: Connection,
+    job: UnpreparedJob,
+    *,
+    base: str,
+    steps: int,
+    tokens: int,
+    outcome: dict[str, Any],
+    devices: int = 1,
+) -> bool:
+    """Queue a job whose data is prepared: one slice that trains. False when it was cancelled meanwhile.
+
+    `base` is the model whose weights it needs, `tokens` the training tokens of the whole run.
+    """
+    parameters = {"job_id": job.job_id, "base": base, "steps": steps, "tokens": tokens, "devices": devices}
+    if connection.execute(_PREPARED, parameters | {"outcome": outcome}).rowcount == 0:
+        return False
+    _status_event(connection, job.tenant_id, job.job_id, JobState.QUEUED)
+    return True
+
+
+_REJECT = text("""
+    UPDATE job SET state = 'failed', error = :error, errors = :errors, ended_at = now()
+    WHERE job_id = :job_id AND state = 'validating'
+""").bindparams(bindparam("error", type_=JSONB), bindparam("errors", type_=JSONB))
+
+
+def reject(
+    connection: Connection, job: UnpreparedJob, error: dict[str, Any], lines: Sequence[dict[str, Any]] = ()
+) -> None:
+    """End a job whose data cannot be trained on. `error` is {code, message, param}; `lines` say what is wrong where."""
+    error = {"message": error["message"], "type": "invalid_request_error", "param": error["param"]} | error
+    done = connection.execute(_REJECT, {"job_id": job.job_id, "error": error, "errors": list(lines)})
+    if done.rowcount == 0:
+        return
+    events.add(connection, job.tenant_id, job.job_id, "message", error["message"], level="error")
+    for line in lines[:MOST_TOLD]:
+        where = f"Line {line['line']}: " if line["line"] else ""
+        events.add(connection, job.tenant_id, job.job_id, "message", where + line["message"], level="error", data=line)
+    _status_event(connection, job.tenant_id, job.job_id, JobState.FAILED)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A training job as its trainer needs it."""
+
+    tenant_id: str
+    job_id: UUID
+    kind: str
+    model: str
+    spec: dict[str, Any]
+    outcome: dict[str, Any]
+    steps: int
+    started_at: datetime
+
+
+def run_of(connection: Connection, job_id: UUID) -> TrainingRun:
+    """Return what a training job is to do."""
+    statement = text("""
+        SELECT tenant_id, job_id, kind, model, spec, outcome, total AS steps, started_at FROM job WHERE job_id = :job_id
+    """)
+    return TrainingRun(**connection.execute(statement, {"job_id": job_id}).mappings().one())
+
+
+_FENCE = text("""
+    WITH mine AS (
+        SELECT slice_id, completed FROM slice
+        WHERE slice_id = :slice_id AND lease_token = :lease_token AND state = 'running' FOR UPDATE
+    )
+    UPDATE slice SET progress_at = now(), completed = greatest(slice.completed, :steps),
+        input_tokens = greatest(slice.input_tokens, :tokens)
+    FROM mine WHERE slice.slice_id = mine.slice_id
+    RETURNING slice.tenant_id, slice.job_id, mine.completed AS steps_before
+""")
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What every write of a trainer names."""
+
+    slice_id: int
+    lease_token: int
+
+
+def progress(
+    connection: Connection,
+    lease: Lease,
+    *,
+    steps: int,
+    tokens: int,
+    metrics: Sequence[dict[str, Any]] = (),
+    messages: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Record how far a trainer is, with the metrics of its steps and (level, message)s. Raises LeaseLost.
+
+    A step that was recorded before stays as it was: one that is told again, after a loss, is the same.
+    """
+    tenant_id, job_id, steps_before = _fenced(connection, lease, steps, tokens)
+    for row in metrics:
+        if row["step"] <= steps_before:
+            continue
+        message = f"Step {row['step']}/{row['total_steps']}: training loss={row['train_loss']:.4f}"
+        if row.get("valid_loss") is not None:
+            message += f", validation loss={row['valid_loss']:.4f}"
+        events.add(connection, tenant_id, job_id, "metrics", message, data=row)
+    for level, message in messages:
+        events.add(connection, tenant_id, job_id, "message", message, level=level)
+
+
+def _lock_job(connection: Connection, lease: Lease) -> None:
+    """Lock the job before its slice, as everybody does who writes both."""
+    statement = text("""
+        SELECT 1 FROM job WHERE job_id = (SELECT job_id FROM slice WHERE slice_id = :slice_id) FOR NO KEY UPDATE
+    """)
+    connection.execute(statement, {"slice_id": lease.slice_id})
+
+
+def _fenced(connection: Connection, lease: Lease, steps: int, tokens: int) -> tuple[str, UUID, int]:
+    """Lock the slice while it is ours, and note where it stands; raises LeaseLost when it is another's.
+
+    Returns tenant, job, and the steps that were recorded before.
+    """
+    parameters = {"slice_id": lease.slice_id, "lease_token": lease.lease_token, "steps": steps, "tokens": tokens}
+    row = connection.execute(_FENCE, parameters).one_or_none()
+    if row is None:
+        raise LeaseLost
+    return row.tenant_id, row.job_id, row.steps_before
+
+
+_ADD_CHECKPOINT = text("""
+    INSERT INTO checkpoint (tenant_id, checkpoint_id, job_id, step, store_path, sha256, lease_token, metrics)
+    SELECT :tenant_id, :checkpoint_id, :job_id, :step, :path, :sha256, :lease_token, :metrics
+    WHERE NOT EXISTS (SELECT FROM checkpoint WHERE job_id = :job_id AND step = :step)
+""").bindparams(bindparam("metrics", type_=JSONB))
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A checkpoint that is whole on disk. `model_path`: its adapter or weights, as they are served."""
+
+    step: int
+    tokens: int
+    path: str
+    model_path: str
+    sha256: str
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A model that training made: a row of the registry, of its tenant alone."""
+
+    name: str
+    kind: str
+    base: str | None
+    source: str
+    dtype: str
+    context_length: int | None
+    weight_bytes: int
+
+
+def add_checkpoint(connection: Connection, lease: Lease, checkpoint: NewCheckpoint, product: Product) -> None:
+    """Record a checkpoint and have its model served by name; a step recorded before stays. Raises LeaseLost."""
+    tenant_id, job_id, _ = _fenced(connection, lease, checkpoint.step, checkpoint.tokens)
+    parameters = {"tenant_id": tenant_id, "checkpoint_id": uuid4(), "job_id": job_id, "step": checkpoint.step}
+    parameters |= {"path": checkpoint.path, "sha256": checkpoint.sha256, "metrics": checkpoint.metrics}
+    added = connection.execute(_ADD_CHECKPOINT, parameters | {"lease_token": lease.lease_token}).rowcount
+    if added:
+        _add_model(connection, tenant_id, product)
+        message = f"Checkpoint created at step {checkpoint.step}."
+        events.add(connection, tenant_id, job_id, "message", message, data={"step": checkpoint.step})
+
+
+_ADD_MODEL = text("""
+    INSERT INTO model (tenant_id, name, kind, base, source, dtype, context_length, weight_bytes)
+    VALUES (:tenant_id, :name, :kind, :base, :source, :dtype, :context_length, :weight_bytes)
+    ON CONFLICT (tenant_id, name) DO NOTHING
+""")
+
+
+def _add_model(connection: Connection, tenant_id: str, product: Product) -> None:
+    columns = {name: getattr(product, name) for name in Product.__dataclass_fields__}
+    connection.execute(_ADD_MODEL, columns | {"tenant_id": tenant_id})
+
+
+_END = text("UPDATE job SET outcome = outcome || :outcome WHERE job_id = :job_id").bindparams(
+    bindparam("outcome", type_=JSONB)
+)
+
+
+def succeed(
+    connection: Connection, lease: Lease, *, steps: int, tokens: int, product: Product, result_file_id: UUID
+) -> None:
+    """Record what a finished run made; the caller ends its slice in the same transaction. Raises LeaseLost."""
+    _lock_job(connection, lease)
+    tenant_id, job_id, _ = _fenced(connection, lease, steps, tokens)
+    _add_model(connection, tenant_id, product)
+    outcome = {"fine_tuned_model": product.name, "trained_tokens": tokens, "result_files": [result_file_id.hex]}
+    connection.execute(_END, {"job_id": job_id, "outcome": outcome})
+    events.add(connection, tenant_id, job_id, "message", f"New fine-tuned model created: {product.name}.")
+
+
+_FAIL = text("UPDATE job SET error = :error WHERE job_id = :job_id").bindparams(bindparam("error", type_=JSONB))
+
+
+def fail(connection: Connection, lease: Lease, error: dict[str, Any]) -> None:
+    """Record why a run ended badly, in the API's error shape; the caller ends its slice too. Raises LeaseLost."""
+    _lock_job(connection, lease)
+    tenant_id, job_id, _ = _fenced(connection, lease, 0, 0)
+    connection.execute(_FAIL, {"job_id": job_id, "error": error})
+    events.add(connection, tenant_id, job_id, "message", error["message"], level="error", data={"error": error})
+
+
+@dataclass(frozen=True)
+class CheckpointView:
+    checkpoint_id: UUID
+    step: int
+    metrics: dict[str, Any]
+    created_at: datetime
+
+
+CHECKPOINTS = """
+    SELECT checkpoint_id, step, metrics, created_at FROM checkpoint
+    WHERE job_id = :job_id AND (cast(:after AS int) IS NULL OR step < :after) ORDER BY step DESC LIMIT :limit
+"""
+
+
+def checkpoints(connection: Connection, job_id: UUID, *, after_step: int | None, limit: int) -> list[CheckpointView]:
+    """Return a job's checkpoints, newest first, those before step `after_step`."""
+    rows = connection.execute(text(CHECKPOINTS), {"job_id": job_id, "after": after_step, "limit": limit}).mappings()
+    return [CheckpointView(**row) for row in rows]
+
+
+NEWEST_EVENTS = """
+    SELECT event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at FROM event
+    WHERE job_id = :job_id AND type IN ('message', 'metrics')
+        AND (cast(:before AS bigint) IS NULL OR event_id < :before)
+    ORDER BY event_id DESC LIMIT :limit
+"""
+
+
+def newest_events(connection: Connection, job_id: UUID, *, before: int | None, limit: int) -> list[dict[str, Any]]:
+    """Return a job's messages and metrics with ids below `before`, newest first."""
+    rows = connection.execute(text(NEWEST_EVENTS), {"job_id": job_id, "before": before, "limit": limit})
+    return [dict(row) for row in rows.mappings()]
+
+
+METRICS = text("SELECT data FROM event WHERE job_id = :job_id AND type = 'metrics' ORDER BY event_id")
+
+
+def metrics_of(connection: Connection, job_id: UUID) -> list[dict[str, Any]]:
+    """Return the metrics of a job's steps in the order of the steps; of a step that ran twice, the last ones."""
+    by_step = {row.data["step"]: row.data for row in connection.execute(METRICS, {"job_id": job_id})}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _status_event(connection: Connection, tenant_id: str, job_id: UUID, state: JobState) -> None:
+    events.add(connection, tenant_id, job_id, "status", f"The job is {state}.", data={"status": state})

@@ -1,0 +1,147 @@
+"""Prepared data sets, and trainer children as a worker runs them."""
+
+import json
+import os
+import queue
+import time
+from pathlib import Path
+
+import numpy as np
+
+from services.worker.children import ChildSupervisor
+from services.worker.protocol import (
+    CheckpointWritten,
+    Failed,
+    Finished,
+    Hyperparameters,
+    Pause,
+    Progress,
+    Resume,
+    Stop,
+    Stopped,
+    Train,
+)
+
+ENDS = (Finished, Failed, Stopped)
+
+
+def write_prepared(directory: Path, examples, weights=None, vocabulary=260, name="data") -> Path:
+    """Write examples (lists of token ids) in the prepared format; by default all of their tokens are targets."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = weights or [[1] * len(example) for example in examples]
+    lengths = [len(example) for example in examples]
+    np.concatenate([np.asarray(example) for example in examples]).astype("<u4").tofile(directory / "tokens.bin")
+    flat = np.concatenate([np.asarray(weight) for weight in weights]).astype(np.uint8)
+    flat.tofile(directory / "weights.bin")
+    np.cumsum([0, *lengths]).astype("<i8").tofile(directory / "offsets.bin")
+    manifest = {
+        "version": 1,
+        "examples": len(lengths),
+        "tokens": sum(lengths),
+        "trained_tokens": int(flat.sum()),
+        "longest": max(lengths),
+        "vocabulary": vocabulary,
+        "pad_token": 0,
+        "data_sha256": name,
+        "tokenizer_sha256": "",
+        "template_sha256": "",
+        "max_length": max(lengths),
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def random_examples(count=40, *, seed=0, vocabulary=260, shortest=2, longest=40):
+    """Return examples of various lengths, and weights that leave the first half of each out, as a prompt's are."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(shortest, longest + 1, count)
+    examples = [generator.integers(1, vocabulary, length) for length in lengths]
+    weights = [[0] * (length // 2) + [1] * (length - length // 2) for length in lengths]
+    return examples, weights
+
+
+class TrainerChild(ChildSupervisor):
+    """A trainer child; what it says arrives in `inbox`, and `None` once it is gone."""
+
+    def __init__(self, *, hang_seconds=60.0, threads=1):
+        super().__init__(
+            "services.worker.trainer.process",
+            ["--device", "cpu:0"],
+            hang_seconds=hang_seconds,
+            environment={"OMP_NUM_THREADS": str(threads)},
+        )
+        self.inbox = queue.SimpleQueue()
+        self.said = []
+
+    def send(self, message):
+        with self._lock:
+            assert self._living().send(message)
+
+    def train(self, spec: Train):
+        self.send(spec)
+
+    def pause(self):
+        self.send(Pause())
+
+    def resume(self):
+        self.send(Resume())
+
+    def stop(self):
+        self.send(Stop())
+
+    def next(self, *kinds, seconds=60):
+        """Return the next message of these kinds, or None when the child is gone before."""
+        ends_at = time.monotonic() + seconds
+        while True:
+            message = self.inbox.get(timeout=max(0.01, ends_at - time.monotonic()))
+            if message is None or isinstance(message, kinds):
+                return message
+
+    def finish(self, seconds=120):
+        """Return how the job ended."""
+        return self.next(*ENDS, seconds=seconds)
+
+    def _receive(self, _life, message):
+        self.said.append(message)
+        self.inbox.put(message)
+
+    def _end(self, _life):
+        self.inbox.put(None)
+
+
+def metrics_of(messages):
+    """Return {step: progress without its time} of a run; a step that was told twice must have been told alike."""
+    steps = {}
+    for message in messages:
+        if isinstance(message, Progress):
+            fields = {name: getattr(message, name) for name in message.__struct_fields__ if name != "seconds"}
+            assert steps.setdefault(message.step, fields) == fields
+    return steps
+
+
+def checkpoints_of(messages):
+    return [message for message in messages if isinstance(message, CheckpointWritten)]
+
+
+def weights_of(directory: Path):
+    """Return all weights of an adapter's or a model's directory."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    assert files
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def spec(base, data, output, *, token="lease-1", base_name="tiny", seed=0, **fields) -> Train:
+    """Return a job; keywords that are hyperparameters go there."""
+    asked = {name: fields.pop(name) for name in list(fields) if name in Hyperparameters.__struct_fields__}
+    return Train(
+        base=os.fspath(base),
+        base_name=base_name,
+        data=os.fspath(data),
+        output=os.fspath(output),
+        lease_token=token,
+        hyperparameters=Hyperparameters(**asked),
+        seed=seed,
+        **fields,
+    )
