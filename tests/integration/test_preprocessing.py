@@ -155,6 +155,54 @@ def _with_byte_tokens(tokenizer, encoded, mask):
     return mask
 
 
+BARE_MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_token_is_learned_if_any_of_its_characters_is(model):
+    """`return` begins in one message and ends in the next; a space alone at the end is a token all the same."""
+    directory = model(template=BARE_MARKED)
+    theirs = auto_tokenizer(directory)
+    messages = dialogue("x\nde", "f re", "turn x", " def ")
+    encoded = encode(directory, {"messages": messages})
+    tokens = theirs.convert_ids_to_tokens(list(encoded.tokens))
+    assert "def" in tokens and "\u0120return" in tokens and tokens[-1] == "\u0120"
+    first = tokens.index("def")
+    assert [*encoded.weights] == [0] * first + [1, 1] + [0] * (len(tokens) - first - 4) + [1, 1]
+    theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert [*encoded.weights] == theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)[
+        "assistant_masks"
+    ]
+
+
+# What an environment decides: line breaks and spaces around blocks, extensions, filters, globals.
+FEATURES = """
+{% set ns = namespace(count=0) %}
+    {% for message in messages %}
+        {% if loop.index0 > 2 %}
+            {% break %}
+        {% endif %}
+        {% set ns.count = ns.count + 1 %}
+{{ message | tojson }} {{ {"b": "<é>", "a": [1]} | tojson(indent=2, sort_keys=true) }}
+    {% endfor %}
+{{ ns.count }} {{ dict(a=1) }} {{ dict.fromkeys("ab", 0) }} {{ strftime_now("%Y-%m-%d") }}
+{{- bos_token }} {{ tools is none }} {{ documents is none }} {{ undefined_name }} {{ "<b>" | e }}
+{% if add_generation_prompt %}go{% endif %}
+
+"""
+
+
+def test_the_environment_is_that_of_transformers(tmp_path):
+    directory = write_chat_model(tmp_path, byte_level_tokenizer(), FEATURES, eos="<|im_end|>")
+    theirs = auto_tokenizer(directory)
+    form = TemplateForm(FEATURES, theirs.special_tokens_map, (), ())
+    for messages in CONVERSATIONS:
+        for more in ({}, {"add_generation_prompt": True}):
+            assert form._text(messages, **more) == theirs.apply_chat_template(messages, tokenize=False, **more)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("marks", [False, True])
 def test_turns_of_weight_0_are_context(model, name, marks):
@@ -186,7 +234,7 @@ TEXTS = st.lists(st.text(st.sampled_from(" \nab<é🎉"), max_size=4), min_size=
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_quick_way_to_a_turn_is_the_slow_one(name, texts, data):
     """Turns that look like the last are found by that; turn by turn, the same are found."""
-    texts = [text if i % 2 == 0 else text.strip() + "." for i, text in enumerate(texts[: len(texts) // 2 * 2])]
+    texts = [text if i % 2 == 0 else f"{text}.{text[::-1]}" for i, text in enumerate(texts[: len(texts) // 2 * 2])]
     messages = dialogue(*texts)
     for i in range(1, len(messages), 2):
         messages[i]["weight"] = data.draw(st.integers(0, 1)) if i < len(messages) - 1 else 1
@@ -245,6 +293,7 @@ def test_the_plain_form_is_what_the_engine_gives_a_base_model(model):
             rest = [message["content"] for message in messages[:-1] if message["role"] == "assistant"]
             text = theirs.decode(learned(encoded)[: -len(answer)])
             assert text.split() == " ".join(rest).split()
+            assert tokenizer == "sentence_piece" or text == "".join(f" {answer}" for answer in rest)
 
 
 def _only_last(messages):

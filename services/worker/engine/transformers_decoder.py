@@ -148,7 +148,7 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
-        padding = max(0, FEWEST_ROWS - len(tokens))
+        padding = -len(tokens) % FEWEST_ROWS
         device = self._model.device
         ids = torch.tensor([tokens + [0] * padding], device=device)
         positions = torch.tensor([layout.positions.tolist() + [0] * padding], device=device)

@@ -1,0 +1,364 @@
+"""The trainer child as a worker runs it: its whole life, killed, paused, stopped, out of memory, out of disk."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from services.worker.protocol import (
+    CheckpointPolicy,
+    CheckpointWritten,
+    Evaluated,
+    Failed,
+    Finished,
+    Progress,
+    Started,
+    Stopped,
+)
+from tests.support.models import make_tiny_llama
+from tests.support.servers import wait_until
+from tests.support.trainer_runs import (
+    TrainerChild,
+    checkpoints_of,
+    metrics_of,
+    random_examples,
+    spec,
+    weights_of,
+    write_prepared,
+)
+
+pytestmark = pytest.mark.engine
+
+EVERY_STEP = CheckpointPolicy(every_steps=1, keep_last=2)
+NEVER = CheckpointPolicy(every_seconds=None)
+RUN = {"batch_size": 4, "max_steps": 20, "learning_rate": 1e-3, "lora_dropout": 0.1, "eval_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def base(scratch):
+    return make_tiny_llama(scratch / "trainer-base")
+
+
+@pytest.fixture(scope="module")
+def data(scratch):
+    return write_prepared(scratch / "trainer-data", *random_examples(30))
+
+
+@pytest.fixture(scope="module")
+def validation(scratch):
+    return write_prepared(scratch / "trainer-validation", *random_examples(8, seed=9), name="validation")
+
+
+@pytest.fixture
+def child():
+    running = TrainerChild()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, data, validation, scratch):
+    """What a run says and leaves that nobody disturbs, by whether it is full."""
+    runs = {}
+    for full in (False, True):
+        child = TrainerChild()
+        output = scratch / f"undisturbed-{full}"
+        child.train(spec(base, data, output, validation=str(validation), full=full, checkpoints=NEVER, **RUN))
+        assert isinstance(child.finish(), Finished)
+        runs[full] = (child.said, weights_of(output / "model"), weights_of(checkpoints_of(child.said)[-1].model))
+        child.close()
+    return runs
+
+
+def test_a_job_from_its_start_to_its_product(undisturbed, scratch):
+    said, weights, _ = undisturbed[False]
+    (started,) = [message for message in said if isinstance(message, Started)]
+    assert (started.step, started.total_steps, started.steps_per_epoch) == (0, 20, 8)
+    assert list(metrics_of(said)) == list(range(1, 21))
+    assert [message.step for message in said if isinstance(message, Evaluated)] == [0, 6, 12, 18, 20]
+    (checkpoint,) = checkpoints_of(said)
+    finished = said[-1]
+    assert isinstance(finished, Finished) and finished.step == checkpoint.step == 20
+    assert finished.trained_tokens == sum(step["trained_tokens"] for step in metrics_of(said).values())
+    assert finished.tokens == sum(step["tokens"] for step in metrics_of(said).values())
+    assert Path(finished.model) == scratch / "undisturbed-False" / "model"
+    names = {"train_loss", "train_mean_token_accuracy", "full_valid_loss", "full_valid_mean_token_accuracy"}
+    assert finished.metrics.keys() == names == checkpoint.metrics.keys()
+    first, *_, last = [message.loss for message in said if isinstance(message, Evaluated)]
+    assert last < first
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_killed_after_seven_steps_it_ends_with_the_same_bits(
+    base, data, validation, tmp_path, child, undisturbed, full
+):
+    def job(token):
+        return spec(
+            base, data, tmp_path, token=token, validation=str(validation), full=full, checkpoints=EVERY_STEP, **RUN
+        )
+
+    child.train(job("first"))
+    while child.next(Progress).step < 7:
+        pass
+    child.kill()
+    assert child.next(Finished) is None
+    child.train(job("second"))
+    assert isinstance(child.finish(), Finished)
+    resumed = [message for message in child.said if isinstance(message, Started)][-1]
+    assert 6 <= resumed.step < 20
+    expected, product, last = undisturbed[full]
+    same_run(child.said, expected)
+    same_weights(weights_of(tmp_path / "model"), product)
+    same_weights(weights_of(checkpoints_of(child.said)[-1].model), last)
+
+
+def same_run(said, expected):
+    assert metrics_of(said) == metrics_of(expected)
+    evaluated = {message.step: message for message in said if isinstance(message, Evaluated)}
+    assert evaluated == {message.step: message for message in expected if isinstance(message, Evaluated)}
+    assert said[-1].metrics == expected[-1].metrics
+
+
+def same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.chaos
+def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, child, undisturbed):
+    """Killed at whatever it does: loading, a step, an evaluation, a checkpoint. At most one interval is done again."""
+    kills = int(os.environ.get("LAMPLIGHTER_TRAINER_KILLS", "5"))
+    newest = 0
+    for number in range(kills):
+        child.train(
+            spec(
+                base, data, tmp_path, token=f"lease-{number}", validation=str(validation), checkpoints=EVERY_STEP, **RUN
+            )
+        )
+        started = child.next(Started)
+        assert started.step >= newest and not started.skipped
+        target = started.step + 20 // (kills + 1)
+        while child.next(Progress).step < target:
+            pass
+        time.sleep(0.003 * number)
+        child.kill()
+        assert child.next(Finished) is None
+        newest = max([newest, *(message.step for message in checkpoints_of(child.said))])
+    child.train(spec(base, data, tmp_path, token="last", validation=str(validation), checkpoints=EVERY_STEP, **RUN))
+    assert isinstance(child.finish(), Finished)
+    expected, product, _ = undisturbed[False]
+    same_run(child.said, expected)
+    same_weights(weights_of(tmp_path / "model"), product)
+    computed = sum(isinstance(message, Progress) for message in child.said)
+    assert computed <= 20 + kills
+    assert child.restarts == kills
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(base, data, tmp_path, child):
+    child.train(spec(base, data, tmp_path, checkpoints=EVERY_STEP, max_steps=4))
+    assert isinstance(child.finish(), Finished)
+    newest = Path(checkpoints_of(child.said)[-1].path)
+    os.truncate(newest / "optimizer.safetensors", 100)
+    child.train(spec(base, data, tmp_path, token="second", checkpoints=EVERY_STEP, max_steps=4))
+    started = child.next(Started) and child.next(Started)
+    assert (started.step, started.skipped) == (3, [str(newest)])
+    assert isinstance(child.finish(), Finished)
+
+
+def test_a_pause_takes_effect_within_one_step_and_is_no_hang(base, data, tmp_path):
+    child = TrainerChild(hang_seconds=3)
+    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
+    child.next(Progress)
+    child.pause()
+    wait_until(lambda: child.status and child.status.in_flight == 0, 20)
+    steps = len(metrics_of(child.said))
+    time.sleep(6)
+    assert len(metrics_of(child.said)) == steps and child.restarts == 0
+    child.resume()
+    wait_until(lambda: len(metrics_of(child.said)) > steps, 20)
+    wait_until(lambda: child.status.in_flight == 1, 20)
+    before = child.status.progress
+    wait_until(lambda: child.status.progress > before, 20)
+    child.close()
+
+
+def test_steps_between_the_word_and_the_pause(base, data, tmp_path, child):
+    """A pause that is sent while a step runs lets that one end, and no other begin."""
+    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER, batch_size=30))
+    for _ in range(3):
+        child.next(Progress)
+        told = len(metrics_of(child.said))
+        child.pause()
+        wait_until(lambda: child.status and child.status.in_flight == 0, 20)
+        # One may have ended as the word was sent, and one ran when it came.
+        assert len(metrics_of(child.said)) <= told + 2
+        child.resume()
+        wait_until(lambda: child.status.in_flight == 1, 20)
+
+
+def test_a_trainer_that_stands_still_is_a_hang(base, data, tmp_path):
+    child = TrainerChild(hang_seconds=2)
+    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
+    child.next(Progress)
+    os.kill(child.pid, signal.SIGSTOP)
+    assert child.next(Finished, seconds=30) is None
+    child.close()
+
+
+def test_stop_writes_a_checkpoint_and_leaves(base, data, validation, tmp_path, child, undisturbed):
+    def job(token):
+        return spec(base, data, tmp_path, token=token, validation=str(validation), checkpoints=NEVER, **RUN)
+
+    child.train(job("first"))
+    while child.next(Progress).step < 5:
+        pass
+    child.stop()
+    written, stopped = child.next(CheckpointWritten), child.next(Stopped)
+    assert written.step == stopped.step >= 5
+    assert child.next(Finished) is None
+    child.train(job("second"))
+    assert child.next(Started).step == written.step
+    assert isinstance(child.finish(), Finished)
+    same_run(child.said, undisturbed[False][0])
+    same_weights(weights_of(tmp_path / "model"), undisturbed[False][1])
+
+
+def test_stopped_while_paused_it_leaves_too(base, data, tmp_path, child):
+    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
+    child.next(Progress)
+    child.pause()
+    wait_until(lambda: child.status and child.status.in_flight == 0, 20)
+    child.stop()
+    assert child.next(CheckpointWritten).step == child.next(Stopped).step
+    assert child.next(Finished) is None
+
+
+def test_a_loss_that_is_no_number_fails_the_job_by_its_step_alone(base, data, tmp_path, child):
+    child.train(spec(base, data, tmp_path / "bad", full=True, learning_rate=1e30, checkpoints=EVERY_STEP))
+    failed = child.finish()
+    steps = metrics_of(child.said)
+    assert isinstance(failed, Failed) and failed.code == "loss_not_finite"
+    assert failed.step == max(steps) and f"Step {failed.step + 1}:" in failed.message
+    assert [message.step for message in checkpoints_of(child.said)] == sorted(steps)
+    weights = weights_of(checkpoints_of(child.said)[-1].model)
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    # The next job of the same child is not concerned.
+    child.train(spec(base, data, tmp_path / "good", max_steps=2))
+    assert isinstance(child.finish(), Finished) and child.restarts == 0
+
+
+def test_other_settings_do_not_go_on_from_anothers_checkpoint(base, data, tmp_path, child):
+    child.train(spec(base, data, tmp_path, max_steps=2, checkpoints=EVERY_STEP))
+    assert isinstance(child.finish(), Finished)
+    child.train(spec(base, data, tmp_path, token="second", max_steps=2, seed=1, checkpoints=EVERY_STEP))
+    failed = child.finish()
+    assert (failed.code, failed.message) == (
+        "checkpoint_mismatch",
+        "The checkpoint was made with another seed: 0, not 1.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "named"),
+    [
+        ({"data": "missing"}, "data_damaged", "manifest.json"),
+        ({"base": "missing"}, "base_refused", "'tiny'"),
+        ({"lora_targets": ("nothing",)}, "base_refused", "nothing"),
+    ],
+    ids=["data", "base", "targets"],
+)
+def test_what_cannot_be_trained_is_named(base, data, tmp_path, child, fields, code, named):
+    places = {"base": base, "data": data} | {name: tmp_path / name for name in fields if name in ("base", "data")}
+    rest = {name: value for name, value in fields.items() if name not in places}
+    child.train(spec(places["base"], places["data"], tmp_path / "output", **rest))
+    failed = child.finish()
+    assert failed.code == code and named in failed.message
+
+
+def test_data_with_more_tokens_than_the_base_knows_is_refused(base, tmp_path, child):
+    data = write_prepared(tmp_path / "data", *random_examples(10), vocabulary=50_000)
+    child.train(spec(base, data, tmp_path / "output"))
+    failed = child.finish()
+    assert failed.code == "base_refused" and "50000" in failed.message
+
+
+def data_bytes(pid):
+    """Return what the kernel counts of a process against RLIMIT_DATA."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmData")]
+    return int(line.split()[1]) * 1024
+
+
+def test_out_of_memory_computes_less_at_a_time_with_the_same_result(scratch, tmp_path, child):
+    """The kernel refuses memory to the real process; what it then did is a part of its checkpoint."""
+    base = make_tiny_llama(scratch / "wide-base", vocab_size=16_384)
+    data = write_prepared(tmp_path / "data", *random_examples(64, longest=120), vocabulary=16_384)
+    run = {"batch_size": 64, "max_steps": 3, "learning_rate": 1e-3, "checkpoints": EVERY_STEP}
+    child.train(spec(base, data, tmp_path / "free", **run))
+    child.next(Started)
+    loaded = data_bytes(child.pid)
+    assert isinstance(child.finish(), Finished)
+    child.kill()
+    assert child.next(Finished) is None
+    # A pass of all 64 examples takes 2 x 100 MiB for its logits alone.
+    child.train(spec(base, data, tmp_path / "tight", memory_bytes=loaded + (100 << 20), **run))
+    assert isinstance(child.finish(), Finished)
+    states = [
+        msgspec.json.decode((Path(message.path) / "state.json").read_bytes())
+        for message in checkpoints_of(child.said)[-2:]
+    ]
+    assert all(64 <= state["micro_batch_tokens"] < 4096 for state in states)
+    free, tight = (weights_of(tmp_path / name / "model") for name in ("free", "tight"))
+    for name, weight in free.items():
+        torch.testing.assert_close(tight[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_an_example_that_does_not_fit_fails_the_job(scratch, tmp_path, child):
+    base = make_tiny_llama(scratch / "wide-base", vocab_size=16_384, max_position_embeddings=4096)
+    data = write_prepared(tmp_path / "data", [[5] * 3000, *random_examples(9)[0]], vocabulary=16_384)
+    child.train(spec(base, data, tmp_path / "first", max_steps=1))
+    child.next(Started)
+    loaded = data_bytes(child.pid)
+    child.finish()
+    child.kill()
+    child.next(Finished)
+    child.train(spec(base, data, tmp_path / "second", memory_bytes=loaded + (100 << 20), max_steps=5, batch_size=10))
+    failed = child.finish()
+    assert failed.code == "out_of_memory" and "3000 tokens" in failed.message
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", where], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_a_full_disk_pauses_the_job_with_its_checkpoint_kept(base, data, small_disk, child, undisturbed):
+    job = {"checkpoints": EVERY_STEP, **RUN}
+    child.train(spec(base, data, small_disk, **job))
+    while child.next(CheckpointWritten).step < 3:
+        pass
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * (os.statvfs(small_disk).f_bavail * 4096 - 20_000))
+    failed = child.finish()
+    assert isinstance(failed, Failed) and failed.code == "disk_full"
+    last = checkpoints_of(child.said)[-1]
+    assert failed.step == last.step + 1
+    ballast.unlink()
+    child.train(spec(base, data, small_disk, token="second", **job))
+    assert child.next(Started).step == last.step
+    assert isinstance(child.finish(), Finished)
+    assert metrics_of(child.said) == metrics_of(undisturbed[False][0])
