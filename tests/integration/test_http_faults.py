@@ -637,12 +637,12 @@ def test_actions_take_no_fields(http, sdk):
 
 
 def test_a_list_goes_on_from_a_file_that_was_deleted(http):
-    made = [upload(http, purpose="evals").json()["id"] for _ in range(3)]
-    page = http.get("/v1/files", params={"purpose": "evals", "limit": 2, "order": "asc"}).json()
+    made = [upload(http, purpose="vision").json()["id"] for _ in range(3)]
+    page = http.get("/v1/files", params={"purpose": "vision", "limit": 2, "order": "asc"}).json()
     assert page["last_id"] == made[1] and page["has_more"]
     for file_id in made[:2]:
         http.delete(f"/v1/files/{file_id}")
-    rest = http.get("/v1/files", params={"purpose": "evals", "order": "asc", "after": made[1]}).json()["data"]
+    rest = http.get("/v1/files", params={"purpose": "vision", "order": "asc", "after": made[1]}).json()["data"]
     assert [file["id"] for file in rest] == made[2:]
     fault(http.get(f"/v1/files/{made[1]}"), 404)
 
