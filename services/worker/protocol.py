@@ -207,7 +207,7 @@ class Pong(msgspec.Struct, tag="pong"):
     at_seconds: float = 0.0
 
 
-class Hyperparameters(msgspec.Struct, frozen=True):
+class Hyperparameters(msgspec.Struct, frozen=True, omit_defaults=True):
     """How to train; names are OpenAI's, or those of transformers' TrainingArguments and peft's LoraConfig.
 
     `batch_size`: examples of one optimizer step; how many of them are computed at a time follows from

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BITS_DEPEND_ON = ("torch", "transformers", "peft", "numpy", "safetensors")
 """Libraries whose versions stand in every checkpoint."""
+CHANGE_NO_RESULT = ("micro_batch_tokens", "gradient_checkpointing")
+"""Hyperparameters that only say how a step is computed: a run may go on with others."""
 TRAINING_BYTES_PER_WEIGHT = 12
 """A float32 weight and two moments, as they are written."""
 
@@ -69,10 +71,12 @@ class FineTuningJob:
 
     def _fingerprint(self) -> dict[str, str]:
         """Return what a checkpoint must have been made with for this job to go on from it."""
-        asked = msgspec.json.encode(self._spec.hyperparameters).decode()
+        asked = msgspec.to_builtins(self._spec.hyperparameters)
+        decided = {name: value for name, value in asked.items() if name not in CHANGE_NO_RESULT}
         sets = {"training data": self._data, "validation data": self._validation}
         digests = {name: data.manifest.data_sha256 for name, data in sets.items() if data is not None}
-        return {"base": self._spec.base_name, "hyperparameters": asked, "seed": str(self._spec.seed), **digests}
+        settings = msgspec.json.encode(decided, order="sorted").decode()
+        return {"base": self._spec.base_name, "hyperparameters": settings, "seed": str(self._spec.seed), **digests}
 
     def _require_vocabulary(self) -> None:
         for data in (self._data, self._validation):
