@@ -82,8 +82,9 @@ def test_embeddings_float_base64_and_token_arrays(sdk, stack, admin_key):
 
 
 def test_answers_are_recorded_and_counted(sdk, rows):
-    query = "SELECT total, completed, failed, output_tokens FROM job WHERE kind = 'online' AND tenant_id = 'default'"
-    before = (rows(query) or [(0, 0, 0, 0)])[0]
+    sums = ", ".join(f"coalesce(sum({name}), 0)" for name in ("total", "completed", "failed", "output_tokens"))
+    query = f"SELECT {sums} FROM job WHERE kind = 'online' AND tenant_id = 'default'"
+    before = rows(query)[0]
     answer = ask(sdk, "counted once")
     with pytest.raises(openai.BadRequestError):
         ask(sdk, "x", temperature=9)  # refused before it reaches a worker: not a call
