@@ -27,7 +27,7 @@ from tests.support.plain_sampling import next_tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-FUSED = {"llama", "qwen2", "qwen3", "gemma", "mistral-window", "gpt2"}
+FUSED = {"llama", "llama-narrow", "qwen2", "qwen3", "gemma", "mistral-window", "gpt2"}
 PARAMS = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.7},

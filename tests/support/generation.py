@@ -22,6 +22,10 @@ COMMON = {
 }
 SHAPES = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
+    # Neither heads nor rows of whole vectors: computed by the kernels in torch, on every machine.
+    "llama-narrow": lambda: transformers.LlamaConfig(
+        **COMMON | {"hidden_size": 40, "intermediate_size": 42, "num_attention_heads": 5, "num_key_value_heads": 5}
+    ),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=32),
     "gemma": lambda: transformers.GemmaConfig(**COMMON, head_dim=32),

@@ -148,6 +148,8 @@ class TransformersDecoder:
 
     @torch.inference_mode()
     def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
+        # To a multiple, and not only up to the fewest: torch computes what is left over of an array after its last
+        # whole vectors by other instructions, whose last bits differ, and that would be in the last token's row.
         padding = -len(tokens) % FEWEST_ROWS
         device = self._model.device
         ids = torch.tensor([tokens + [0] * padding], device=device)

@@ -382,6 +382,7 @@ void activate_rows(void *out, const void *in, long rows, long size, int gated, i
 #define LANES 16
 #define MAX_PARTS 3
 #define MAX_PANELS 8
+#define AHEAD (16 * LANES)
 
 struct lora_part {
     const void *b;
@@ -414,7 +415,10 @@ INLINE void multiply_panels(const struct product *p, long panel, const int rows,
     vector total[MAX_ROWS][MAX_PANELS] = {};
     for (long i = 0; i < p->depth; i++)
         for (int w = 0; w < width; w++) {
-            const vector line = load(p->matrix, ((panel + w) * p->depth + i) * LANES, dtype);
+            const long place = ((panel + w) * p->depth + i) * LANES;
+            const vector line = load(p->matrix, place, dtype);
+            /* Matrices of small ranks end before the processor has seen where they lead. */
+            __builtin_prefetch((const char *)p->matrix + (place + AHEAD) * (dtype == FLOAT32 ? 4 : 2));
             for (int r = 0; r < rows; r++) total[r][w] += p->x[r][i] * line;
         }
     for (int w = 0; w < width; w++) {

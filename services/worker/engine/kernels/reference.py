@@ -1,6 +1,7 @@
 """The kernels in torch: for GPUs, for machines without a C compiler, and for what the C kernels are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from services.worker.engine.kernels.kernels import (
     Span,
 )
 from services.worker.engine.linear import Linear
+
+WHOLE = 32
+"""Numbers that torch computes at once on any CPU: two of the widest vectors."""
+UNDIVIDED = 32_767
+"""Numbers up to which torch leaves an array to one thread."""
 
 
 class TorchKernels:
@@ -53,28 +59,9 @@ class TorchKernels:
     def attend(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, layout: Layout) -> torch.Tensor:
         out = torch.empty(layout.tokens, shape.heads * shape.size, dtype=pool.keys.dtype, device=queries.device)
         for span in layout.spans:
-            rows = slice(span.row, span.row + span.count)
-            out[rows] = self._attend_span(queries[rows], shape, pool, span).to(out.dtype)
+            for block in range(span.position // BLOCK_TOKENS, (span.position + span.count - 1) // BLOCK_TOKENS + 1):
+                _attend_block(out, queries, shape, pool, span, block)
         return out
-
-    def _attend_span(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, span: Span) -> torch.Tensor:
-        end = span.position + span.count
-        table = torch.tensor(span.table[: -(-end // BLOCK_TOKENS)], device=queries.device)
-        keys = pool.keys[table].permute(1, 0, 3, 2).reshape(shape.kv_heads, -1, shape.size)[:, :end].float()
-        values = pool.values[table].permute(1, 0, 2, 3).reshape(shape.kv_heads, -1, shape.size)[:, :end].float()
-        last = torch.arange(span.position, end, device=queries.device)[:, None]
-        key = torch.arange(end, device=queries.device)[None, :]
-        visible = key <= last
-        if shape.window:
-            visible &= key > last - shape.window
-        # [K, group, T, D] against [K, 1, keys, D]
-        grouped = queries.transpose(0, 1).reshape(shape.kv_heads, shape.group, span.count, shape.size)
-        scores = grouped @ keys[:, None].transpose(2, 3) * shape.scale
-        if shape.softcap:
-            scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        mixed: torch.Tensor = (weights @ values[:, None]).reshape(shape.heads, span.count, shape.size)
-        return mixed.transpose(0, 1).reshape(span.count, -1)
 
     def add_norm(self, residual: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
         if added is not None:
@@ -89,8 +76,8 @@ class TorchKernels:
 
     def activate(self, x: torch.Tensor, activation: Activation, *, is_gated: bool) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1) if is_gated else (x, None)
-        gate = gate.float()
-        out = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+        function = functional.silu if activation == "silu" else partial(functional.gelu, approximate="tanh")
+        out = _elementwise(function, gate.float())
         return (out if up is None else out * up.float()).to(x.dtype)
 
     def pack_adapter(self, products: Sequence[Sequence[LoraPart]]) -> "TorchAdapter":
@@ -104,6 +91,38 @@ class TorchKernels:
         for packed, rows in zip(adapters.adapters, places, strict=True):
             for part in packed.parts.get(product, ()):
                 part.add_to(out, x, rows)
+
+
+def _attend_block(
+    out: torch.Tensor, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, span: Span, block: int
+) -> None:
+    """Write to `out` what attention gives a span's tokens among the positions of one block.
+
+    The products always have the shapes of the whole block, its queries against all keys up to its end. So the bits of a
+    token follow from its position alone, and not from how many of its neighbours happen to be computed with it.
+    """
+    start, end = block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS
+    first, last = max(start, span.position), min(end, span.position + span.count)
+    rows = slice(span.row + first - span.position, span.row + last - span.position)
+    tile = queries.new_zeros(BLOCK_TOKENS, shape.heads, shape.size)
+    tile[first - start : last - start] = queries[rows]
+    table = torch.tensor(span.table[: block + 1], device=queries.device)
+    keys = pool.keys[table].permute(1, 0, 3, 2).reshape(shape.kv_heads, end, shape.size).float()
+    values = pool.values[table].permute(1, 0, 2, 3).reshape(shape.kv_heads, end, shape.size).float()
+    values[:, last:] = 0  # what nobody has written yet may be anything, and nothing times that is not always nothing
+    position = torch.arange(start, end, device=queries.device)[:, None]
+    key = torch.arange(end, device=queries.device)[None, :]
+    visible = key <= position
+    if shape.window:
+        visible &= key > position - shape.window
+    # [K, group, B, D] against [K, 1, keys, D]
+    grouped = tile.transpose(0, 1).reshape(shape.kv_heads, shape.group, BLOCK_TOKENS, shape.size)
+    scores = grouped @ keys[:, None].transpose(2, 3) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    mixed = (weights @ values[:, None]).reshape(shape.heads, BLOCK_TOKENS, shape.size)
+    out[rows] = mixed.transpose(0, 1)[first - start : last - start].reshape(last - first, -1).to(out.dtype)
 
 
 class TorchAdapter:
@@ -128,6 +147,20 @@ class _Factors:
         """Add to `out` in the rows that `rows` names."""
         added = self._b(self._a(x[rows])) * self._scale
         out.narrow(1, self._start, self._b.out_features).index_add_(0, rows, added)
+
+
+def _elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return a function of every number of x [T, size], with the same bits for a row in any batch.
+
+    On CPUs torch divides an array among its threads, and computes what is left over of each part after its last whole
+    vectors by other instructions, whose last bits differ. So there are no parts here, and nothing is left over.
+    """
+    size = x.shape[-1]
+    if x.device.type != "cpu":
+        return function(x)
+    padded = functional.pad(x, (0, -size % WHOLE))
+    parts = [function(part) for part in torch.split(padded, max(1, UNDIVIDED // padded.shape[-1]))]
+    return torch.cat(parts)[:, :size]
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
