@@ -149,9 +149,11 @@ class OnlineCalls:
         self.refuse_all()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._outbox.join(), SEND_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Again and again: asyncio.wait_for, through which redis-py writes, swallows some cancellations in Python 3.11.
+        while any(not task.done() for task in self._tasks):
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=OUTAGE_PAUSE_SECONDS)
         await self._reader.aclose()
         await self._writer.aclose()
 

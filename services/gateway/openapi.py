@@ -36,7 +36,7 @@ _HEADERS: dict[str, dict[str, Any]] = {
     "Retry-After": {
         "description": "Seconds until another try is worth it. Of a full queue: when there will be room, at the rate "
         "of the last minutes; 300 at most, and 60 while nothing was finished lately.",
-        "schema": {"type": "integer", "minimum": 1, "maximum": 3600},
+        "schema": {"type": "integer", "minimum": 1, "maximum": 300},
     },
     "x-should-retry": {
         "description": "Tells OpenAI's SDKs not to send the same again.",

@@ -13,9 +13,9 @@ from typing import Any
 
 import orjson
 
-from services.preprocessor.shards import Manifest
 from shared.domain.errors import ModelRefused
 from shared.domain.fine_tuning import Hyperparameters
+from shared.domain.prepared_data import Manifest
 
 # OpenAI's rules, as its cookbook gives them: three epochs, more for few examples, fewer for very many.
 USUAL_EPOCHS, MOST_EPOCHS = 3, 25
@@ -127,7 +127,7 @@ def _adapter_elements(shapes: dict[str, list[int]], rank: int) -> int:
     matrices = [
         shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight") and _IN_A_LAYER.search(name) and "norm" not in name
+        if len(shape) == 2 and name.endswith(".weight") and _IN_A_LAYER.search(name)
     ]
     return rank * sum(map(sum, matrices))
 

@@ -32,11 +32,13 @@ LOSSES = """
 """
 
 # A slice is dead once an attempt has recorded what was left of it as given up: lines without a status.
+# A line without a status is one that failed: said as the index of failed lines says it, so that it is found there.
 DEAD_LETTERS = """
     SELECT count(*) FROM attempt JOIN slice ON slice.slice_id = attempt.slice_id AND slice.state = 'dead'
     JOIN result ON result.created_on = slice.created_on AND result.job_id = slice.job_id
         AND result.line_no >= slice.lo AND result.line_no < slice.hi AND result.lease_token = attempt.lease_token
-    WHERE attempt.ended_at > now() - interval '1 hour' AND attempt.outcome = 'failed' AND result.status_code IS NULL
+    WHERE attempt.ended_at > now() - interval '1 hour' AND attempt.outcome = 'failed'
+        AND result.status_code IS NULL AND result.status_code IS DISTINCT FROM 200
 """
 
 FINDINGS = "SELECT count(*) FROM audit_finding"

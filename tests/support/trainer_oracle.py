@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from services.worker.protocol import Hyperparameters
-from services.worker.trainer.data import StepSampler
+from services.worker.trainer.data import StepSampler, micro_batches
 from services.worker.trainer.language_model import load_language_model
 from services.worker.trainer.trainer import Trainer
 
@@ -39,10 +39,11 @@ def plain_model(base, hyperparameters):
     return get_peft_model(model, config)
 
 
-def plain_run(base, data, hyperparameters, steps=STEPS):
+def plain_run(base, data, hyperparameters, steps=STEPS, *, padded=False):
     """Train as a script would: each example alone through transformers' own forward pass, no packing, no seams.
 
-    Returns the weights before and after, and each step's loss.
+    `padded`: in rows of the same length as ours, for models that round to float32 within: a sum over a longer row rounds
+    otherwise, whoever computes it. Returns the weights before and after, and each step's loss.
     """
     model = plain_model(base, hyperparameters)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -55,7 +56,8 @@ def plain_run(base, data, hyperparameters, steps=STEPS):
     model.train()
     losses = []
     for step in range(steps):
-        losses.append(_backward(model, data, sampler.batch(step)))
+        rows = _padded(data, sampler.batch(step), hyperparameters) if padded else _alone(data, sampler.batch(step))
+        losses.append(_backward(model, list(rows)))
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -63,14 +65,27 @@ def plain_run(base, data, hyperparameters, steps=STEPS):
     return first, {name: weight.detach() for name, weight in trained.items()}, losses
 
 
-def _backward(model, data, examples):
-    batch = [(torch.tensor(data.tokens(int(i)).astype(int))[None], data.targets(int(i))) for i in examples]
-    count = sum(int(targets.sum()) for _, targets in batch)
+def _alone(data, examples):
+    """Yield (tokens [1, T], labels [1, T]) of each example; a label is the token that is learnt there, or -100."""
+    for number in examples:
+        tokens, targets = torch.tensor(data.tokens(int(number)).astype(int)), torch.tensor(data.targets(int(number)))
+        yield tokens[None], torch.where(targets, tokens, -100)[None]
+
+
+def _padded(data, examples, hyperparameters):
+    """Yield the same of several examples, in the rows in which ours are."""
+    for batch in micro_batches(data, examples, hyperparameters.micro_batch_tokens, packed=False):
+        labels = torch.full_like(batch.input_ids, -100)
+        labels[:, 1:][batch.predicts[:, :-1]] = batch.targets
+        yield batch.input_ids, labels
+
+
+def _backward(model, rows):
+    count = sum(int((labels != -100).sum()) for _, labels in rows)
     total = 0.0
-    for tokens, targets in batch:
-        labels = torch.where(torch.tensor(targets), tokens[0], -100)[1:]
-        logits = model(input_ids=tokens).logits[0, :-1]
-        loss = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / count
+    for tokens, labels in rows:
+        logits = model(input_ids=tokens).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
         loss.backward()
         total += loss.item()
     return total

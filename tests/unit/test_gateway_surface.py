@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import re
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -9,6 +12,7 @@ from pydantic import ValidationError
 
 from services.gateway.app import create_app
 from shared.settings import Settings
+from tests.support.servers import ROOT
 
 
 def settings(**more):
@@ -75,6 +79,17 @@ def test_names_stand_in_a_variable_with_commas_or_as_json(monkeypatch):
     for text in ("a.example, [::1]", '["a.example", "[::1]"]'):
         monkeypatch.setenv("LAMPLIGHTER_ALLOWED_HOSTS", text)
         assert settings().allowed_hosts == settings(allowed_hosts=text).allowed_hosts == ["a.example", "[::1]"]
+
+
+def test_the_deployments_names_are_those_of_its_compose_file_and_those_that_were_asked_for(tmp_path):
+    default = re.search(r"LAMPLIGHTER_ALLOWED_HOSTS:-(.*)}", (ROOT / "docker-compose.yml").read_text()).group(1)
+    for options in ([], ["--host", "a.example", "--host", "*.b.example"]):
+        path = tmp_path / str(len(options))
+        command = [sys.executable, ROOT / "tools" / "write_env.py", path, *options]
+        subprocess.run(command, check=True, capture_output=True)
+        written = dict(line.split("=", 1) for line in path.read_text().splitlines())
+        names = settings(allowed_hosts=written.get("LAMPLIGHTER_ALLOWED_HOSTS", default)).allowed_hosts
+        assert names == ["localhost", "127.0.0.1", "[::1]", "gateway", *options[1::2]]
 
 
 def test_an_error_that_nobody_foresaw_is_found_in_the_log_by_its_id(caplog):
