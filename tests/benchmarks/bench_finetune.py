@@ -5,10 +5,7 @@ of medians. `--short`: smaller models and fewer rounds.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from services.worker.protocol import CheckpointPolicy, Finished, Progress, Started
+from tests.benchmarks.engine_sides import CORES, Process
 from tests.benchmarks.engine_workloads import LLAMA
 from tests.benchmarks.table import Table
 from tests.support.models import make_tiny_llama
-from tests.support.servers import ROOT
 from tests.support.trainer_runs import (
     TrainerChild,
     checkpoints_of,
@@ -33,7 +30,6 @@ from tests.support.trainer_runs import (
     write_prepared,
 )
 
-CORES = os.cpu_count() or 1
 VOCABULARY = LLAMA["vocab_size"]
 COMMAND = "python -m tests.benchmarks.bench_finetune"
 EQUAL_TOKENS = 128
@@ -55,36 +51,12 @@ FULL = Scale(layers=6, examples=2048, equal_steps=24, rounds=5, kills=20)
 SHORT = Scale(layers=2, examples=1024, equal_steps=12, rounds=3, kills=5)
 
 
-class Side:
+class Side(Process):
     """A process that trains a fixed number of steps for every line it is given."""
-
-    def __init__(self, module: str, *arguments: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"}
-        self._name = module
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        if self._process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"{module} did not start")
 
     def rate(self) -> float:
         """Train once; return real tokens a second."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._name} ended")
-        return json.loads(line)["rate"]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        return self.ask("")["rate"]
 
 
 @contextmanager
@@ -111,7 +83,13 @@ def log_normal_lengths(count: int) -> list[np.ndarray]:
 def bench_correctness(table: Table, directory: Path) -> None:
     """Rows 1: against a plain loop, in float64 and float32, LoRA and full."""
     from services.worker.trainer.data import PreparedData
-    from tests.support.trainer_oracle import asked, largest_difference, our_run, plain_run, share_of_movement
+    from tests.support.trainer_oracle import (
+        asked,
+        largest_difference,
+        our_run,
+        plain_run,
+        share_of_movement,
+    )
 
     base = make_tiny_llama(directory / "tiny", initializer_range=0.1)
     data = PreparedData(write_prepared(directory / "tiny-data", *random_examples(60)))

@@ -22,8 +22,8 @@ class Round:
     answers: list[list[int]]
 
 
-class Side:
-    """A process that serves rounds of jobs (`tests.benchmarks.peers.rounds`)."""
+class Process:
+    """A process that answers each line of JSON with one, once it has said that it is ready."""
 
     def __init__(self, *command: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(CORES), "HF_HUB_OFFLINE": "1"}
@@ -40,21 +40,29 @@ class Side:
         if self._process.stdout.readline() != "ready\n":
             raise RuntimeError(f"{self._name} did not start")
 
-    def run(self, jobs: list[Job]) -> Round:
-        """Run the jobs; raises RuntimeError unless each got exactly as many tokens as it asked for."""
-        self._process.stdin.write(json.dumps(as_json(jobs)) + "\n")
+    def ask(self, line: str):
+        """Send a line and return the answer; raises RuntimeError when the process has ended."""
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
+        answer = self._process.stdout.readline()
+        if not answer:
             raise RuntimeError(f"{self._name} ended")
-        said = json.loads(line)
-        if [len(answer) for answer in said["answers"]] != [job.max_tokens for job in jobs]:
-            raise RuntimeError(f"{self._name} did not generate what was asked")
-        return Round(said["rate"], said["answers"])
+        return json.loads(answer)
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class Side(Process):
+    """A process that serves rounds of jobs (`tests.benchmarks.peers.rounds`)."""
+
+    def run(self, jobs: list[Job]) -> Round:
+        """Run the jobs; raises RuntimeError unless each got exactly as many tokens as it asked for."""
+        said = self.ask(json.dumps(as_json(jobs)))
+        if [len(answer) for answer in said["answers"]] != [job.max_tokens for job in jobs]:
+            raise RuntimeError(f"{self._name} did not generate what was asked")
+        return Round(said["rate"], said["answers"])
 
 
 @contextmanager
