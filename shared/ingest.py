@@ -126,14 +126,14 @@ def commit_file(
     ingest.writer.commit()
     try:
         if purpose == "batch":
-            _write(store.writer(columns["index_path"]), ingest.index())
+            write_object(store.writer(columns["index_path"]), ingest.index())
     except BaseException:
         remove_file(store, columns)
         raise
     return columns
 
 
-def _write(writer: ObjectWriter, content: bytes) -> None:
+def write_object(writer: ObjectWriter, content: bytes) -> None:
     """Write a whole object, or nothing."""
     try:
         writer.write(content)

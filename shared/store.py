@@ -18,6 +18,8 @@ from uuid import UUID
 
 import fsspec
 
+from shared.durable import sync
+
 OFFSET_BYTES = 8
 BLOCK_BYTES = 1 << 20
 
@@ -107,7 +109,7 @@ class ObjectWriter:
         self._file.close()
         self._filesystem.mv(self._temporary, self._path)
         if self._durable:
-            _sync_directory(Path(self._path).parent)
+            sync(Path(self._path).parent)
         self._is_committed = True
 
     def abort(self) -> None:
@@ -116,14 +118,6 @@ class ObjectWriter:
             return
         self._file.close()
         self._filesystem.rm_file(self._temporary)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pack_offsets(offsets: "array[int]") -> bytes:

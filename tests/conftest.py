@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
-
 from lamplighter import Client
+
 from services.local.stack import Stack, StackOptions
 from shared.store import Store
 from tests.support.models import make_tiny_llama
@@ -56,6 +57,18 @@ def database(cluster):
 @pytest.fixture
 def store(tmp_path):
     return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", where]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield where
+    subprocess.run(["umount", where], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,7 @@ from typing import BinaryIO
 from services.preprocessor.shards import Shards, ShardWriter, find_shards, shards_digest
 from services.preprocessor.tokenization import Encoded, ExampleEncoder, TokenizerFiles
 from services.preprocessor.validation import file_sha256, form_of, read_examples, validate
-from shared.domain.training_file import (
-    MIN_EXAMPLES,
-    Example,
-    Faults,
-    Name,
-    TrainingFileChecker,
-    check_n_examples,
-)
+from shared.domain.training_file import MIN_EXAMPLES, Example, Faults, Name, TrainingFileChecker, check_n_examples
 
 CHUNK_EXAMPLES = 256
 CHUNK_BYTES = 1 << 17

@@ -1,11 +1,5 @@
-"""A prepared data set on disk: what a trainer maps into memory, under the digest of all that it was made from.
+"""A prepared data set on disk (`shared.domain.prepared_data`), under the digest of all that it was made from.
 
-```
-DIGEST/tokens.bin     uint32, little-endian: the tokens of all examples, one after another
-DIGEST/weights.bin    uint8, one for each token: 1 where the token is learned
-DIGEST/offsets.bin    int64, little-endian: where each example begins, and the end of the last
-DIGEST/manifest.json  `Manifest`
-```
 A directory has its name only when it is whole and durable. Two writers of the same digest write the same bytes; whoever
 comes second finds the first one's.
 """
@@ -27,29 +21,15 @@ from uuid import uuid4
 
 import msgspec
 
-FORMAT_VERSION = 1
+from shared.domain.prepared_data import FORMAT_VERSION, Manifest
+from shared.durable import sync
+
 PARTIAL_PREFIX = ".partial-"
 STALE_SECONDS = 3600
 """An unfinished directory to which nothing was written for so long belongs to a writer that died."""
 
 _BUFFER_BYTES = 1 << 20
 _OFFSET = struct.Struct("<q")
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a prepared data set holds; `max_length`, `longest` and all counts are in tokens."""
-
-    version: int = FORMAT_VERSION
-    examples: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    vocabulary: int
-    pad_token: int | None
-    data_sha256: str
-    tokenizer_sha256: str
-    template_sha256: str
-    max_length: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +120,7 @@ class ShardWriter:
             file.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        _sync_directory(self._partial)
+        sync(self._partial)
         return self._publish(manifest)
 
     def _publish(self, manifest: Manifest) -> Shards:
@@ -157,7 +137,7 @@ class ShardWriter:
             self._final.rename(damaged)
             self._partial.rename(self._final)
             shutil.rmtree(damaged, ignore_errors=True)
-        _sync_directory(self._final.parent)
+        sync(self._final.parent)
         return Shards(self._final, manifest, is_new=True)
 
 
@@ -166,14 +146,6 @@ def _little_endian(tokens: "array[int]") -> bytes:
         tokens = tokens[:]
         tokens.byteswap()
     return tokens.tobytes()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_stale(out: Path) -> None:

@@ -38,6 +38,7 @@ from shared.domain.errors import ChildLost, Conflict
 from shared.domain.fine_tuning import checkpoint_model_name, tuned_model_name
 from shared.domain.job import StopReason
 from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
+from shared.ingest import write_object
 from shared.settings import Settings
 from shared.store import Store, file_path, training_path
 
@@ -321,13 +322,7 @@ class _Work:
         with self._parts.engine.begin() as connection:
             content = _result_csv(training.metrics_of(connection, self._job.job_id))
         path = file_path(self._job.tenant_id, file_id)
-        writer = self._parts.store.writer(path)
-        try:
-            writer.write(content)
-            writer.commit()
-        except BaseException:
-            writer.abort()
-            raise
+        write_object(self._parts.store.writer(path), content)
 
         def write(connection: Connection) -> None:
             files.add(

@@ -14,13 +14,7 @@ from shared.db.jobs import JobView
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
 from shared.domain.errors import InvalidRequest, NotFound
-from shared.domain.fine_tuning import (
-    FINE_TUNING_STATUS,
-    MAX_SEED,
-    FineTuningCreate,
-    estimated_finish,
-    tuned_model_name,
-)
+from shared.domain.fine_tuning import FINE_TUNING_STATUS, MAX_SEED, FineTuningCreate, estimated_finish, tuned_model_name
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
 
 

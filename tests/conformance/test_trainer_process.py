@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -330,20 +329,6 @@ def test_an_example_that_does_not_fit_fails_the_job(scratch, tmp_path, child):
     child.train(spec(base, data, tmp_path / "second", memory_bytes=loaded + (100 << 20), max_steps=5, batch_size=10))
     failed = child.finish()
     assert failed.code == "out_of_memory" and "3000 tokens" in failed.message
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", where], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a file system")
-    yield where
-    subprocess.run(["umount", where], check=True)
 
 
 def test_a_full_disk_pauses_the_job_with_its_checkpoint_kept(base, data, small_disk, child, undisturbed):

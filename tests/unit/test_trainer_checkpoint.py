@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 
 import pytest
 
@@ -130,18 +129,6 @@ def test_going_on_with_other_libraries_warns(tmp_path, caplog):
 def test_a_token_is_a_name_of_a_directory(tmp_path, token):
     with pytest.raises(ValueError, match="lease token"):
         store(tmp_path, token)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a file system")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_full_disk_spoils_nothing(small_disk):

@@ -9,15 +9,7 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import (
-    IdempotencyKey,
-    Parts,
-    PartsDependency,
-    Reader,
-    Submitter,
-    Writer,
-    answer_once,
-)
+from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, Reader, Submitter, Writer, answer_once
 from services.gateway.schemas import NoFields, list_page
 from services.gateway.warnings import warn_of_unknown
 from shared.api_objects import unix

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from services.worker.protocol import CheckpointPolicy
 from services.worker.trainer.errors import CheckpointMismatch, DiskFull
+from shared.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -180,14 +181,14 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> Path:
         write(new)
         for directory, _, names in os.walk(new):
             for name in (*names, "."):
-                _sync(Path(directory) / name)
+                sync(Path(directory) / name)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if path.exists():
         remove_directory(path)
     new.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -225,11 +226,3 @@ def require_room(directory: Path, expected_bytes: int) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,6 @@
 """Prepared data sets, which examples a step trains on, and how these are laid out for a forward pass.
 
-A data set is a directory, read by mapping it into memory:
-- `tokens.bin`: little-endian uint32, all examples one after another;
-- `weights.bin`: uint8 for each token, 1 where its loss counts. A token is predicted from those before it, so the first
-  of an example never counts;
-- `offsets.bin`: little-endian int64 [examples + 1], where each example begins in `tokens.bin`;
-- `manifest.json`: `Manifest`.
+A data set (`shared.domain.prepared_data`) is read by mapping it into memory.
 """
 
 import dataclasses
@@ -21,26 +16,9 @@ import numpy.typing as npt
 import torch
 
 from services.worker.trainer.errors import DataDamaged
+from shared.domain.prepared_data import FORMAT_VERSION, Manifest
 
 Indices = npt.NDArray[np.int64]
-
-MANIFEST_VERSION = 1
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """What a prepared data set holds. `tokens` and `trained_tokens` count all examples, `longest` is in tokens."""
-
-    version: int
-    examples: int
-    tokens: int
-    trained_tokens: int
-    longest: int
-    vocabulary: int
-    pad_token: int | None
-    data_sha256: str
-    tokenizer_sha256: str
-    template_sha256: str
-    max_length: int
 
 
 class PreparedData:
@@ -61,7 +39,7 @@ class PreparedData:
     def _check(self) -> None:
         sizes = (len(self._tokens), len(self._weights), len(self._offsets))
         expected = (self.manifest.tokens, self.manifest.tokens, self.manifest.examples + 1)
-        if self.manifest.version != MANIFEST_VERSION:
+        if self.manifest.version != FORMAT_VERSION:
             raise DataDamaged(f"manifest.json: version {self.manifest.version} is not known")
         if sizes != expected:
             raise DataDamaged(f"tokens, weights and offsets have {sizes} entries, not {expected} as manifest.json says")
