@@ -72,6 +72,7 @@ class Settings(RemoteSettings):
 
     max_queued_lines: int = Field(10_000_000, ge=1, description="Unfinished batch lines that the system accepts")
     max_queued_lines_per_tenant: int = Field(2_000_000, ge=1)
+    max_open_training_jobs_per_tenant: int = Field(100, ge=1, description="Training jobs that a tenant may have open")
     online_limit: int = Field(512, ge=1, description="Online calls in flight on one worker")
     online_limit_per_tenant: int = Field(384, ge=1, description="Online calls in flight of one tenant, at each gateway")
     online_timeout_seconds: float = Field(

@@ -96,7 +96,7 @@ class Preparations:
             ]
             if files[0] is None or (job.spec.get("validation_file_id") and files[1] is None):
                 raise FileNotFoundError
-            return prepare(files[0], files[1], model, out, Options(max_length=asked.max_length))
+            return prepare(files[0], files[1], model, out, Options(asked.max_length, truncate=asked.truncate))
 
     def _directory(self) -> Path:
         """Return the store as a directory: trainers map prepared data into memory."""

@@ -24,6 +24,9 @@ from shared.settings import Settings
 log = logging.getLogger(__name__)
 
 OUTAGE_PAUSE_SECONDS = 0.25
+MOST_FAILURES = 600
+"""Tries in a row that failed without progress before a slice is given up. With pauses of up to a minute that is about
+seven hours: whatever is away for a night comes back before."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ import orjson
 from sqlalchemy import Connection, Engine
 
 from services.worker.children import Batch, EngineChild
-from services.worker.leases import Lease, SliceHolder
+from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.pace import Pace
 from services.worker.protocol import Response
 from services.worker.translation import ModelDirectory, answer, engine_request
@@ -33,10 +33,6 @@ log = logging.getLogger(__name__)
 FLUSH_BYTES = 16 * 2**20
 """Answers recorded with one statement; Postgres takes no message above 1 GB."""
 STOP_CHECK_SECONDS = 1.0
-
-MOST_FAILURES = 600
-"""Tries in a row that failed without an answer before a slice's lines are given up. With pauses of up to a minute that
-is about seven hours: whatever is away for a night comes back before."""
 
 SLICE_FAILED = {
     "code": "line_failed",

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, Engine
 
-from services.worker.leases import Lease, SliceHolder
+from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import (
     CheckpointPolicy,
     CheckpointWritten,
@@ -34,7 +34,7 @@ from services.worker.trainer_child import OnlineGate, TrainerChild
 from shared.db import files, jobs, model_registry, slices, training
 from shared.db.model_registry import ModelView
 from shared.db.training import NewCheckpoint, Product, TrainingRun
-from shared.domain.errors import ChildLost, Conflict
+from shared.domain.errors import ChildLost, Conflict, NotFound
 from shared.domain.fine_tuning import checkpoint_model_name, tuned_model_name
 from shared.domain.job import StopReason
 from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
@@ -57,6 +57,7 @@ LOST = {
     "type": "server_error",
     "param": None,
 }
+FAILED = LOST | {"message": "Training was given up: it failed each time it was tried. The job's attempts say why."}
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -126,6 +127,24 @@ class TrainingParts:
             device_seconds=self.holder.leases.device_seconds(lease),
         )
 
+    def fail(self, lease: Lease, error: dict[str, Any]) -> None:
+        """End the job with an error, in the API's shape."""
+
+        def write(connection: Connection) -> None:
+            training.fail(connection, _fence(lease), error)
+            self.finish(connection, lease, SliceState.DEAD)
+
+        self.write(lease, write)
+
+    def finish(self, connection: Connection, lease: Lease, state: SliceState) -> None:
+        """End the slice in a terminal state."""
+        seconds = self.holder.leases.device_seconds(lease)
+        slices.finish(connection, lease.claimed.slice_id, lease.claimed.lease_token, state, device_seconds=seconds)
+
+
+def _fence(lease: Lease) -> training.Lease:
+    return training.Lease(lease.claimed.slice_id, lease.claimed.lease_token)
+
 
 class TrainingRunner:
     """Claims and runs training slices, one at a time."""
@@ -143,15 +162,26 @@ class TrainingRunner:
             self._parts.write(lease, lambda connection: self._parts.give_back(connection, lease, BUSY_SECONDS))
             return
         try:
-            work = _Work(self._parts, lease, *self._read(lease))
-            if is_dead_letter(lease.claimed.lo, lease.claimed.hi, lease.claimed.losses):
-                work.fail(LOST)
-                return
-            with self._child() as child:
-                child.begin(work.message())
-                work.follow(child)
+            self._train(lease)
         finally:
             self._device.release()
+
+    def _train(self, lease: Lease) -> None:
+        claimed = lease.claimed
+        if is_dead_letter(claimed.lo, claimed.hi, claimed.losses):
+            self._parts.fail(lease, LOST)
+            return
+        if claimed.failures >= MOST_FAILURES:
+            self._parts.fail(lease, FAILED)
+            return
+        try:
+            work = _Work(self._parts, lease, *self._read(lease))
+        except NotFound as error:
+            self._parts.fail(lease, error.body()["error"])
+            return
+        with self._child() as child:
+            child.begin(work.message())
+            work.follow(child)
 
     @contextmanager
     def _child(self) -> Iterator[TrainerChild]:
@@ -174,7 +204,7 @@ class _Work:
 
     def __init__(self, parts: TrainingParts, lease: Lease, run: TrainingRun, base: ModelView) -> None:
         self._parts, self._lease, self._job, self._base = parts, lease, run, base
-        self._fence = training.Lease(lease.claimed.slice_id, lease.claimed.lease_token)
+        self._fence = _fence(lease)
         self._report = _Report()
         self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
@@ -347,14 +377,14 @@ class _Work:
                 product=product,
                 result_file_id=file_id,
             )
-            self._finish(connection, SliceState.DONE)
+            self._parts.finish(connection, self._lease, SliceState.DONE)
 
         self._write(write)
 
     def _stopped(self) -> None:
         """The child has left its work in a checkpoint: the job was stopped, or this worker is."""
         if self._lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
-            self._write(lambda connection: self._finish(connection, SliceState.CANCELLED))
+            self._write(lambda connection: self._parts.finish(connection, self._lease, SliceState.CANCELLED))
         else:
             self._write(lambda connection: self._parts.give_back(connection, self._lease))
 
@@ -363,7 +393,7 @@ class _Work:
             self._pause(message)
             return
         text = f"{message.message} The last good checkpoint is kept."
-        self.fail({"code": message.code, "message": text, "type": "server_error", "param": None})
+        self._parts.fail(self._lease, {"code": message.code, "message": text, "type": "server_error", "param": None})
 
     def _pause(self, message: Failed) -> None:
         """Let the job wait for somebody: it can be resumed once there is room."""
@@ -376,19 +406,6 @@ class _Work:
             self._parts.give_back(connection, self._lease)
 
         self._write(write)
-
-    def fail(self, error: dict[str, Any]) -> None:
-        """End the job with an error, in the API's shape."""
-
-        def write(connection: Connection) -> None:
-            training.fail(connection, self._fence, error)
-            self._finish(connection, SliceState.DEAD)
-
-        self._write(write)
-
-    def _finish(self, connection: Connection, state: SliceState) -> None:
-        seconds = self._parts.holder.leases.device_seconds(self._lease)
-        slices.finish(connection, self._fence.slice_id, self._fence.lease_token, state, device_seconds=seconds)
 
 
 def _result_csv(metrics: list[dict[str, Any]]) -> bytes:

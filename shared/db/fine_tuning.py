@@ -13,13 +13,18 @@ from shared.db.files import FileView
 from shared.db.jobs import JobView
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
-from shared.domain.errors import InvalidRequest, NotFound
+from shared.domain.errors import InvalidRequest, NotFound, QueueFull
 from shared.domain.fine_tuning import FINE_TUNING_STATUS, MAX_SEED, FineTuningCreate, estimated_finish, tuned_model_name
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
+from shared.settings import Settings
+
+FULL_RETRY_SECONDS = 60
 
 
-def accept_fine_tuning(connection: Connection, caller: Caller, body: FineTuningCreate, key: str | None) -> UUID:
-    """Write an accepted fine-tuning job and return its id. Raises InvalidRequest."""
+def accept_fine_tuning(
+    connection: Connection, settings: Settings, caller: Caller, body: FineTuningCreate, key: str | None
+) -> UUID:
+    """Write an accepted fine-tuning job and return its id. Raises InvalidRequest, QueueFull."""
     try:
         model = model_registry.find(connection, caller.tenant_id, body.model)
     except NotFound as error:
@@ -36,6 +41,10 @@ def accept_fine_tuning(connection: Connection, caller: Caller, body: FineTuningC
         "hyperparameters": body.asked.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     }
+    most = settings.max_open_training_jobs_per_tenant
+    if training.open_jobs(connection, caller.tenant_id) >= most:
+        message = f"This tenant has {most} training jobs open, and may have no more."
+        raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
     new = NewTraining(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,

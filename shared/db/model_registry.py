@@ -88,6 +88,14 @@ def add(connection: Connection, *, base: str | None = None, **columns: Any) -> M
     return find(connection, tenant_id, name)
 
 
+_TRAINED_ON = text("""
+    SELECT EXISTS (
+        SELECT FROM job WHERE model = :name AND kind IN ('fine_tuning', 'training')
+            AND state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+            AND (tenant_id = :tenant_id OR :tenant_id = 'system'))
+""")
+
+
 def remove(connection: Connection, model: ModelView) -> None:
     """Take a model out of the registry; its files stay where they are. Raises NotFound, and Conflict for one that has
     adapters.
@@ -98,6 +106,8 @@ def remove(connection: Connection, model: ModelView) -> None:
     adapters = _adapters(connection, model.tenant_id, model.name)
     if adapters:
         raise Conflict(f"{_named(adapters)} would lose their base: delete them first.", param="model", code="in_use")
+    if connection.execute(_TRAINED_ON, {"tenant_id": model.tenant_id, "name": model.name}).scalar_one():
+        raise Conflict("A training job that is open starts from it.", param="model", code="in_use")
     place = {"tenant_id": model.tenant_id, "name": model.name}
     connection.execute(text("DELETE FROM model WHERE tenant_id = :tenant_id AND name = :name"), place)
 

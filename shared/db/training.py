@@ -56,6 +56,20 @@ def accept(connection: Connection, new: NewTraining) -> UUID:
     return job_id
 
 
+_OPEN_JOBS = text("""
+    SELECT count(*) FROM job WHERE tenant_id = :tenant_id AND kind IN ('fine_tuning', 'training')
+        AND state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+""")
+
+
+def open_jobs(connection: Connection, tenant_id: str) -> int:
+    """Return how many training jobs a tenant has open. Locks the tenant's submissions of such until the commit."""
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('training:' || :tenant_id, 0))")
+    connection.execute(lock, {"tenant_id": tenant_id})
+    count: int = connection.execute(_OPEN_JOBS, {"tenant_id": tenant_id}).scalar_one()
+    return count
+
+
 _UNPREPARED = text("""
     SELECT tenant_id, job_id FROM job
     WHERE state = 'validating' AND kind IN ('fine_tuning', 'training') ORDER BY created_at LIMIT :limit
@@ -352,7 +366,7 @@ class CheckpointView:
 
 CHECKPOINTS = """
     SELECT checkpoint_id, step, metrics, created_at FROM checkpoint
-    WHERE job_id = :job_id AND (cast(:after AS int) IS NULL OR step < :after) ORDER BY step DESC LIMIT :limit
+    WHERE job_id = :job_id AND (cast(:after AS bigint) IS NULL OR step < :after) ORDER BY step DESC LIMIT :limit
 """
 
 

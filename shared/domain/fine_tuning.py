@@ -22,7 +22,7 @@ class Hyperparameters(BaseModel):
     """OpenAI's three, each `auto` by default, and ours. A misspelt one would train something else: it is refused.
 
     `full`: train every weight instead of a LoRA adapter of `lora_rank`. `max_length`: tokens of the longest example;
-    by default the model's context.
+    by default the model's context; longer ones are refused, or cut with `truncate`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +35,7 @@ class Hyperparameters(BaseModel):
     lora_alpha: float | None = Field(None, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     max_length: int | None = Field(None, ge=8)
+    truncate: bool = False
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
 

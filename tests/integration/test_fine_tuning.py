@@ -7,10 +7,13 @@ import os
 import signal
 import time
 
+import httpx
 import openai
 import psutil
+import psycopg
 import pytest
 
+from shared.queueing.wake import connect_redis
 from tests.support.servers import wait_until
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -198,6 +201,11 @@ def test_bad_data_fails_its_job_with_the_line(sdk, base, what):
     assert job.fine_tuned_model is None
 
 
+def test_a_long_example_is_cut_where_that_is_asked_for(sdk, base):
+    job = wait_for(sdk, create(sdk, base, BAD["an example too long"][0], hyper={"truncate": True, "n_epochs": 1}).id)
+    assert job.status == "succeeded"
+
+
 @pytest.mark.parametrize(
     "change, param",
     [
@@ -227,3 +235,77 @@ def test_jobs_are_listed_and_filtered(sdk, native, base):
     seen = native.job(ours.id)
     assert seen["kind"] == "fine_tuning" and seen["status"] == "succeeded"
     assert seen["progress"] == {"done": 18, "failed": 0, "total": 18, "unit": "steps"}
+
+
+def test_a_killed_preprocessor_costs_a_job_nothing(sdk, stack, base):
+    """However often it dies in the middle of the work, up to the limit: its lock goes with it, and the next one begins."""
+    if not hasattr(stack, "processes"):
+        pytest.skip("kills processes of the embedded stack")
+    job = create(sdk, base, list(examples(20_000)))
+    row = f"FROM job WHERE job_id = '{job.id.removeprefix('ftjob-')}'"
+    with psycopg.connect(stack.database_url("superuser"), autocommit=True) as database:
+
+        def tries():
+            return database.execute(f"SELECT coalesce((outcome ->> 'preparations')::int, 0) {row}").fetchone()[0]
+
+        for number in (1, 2):
+            wait_until(lambda number=number: tries() >= number, 60, "it is prepared")
+            os.kill(stack.processes["preprocessor"].running.pid, signal.SIGKILL)
+        wait_for(sdk, job.id, ("queued", "running"), seconds=120)
+        assert tries() == 3
+    sdk.fine_tuning.jobs.cancel(job.id)
+
+
+def test_redis_wiped_while_a_job_waits_and_trains(sdk, stack, base):
+    if not hasattr(stack, "redis_url"):
+        pytest.skip("wipes the Redis of the embedded stack")
+    client = connect_redis(stack.redis_url)
+    job = create(sdk, base, list(examples(40)), hyper={"n_epochs": 8})
+    client.flushall()
+    wait_until(lambda: _last_step(sdk, job.id) >= 5, 120, "it trains")
+    client.flushall()
+    client.close()
+    job = wait_for(sdk, job.id)
+    assert job.status == "succeeded" and sorted(e.data["step"] for e in steps_of(sdk, job.id)) == list(range(1, 81))
+
+
+def test_a_model_is_its_owners_to_delete(sdk, native, stack, base):
+    job = wait_for(sdk, create(sdk, base).id)
+    native.request("POST", "/v1/tenants", json={"id": "deleter"})
+    keys = [
+        native.request("POST", "/v1/keys", json=body)["key"]
+        for body in ({"tenant": "deleter"}, {"scopes": ["write"]}, {"scopes": ["submit"]})
+    ]
+    clients = [openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) for key in keys]
+    stranger, owner, submitter = clients
+    with pytest.raises(openai.NotFoundError):
+        stranger.models.delete(job.fine_tuned_model)
+    with pytest.raises(openai.PermissionDeniedError):
+        submitter.models.delete(job.fine_tuned_model)
+    with pytest.raises(openai.PermissionDeniedError):  # everybody's
+        owner.models.delete(base)
+    assert owner.models.delete(job.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError):
+        ask = [{"role": "user", "content": "x"}]
+        wait_until(lambda: owner.chat.completions.create(model=job.fine_tuned_model, messages=ask) and False, 10)
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "query", ["after=ftckpt_1-999999999999999999", "after=ftckpt_x", "after=%00", "limit=0", "limit=101", "after=1"]
+)
+def test_pages_of_checkpoints_refuse_what_is_no_place(native, stack, admin_key, sdk, base, query):
+    job = create(sdk, base, list(examples(9)))
+    headers = {"Authorization": f"Bearer {admin_key}"}
+    answer = httpx.get(f"{stack.url}/v1/fine_tuning/jobs/{job.id}/checkpoints?{query}", headers=headers)
+    if query == "after=ftckpt_1-999999999999999999":  # after a step that none has: all there are
+        assert answer.status_code == 200 and answer.json()["data"] == []
+    else:
+        assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("query", ["metadata=x", "metadata[a]=%00", "metadata=null&metadata[a]=b"])
+def test_filters_that_mean_nothing_are_refused(stack, admin_key, query):
+    headers = {"Authorization": f"Bearer {admin_key}"}
+    assert httpx.get(f"{stack.url}/v1/fine_tuning/jobs?{query}", headers=headers).status_code == 400

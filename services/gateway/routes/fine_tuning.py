@@ -33,7 +33,7 @@ def create_fine_tuning_job(
     body: FineTuningCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey
 ) -> Response:
     def accept(connection: Connection) -> dict[str, Any]:
-        job_id = accept_fine_tuning(connection, caller, body, key)
+        job_id = accept_fine_tuning(connection, parts.settings, caller, body, key)
         return fine_tuning_job_object(jobs.get(connection, job_id))
 
     answer = answer_once(parts, caller, key, body_digest("fine-tuning", body), accept)

@@ -1,4 +1,4 @@
-"""`/v1/models`: OpenAI's list, and registration by an admin. A request can only ever name what stands here."""
+"""`/v1/models`: OpenAI's list; admins register, owners delete. A request can only ever name what stands here."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +8,15 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import Admin, IdempotencyKey, Parts, PartsDependency, Reader, answer_once
+from services.gateway.dependencies import (
+    Admin,
+    IdempotencyKey,
+    Parts,
+    PartsDependency,
+    Reader,
+    Writer,
+    answer_once,
+)
 from services.gateway.remote_models import describe_remote, refuse_misplaced
 from services.gateway.schemas import TENANT_ID, ModelCreate, model_object
 from shared.adapter_files import check_fit, read_adapter_files
@@ -17,7 +25,7 @@ from shared.db.model_registry import ModelView
 from shared.db.models import SYSTEM_TENANT
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
-from shared.domain.errors import InvalidRequest, ModelRefused, NotFound
+from shared.domain.errors import InvalidRequest, ModelRefused, NotFound, PermissionDenied
 from shared.domain.remote import is_remote
 from shared.model_files import ModelDescription, describe_model, model_directory
 
@@ -103,13 +111,18 @@ def retrieve_model(name: str, parts: PartsDependency, caller: Reader) -> dict[st
 
 @router.delete("/{name:path}")
 def delete_model(
-    name: str, parts: PartsDependency, caller: Admin, tenant: Annotated[str | None, Query(pattern=TENANT_ID)] = None
+    name: str, parts: PartsDependency, caller: Writer, tenant: Annotated[str | None, Query(pattern=TENANT_ID)] = None
 ) -> dict[str, Any]:
-    """Delete what the name means to the caller's tenant, or the model that `tenant` owns."""
+    """Delete what the name means to the caller's tenant, or the model that `tenant` owns.
+
+    What others use too, and other tenants' models, are an admin's to delete.
+    """
     with parts.transaction(caller) as connection:
         model = model_registry.find(connection, tenant or caller.tenant_id, name)
         if tenant is not None and model.tenant_id != tenant:
             raise NotFound(f"The tenant {tenant!r} has no model {name[:200]!r}.", param="model", code="model_not_found")
+        if not caller.is_admin and model.tenant_id != caller.tenant_id:
+            raise PermissionDenied("This model is shared: deleting it needs a key with the scope 'admin'.")
         model_registry.remove(connection, model)
     parts.lookups.forget()
     return {"id": name, "object": "model", "deleted": True}
