@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from services.preprocessor.estimates import Estimate, estimate
 from services.preprocessor.preparation import Options, Prepared, prepare
@@ -20,7 +20,7 @@ from shared.domain.errors import ModelRefused, NotFound
 from shared.domain.fine_tuning import Hyperparameters
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
-from shared.store import Store, prepared_path
+from shared.store import prepared_path
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ _GONE = "The file's content is gone."
 class Preparations:
     """Safe to run twice and anywhere: a session's lock lets one preprocessor work on a job, and ends with it."""
 
-    def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
-        self._engine, self._store, self._settings = engine, store, settings
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
 
     def prepare(self, tenant_id: str, job_id: UUID) -> bool:
         """Prepare a job if it still waits for it and nobody else is at it; return whether it was queued.
@@ -46,7 +46,12 @@ class Preparations:
                 job = training.begin_preparation(connection, job_id)
             if job is None:
                 return False
-            return self._prepare(job)
+            try:
+                return self._prepare(job)
+            except (OSError, OperationalError):
+                with tenant_transaction(self._engine, tenant_id) as connection:
+                    training.call_off_preparation(connection, job)
+                raise
 
     @contextmanager
     def _alone(self, job_id: UUID) -> Iterator[bool]:
@@ -91,7 +96,7 @@ class Preparations:
         out = self._directory() / prepared_path(job.tenant_id)
         with ExitStack() as stack:
             files = [
-                stack.enter_context(self._local(path)) if path is not None else None
+                stack.enter_context((self._directory() / path).open("rb")) if path is not None else None
                 for path in (job.training_path, job.validation_path)
             ]
             if files[0] is None or (job.spec.get("validation_file_id") and files[1] is None):
@@ -107,15 +112,6 @@ class Preparations:
 
     def _relative(self, path: Path) -> str:
         return str(path.relative_to(self._directory()))
-
-    @contextmanager
-    def _local(self, path: str) -> Iterator[BinaryIO]:
-        """Open an object of the store as a seekable file."""
-        with NamedTemporaryFile() as file:
-            for block in self._store.read(path):
-                file.write(block)
-            file.seek(0)
-            yield cast("BinaryIO", file)
 
     def _refuse(self, job: UnpreparedJob, error: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> bool:
         with tenant_transaction(self._engine, job.tenant_id) as connection:

@@ -32,8 +32,8 @@ def build_app(settings: Settings) -> Celery:
     app.conf.update(PRIVATE, worker_eta_task_limit=MAX_WAITING)
     app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True), Queue(PREPROCESS_QUEUE, durable=True)]
     redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
-    store = Store(settings.store_url)
-    submissions, preparations = Submissions(engine, store, settings), Preparations(engine, store, settings)
+    submissions = Submissions(engine, Store(settings.store_url), settings)
+    preparations = Preparations(engine, settings)
     register_tasks(app, submissions, preparations, lambda: wake_dispatcher(redis_client))
     return app
 

@@ -125,6 +125,11 @@ def begin_preparation(connection: Connection, job_id: UUID) -> UnpreparedJob | N
     return UnpreparedJob(**row)
 
 
+def call_off_preparation(connection: Connection, job: UnpreparedJob) -> None:
+    """Take a begun preparation out of the count: something else was to blame, a full disk or a lost connection."""
+    connection.execute(_COUNT_PREPARATION, {"job_id": job.job_id, "count": job.preparations})
+
+
 def preparation_lock(connection: Connection, job_id: UUID) -> bool:
     """Take the session's lock on a job's preparation; False when another has it. It goes with the connection."""
     statement = text("SELECT pg_try_advisory_lock(hashtextextended('prepare:' || :job_id, 0))")

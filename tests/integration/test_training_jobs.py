@@ -1,11 +1,13 @@
 """Training jobs on a real Postgres: prepared once, run under a lease, ended in every way that a trainer may tell of."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
 
+from services.preprocessor.training import Preparations
 from services.scheduler.finalizer import Finalizer
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import Evaluated, Failed, Progress, Started, Stopped
@@ -227,3 +229,28 @@ def test_a_tenant_may_have_so_many_jobs_open(database, job):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(accept, range(4)))
     assert sum(isinstance(answer, UUID) for answer in answers) == 1 and answers.count(FULL_RETRY_SECONDS) == 3
+
+
+def test_a_disk_that_is_full_for_a_while_is_not_held_against_the_data(database, job, tiny_llama, small_disk):
+    """Tried more often than data may fail; once there is room, the job is queued."""
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'validating', outcome = '{}'"))
+        connection.execute(text("DELETE FROM attempt"))
+        connection.execute(text("DELETE FROM slice"))
+        connection.execute(text("UPDATE model SET source = :source WHERE name = 'base'"), {"source": str(tiny_llama)})
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 20}]}
+    (small_disk / "files").mkdir()
+    (small_disk / "files/x").write_bytes(b"".join(json.dumps(line).encode() + b"\n" for _ in range(1000)))
+    filling = small_disk / "filling"
+    with filling.open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    preparations = Preparations(
+        database.engine("preprocessor"), database.settings("preprocessor", store_url=str(small_disk))
+    )
+    for _ in range(training.MOST_PREPARATIONS + 2):
+        with pytest.raises(OSError, match="space"):
+            preparations.prepare("default", job)
+    filling.unlink()
+    assert preparations.prepare("default", job)
+    assert look(database, job).state is JobState.QUEUED and not list((small_disk / "prepared").rglob(".partial*"))
