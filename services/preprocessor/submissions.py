@@ -2,15 +2,16 @@
 
 import json
 import logging
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError
 
 from shared.api_objects import batch_object
 from shared.db import files, idempotency, jobs, submissions, tenants
+from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object
 from shared.db.session import tenant_transaction
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -23,6 +24,7 @@ from shared.domain.errors import (
     QueueFull,
     RequestError,
 )
+from shared.domain.fine_tuning import FineTuningCreate, Hyperparameters
 from shared.domain.job import JobKind, public_file_id
 from shared.domain.nesting import MAX_DEPTH, is_too_deep
 from shared.domain.payloads import invalid_request
@@ -97,15 +99,33 @@ class Submissions:
                 return
             columns = self._add_requests(connection, caller, spec) if "requests" in spec else None
             try:
-                body = _batch(spec, columns)
-                job_id = submissions.accept_batch(connection, self._settings, caller, body, key)
+                answer = self._add_job(connection, caller, JobKind(submission["kind"]), spec, columns, key)
             except BaseException:
                 if columns is not None:
                     remove_file(self._store, columns)
                 raise
-            answer = batch_object(jobs.get(connection, job_id))
             idempotency.complete(connection, caller.tenant_id, key, digest, 200, answer)
-        log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": str(job_id)})
+        log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": answer["id"]})
+
+    def _add_job(
+        self,
+        connection: Connection,
+        caller: Caller,
+        kind: JobKind,
+        spec: dict[str, Any],
+        columns: dict[str, Any] | None,
+        key: str,
+    ) -> dict[str, Any]:
+        """Write the job and return its object, as HTTP would answer; raises InvalidRequest, QueueFull."""
+        if kind is JobKind.FINE_TUNING:
+            body = _checked(FineTuningCreate, spec)
+            return fine_tuning_job_object(
+                jobs.get(connection, accept_fine_tuning(connection, self._settings, caller, body, key))
+            )
+        batch = _batch(spec, columns)
+        return batch_object(
+            jobs.get(connection, submissions.accept_batch(connection, self._settings, caller, batch, key))
+        )
 
     def _add_requests(self, connection: Connection, caller: Caller, spec: dict[str, Any]) -> dict[str, Any]:
         """Write the requests of a message as an input file, as if it had been uploaded; return its columns."""
@@ -146,9 +166,21 @@ class Submissions:
         with tenant_transaction(self._engine, caller.tenant_id) as connection:
             if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
                 return
-            jobs.add_refused(connection, caller.tenant_id, caller.key_id, key, error.body()["error"])
+            kind = JobKind.FINE_TUNING if submission.get("kind") == JobKind.FINE_TUNING else JobKind.BATCH
+            shown, refusal = _SHOWN_WHEN_REFUSED[kind], error.body()["error"]
+            jobs.add_refused(connection, caller.tenant_id, caller.key_id, key, refusal, kind=kind, spec=shown)
             idempotency.complete(connection, caller.tenant_id, key, digest, error.status, error.body())
         log.info("job refused", extra={"tenant": caller.tenant_id, "code": error.code, "param": error.param})
+
+
+_SHOWN_WHEN_REFUSED: dict[JobKind, dict[str, Any]] = {
+    JobKind.BATCH: {"completion_window": "24h"},
+    JobKind.FINE_TUNING: {"seed": 0, "hyperparameters": Hyperparameters().model_dump()},
+}
+_FIELDS = {
+    JobKind.BATCH: {"requests", *BatchCreate.model_fields},
+    JobKind.FINE_TUNING: {*FineTuningCreate.model_fields},
+}
 
 
 def _is_storable(text: str) -> bool:
@@ -157,20 +189,21 @@ def _is_storable(text: str) -> bool:
 
 
 def _spec(submission: dict[str, Any]) -> dict[str, Any]:
-    """Return the spec of a batch; raises InvalidRequest, also for anything that nobody here knows.
+    """Return the spec of a job; raises InvalidRequest, also for anything that nobody here knows.
 
     Over HTTP unknown fields are ignored with a warning, as OpenAI does it. A message has no answer that could warn.
     """
     kind, spec = submission.get("kind"), submission.get("spec")
     _refuse_unknown(submission, {"kind", "spec"})
-    if kind != JobKind.BATCH:
-        raise InvalidRequest(f"kind must be '{JobKind.BATCH}' in this version.", param="kind", code="invalid_value")
+    if kind not in tuple(_FIELDS):
+        message = f"kind must be one of {', '.join(_FIELDS)} in this version."
+        raise InvalidRequest(message, param="kind", code="invalid_value")
     if not isinstance(spec, dict):
         raise InvalidRequest("spec must be an object.", param="spec", code="invalid_value")
     if is_too_deep(spec):
         message = f"spec is nested more than {MAX_DEPTH} levels deep."
         raise InvalidRequest(message, param="spec", code="invalid_value")
-    _refuse_unknown(spec, {"requests", *BatchCreate.model_fields})
+    _refuse_unknown(spec, _FIELDS[JobKind(kind)])
     return spec
 
 
@@ -184,9 +217,12 @@ def _refuse_unknown(fields: dict[str, Any], known: set[str]) -> None:
 def _digest(submission: dict[str, Any]) -> str:
     """Return what identifies a submission. One without inline requests is the same as over HTTP."""
     spec = submission.get("spec")
-    if isinstance(spec, dict) and "requests" not in spec and submission == {"kind": JobKind.BATCH, "spec": spec}:
+    if isinstance(spec, dict) and "requests" not in spec and submission.keys() == {"kind", "spec"}:
         try:
-            return body_digest("batch", BatchCreate.model_validate(spec))
+            if submission["kind"] == JobKind.BATCH:
+                return body_digest("batch", BatchCreate.model_validate(spec))
+            if submission["kind"] == JobKind.FINE_TUNING:
+                return body_digest("fine-tuning", FineTuningCreate.model_validate(spec))
         except ValidationError:
             pass  # it will be refused; until then it is what it says
     return body_digest("submit", submission)
@@ -197,8 +233,16 @@ def _batch(spec: dict[str, Any], columns: dict[str, Any] | None) -> BatchCreate:
     body = {"completion_window": "24h"} | {name: value for name, value in spec.items() if name != "requests"}
     if columns is not None:
         body["input_file_id"] = public_file_id(columns["file_id"])
+    return _checked(BatchCreate, body)
+
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def _checked(model: type[_Body], body: dict[str, Any]) -> _Body:
+    """Return a checked body; raises InvalidRequest."""
     try:
-        return BatchCreate.model_validate(body)
+        return model.model_validate(body)
     except ValidationError as error:
         raise invalid_request(error) from None
 

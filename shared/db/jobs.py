@@ -186,19 +186,30 @@ def accept_batch(connection: Connection, batch: NewBatch) -> UUID:
 
 _ADD_REFUSED = text("""
     INSERT INTO job (tenant_id, job_id, kind, state, created_on, ended_at, key_id, idempotency_key, spec, error, errors)
-    VALUES (:tenant_id, :job_id, 'batch', 'failed', (now() AT TIME ZONE 'UTC')::date, now(), :key_id, :idempotency_key,
-            '{"completion_window": "24h"}', :error, :errors)
-""").bindparams(bindparam("error", type_=JSONB), bindparam("errors", type_=JSONB))
+    VALUES (:tenant_id, :job_id, :kind, 'failed', (now() AT TIME ZONE 'UTC')::date, now(), :key_id, :idempotency_key,
+            :spec, :error, :errors)
+""").bindparams(bindparam("spec", type_=JSONB), bindparam("error", type_=JSONB), bindparam("errors", type_=JSONB))
 
 
 def add_refused(
-    connection: Connection, tenant_id: str, key_id: str, idempotency_key: str, error: dict[str, Any]
+    connection: Connection,
+    tenant_id: str,
+    key_id: str,
+    idempotency_key: str,
+    error: dict[str, Any],
+    *,
+    kind: JobKind,
+    spec: dict[str, Any],
 ) -> UUID:
-    """Write a job that could not be accepted, with its error: for producers who cannot be answered directly."""
+    """Write a job that could not be accepted, with its error: for producers who cannot be answered directly.
+
+    `spec`: what a job of its kind is shown with.
+    """
     job_id = uuid4()
     listed = {"code": error["code"], "message": error["message"], "param": error["param"], "line": None}
     parameters = {"tenant_id": tenant_id, "job_id": job_id, "key_id": key_id, "idempotency_key": idempotency_key}
-    connection.execute(_ADD_REFUSED, parameters | {"error": error, "errors": [listed]})
+    parameters |= {"kind": kind, "spec": spec, "error": error, "errors": [listed]}
+    connection.execute(_ADD_REFUSED, parameters)
     _status_event(connection, tenant_id, job_id, JobState.FAILED)
     return job_id
 
