@@ -202,8 +202,15 @@ def test_bad_data_fails_its_job_with_the_line(sdk, base, what):
 
 
 def test_a_long_example_is_cut_where_that_is_asked_for(sdk, base):
-    job = wait_for(sdk, create(sdk, base, BAD["an example too long"][0], hyper={"truncate": True, "n_epochs": 1}).id)
-    assert job.status == "succeeded"
+    def end_of(user, assistant):
+        lines = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        wanted = create(sdk, base, [*examples(12), {"messages": lines}], hyper={"truncate": True, "n_epochs": 1})
+        return wait_for(sdk, wanted.id)
+
+    assert end_of("x", "y" * 999).status == "succeeded"
+    nothing_left = end_of("x" * 999, "y")  # the cut takes the whole answer: nothing to learn is left
+    assert nothing_left.status == "failed" and nothing_left.error.code == "nothing_to_train"
+    assert "13" in nothing_left.error.message
 
 
 @pytest.mark.parametrize(

@@ -456,7 +456,16 @@ def round_of_models(http, tiny_llama):
     answer = http.post("/v1/chat/completions", json=chat | {"logprobs": True, "top_logprobs": 2})
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
-    wait_until(lambda: "org/described" in {e["model"] for w in workers_of(http) for e in w["engines"]}, 20)
+    seen = []
+
+    def has_its_engine():
+        seen[:] = workers_of(http)
+        return "org/described" in {engine["model"] for worker in seen for engine in worker["engines"]}
+
+    try:
+        wait_until(has_its_engine, 20)
+    except AssertionError:
+        pytest.fail(f"no worker tells of the model's engine: {seen}")
     assert http.delete("/v1/models/org/described").json()["deleted"]
     assert http.get("/v1/models/org/described").status_code == 404
 
