@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine peers chaos test-compose lock
+.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-finetune peers chaos test-compose lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,7 +39,7 @@ format: setup ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix-only .
 
-bench: bench-spine bench-surface bench-engine ## Every benchmark; tables in build/bench/
+bench: bench-spine bench-surface bench-engine bench-finetune ## Every benchmark; tables in build/bench/
 
 bench-spine: setup ## The rows of the spine: throughput, upload, engine share, embeddings, cache
 	$(BIN)/python -m tests.benchmarks.bench_spine
@@ -49,6 +49,9 @@ bench-surface: setup ## Online calls, overload, fairness, schema
 
 bench-engine: setup ## The generation engine beside what users have; `make peers` first
 	$(BIN)/python -m tests.benchmarks.bench_engine
+
+bench-finetune: setup ## Training beside transformers' Trainer: right, exact after kills, fast, served at once
+	$(BIN)/python -m tests.benchmarks.bench_finetune
 
 peers: setup ## Install what the engine is compared with (llama.cpp is compiled, some ten minutes)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'

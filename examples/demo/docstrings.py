@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHORTEST_CHARACTERS = 60
+HELD_BACK = 200
+"""The first of the list, which no model of the demo is trained on."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,10 @@ class Docstring:
     name: str
     signature: str
     text: str
+
+    @property
+    def first_line(self) -> str:
+        return self.text.splitlines()[0].strip()
 
 
 def collect(limit: int | None = None) -> list[Docstring]:

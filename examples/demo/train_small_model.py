@@ -1,7 +1,7 @@
-"""Trains a small causal language model on the standard library's docstrings, in about a minute on two cores.
+"""Trains a small causal language model on the standard library's docstrings, in half a minute on two cores.
 
-It is for the demo: a model that answers something, on a machine that reaches no model hub. Run it as
-`python -m examples.demo.train_small_model DIRECTORY`.
+It is for the demo: a base that knows the words but was not taught to answer, on a machine that reaches no model hub.
+Run it as `python -m examples.demo.train_small_model DIRECTORY`.
 """
 
 import sys
@@ -12,12 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from examples.demo.docstrings import Docstring, collect
+from examples.demo.docstrings import HELD_BACK, Docstring, collect
 
 VOCABULARY = 2048
 CONTEXT = 512
 BATCH_ROWS, ROW_TOKENS = 8, 96
-SECONDS = 50.0
+SECONDS = 30.0
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
@@ -42,9 +42,9 @@ def train_tokenizer(docstrings: list[Docstring]) -> PreTrainedTokenizerFast:
 def train(directory: Path, seconds: float = SECONDS) -> None:
     """Train for `seconds` and save the model where `lamplighter models add` can take it."""
     torch.manual_seed(0)
-    docstrings = collect()
+    docstrings = collect()[HELD_BACK:]
     tokenizer = train_tokenizer(docstrings)
-    texts = [f"<|user|>{d.signature}<|end|><|assistant|>{d.text.split(chr(10) * 2)[0]}<|end|>" for d in docstrings]
+    texts = [f"{d.text}<|end|>" for d in docstrings]
     stream = torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in ids])
     config = LlamaConfig(
         vocab_size=VOCABULARY,

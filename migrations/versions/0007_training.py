@@ -34,16 +34,18 @@ def upgrade() -> None:
     # What a training job brings forth: its model, its checkpoints and the file of its metrics, and nothing else.
     op.execute("GRANT INSERT ON model, file TO lamplighter_worker")
     for table, product in PRODUCTS.items():
-        op.execute(
-            f"CREATE POLICY worker_product ON {table} AS RESTRICTIVE FOR INSERT TO lamplighter_worker WITH CHECK ({product})"
-        )
+        op.execute(f"DROP POLICY worker_all ON {table}")
+        op.execute(f"CREATE POLICY worker_reads ON {table} FOR SELECT TO lamplighter_worker USING (true)")
+        op.execute(f"CREATE POLICY worker_adds ON {table} FOR INSERT TO lamplighter_worker WITH CHECK ({product})")
     op.execute("GRANT UPDATE, DELETE ON checkpoint TO lamplighter_worker")
 
 
 def downgrade() -> None:
     op.execute("REVOKE UPDATE, DELETE ON checkpoint FROM lamplighter_worker")
     for table in PRODUCTS:
-        op.execute(f"DROP POLICY worker_product ON {table}")
+        op.execute(f"DROP POLICY worker_adds ON {table}")
+        op.execute(f"DROP POLICY worker_reads ON {table}")
+        op.execute(f"CREATE POLICY worker_all ON {table} TO lamplighter_worker USING (true)")
     op.execute("REVOKE INSERT ON model, file FROM lamplighter_worker")
     op.execute("REVOKE INSERT ON slice FROM lamplighter_preprocessor")
     op.drop_column("job", "outcome")

@@ -54,8 +54,13 @@ class Memory:
     activations_bytes: int
 
     @property
+    def fixed_bytes(self) -> int:
+        """What does not depend on how much is computed at a time."""
+        return self.weights_bytes + self.optimizer_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.optimizer_bytes + self.activations_bytes
+        return self.fixed_bytes + self.activations_bytes
 
 
 @dataclass(frozen=True)

@@ -139,5 +139,10 @@ def _outcome(asked: Hyperparameters, plan: Estimate, made: Prepared, relative: C
         "hyperparameters": asked.model_dump() | chosen,
         "training": data(made.training),
         "validation": data(made.validation),
-        "estimate": {"steps": plan.steps, "tokens": plan.tokens, "memory_bytes": plan.memory.total_bytes},
+        "estimate": {
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "memory_bytes": plan.memory.total_bytes,
+            "fixed_bytes": plan.memory.fixed_bytes,
+        },
     }

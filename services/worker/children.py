@@ -15,6 +15,7 @@ from typing import Protocol
 
 from services.worker.protocol import (
     Abort,
+    Budget,
     Channel,
     FromChild,
     ModelSpec,
@@ -79,6 +80,9 @@ class ChildSupervisor:
         """Take what a child says; called from its reader thread."""
         raise NotImplementedError
 
+    def _begun(self, life: Life) -> None:
+        """Tell a new child what it has to know first; called with the lock held."""
+
     def _end(self, life: Life) -> None:
         """Tell those who wait for this life that it is over; called once, when nothing more can come from it."""
         raise NotImplementedError
@@ -125,6 +129,7 @@ class ChildSupervisor:
             command = [*self._command, "--channel", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment)
         life = self._life = Life(process, Channel(ours))
+        self._begun(life)
         threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()
         log.info("child started", extra={"pid": process.pid})
         return life
@@ -226,6 +231,18 @@ class EngineChild(ChildSupervisor):
         self._next_id = 0
         self._book_lock = threading.Lock()
         self._waiting: dict[int, tuple[Life, Listener]] = {}
+        self._budget: Budget | None = None
+
+    def limit(self, cache_bytes: int) -> None:
+        """Have the models of this child, and of every one after it, take no more than so much, as soon as they can."""
+        with self._lock:
+            self._budget = Budget(cache_bytes)
+            if self._life is not None:
+                self._life.send(self._budget)
+
+    def _begun(self, life: Life) -> None:
+        if self._budget is not None:
+            life.send(self._budget)
 
     def submit(self, model: ModelSpec, requests: list[Request]) -> Batch:
         """Hand requests to the child and give each its id; answers arrive in the returned batch."""

@@ -69,6 +69,8 @@ class _Entry:
     used_at: float
     loaded_at: float
     load_seconds: float
+    names: set[str]
+    """Models of one source and number type share what is loaded: all that have been asked for, by name."""
 
     @property
     def is_idle(self) -> bool:
@@ -103,7 +105,9 @@ class ModelCache:
 
     def __init__(self, budget_bytes: int, load: Loader, size: Sizer) -> None:
         self.budget_bytes = budget_bytes
+        """What models may take now; the whole budget unless a trainer has a part of it."""
         self.loads = 0
+        self._whole_budget_bytes = budget_bytes
         self._load, self._size = load, size
         self._entries: dict[str, _Entry] = {}
         self._loading: dict[str, _Loading] = {}
@@ -117,14 +121,29 @@ class ModelCache:
 
     @property
     def names(self) -> list[str]:
-        """Names of the loaded models; adapters go by their bases'."""
-        return sorted({entry.spec.name for entry in self._entries.values() if not entry.spec.adapter})
+        """Names by which loaded models were asked for; adapters go by their bases'."""
+        return sorted({name for entry in self._entries.values() if not entry.spec.adapter for name in entry.names})
+
+    def resize(self, budget_bytes: int) -> None:
+        """Hold no more than so much from now on: idle models go at once; others take nothing new until idle."""
+        self.budget_bytes = min(budget_bytes, self._whole_budget_bytes)
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Let go of what is over the budget and idle."""
+        while self.used_bytes > self.budget_bytes and self._evict_one():
+            pass
+
+    def lacks_room(self, spec: ModelSpec) -> bool:
+        """Say whether a model that `get` did not return waits for others, or a trainer, to give room."""
+        keys = {spec.key, spec.without_adapter.key}
+        return bool(keys & self._wants.keys()) or any(self._must_leave(key) for key in keys)
 
     def engines(self) -> list[Engine]:
         return [entry.engine for entry in self._entries.values() if not entry.spec.adapter]
 
     def name_of(self, engine: Engine) -> str:
-        """Return the name of an engine's model."""
+        """Return the name by which an engine's model was loaded."""
         return next(e.spec.name for e in self._entries.values() if e.engine is engine and not e.spec.adapter)
 
     def get(self, spec: ModelSpec) -> Engine | None:
@@ -146,6 +165,7 @@ class ModelCache:
             if self._must_leave(spec.key):
                 return None
             entry.used_at = time.monotonic()
+            entry.names.add(spec.name)
             return entry.engine
         loading = self._loading.get(spec.key)
         if loading is not None:
@@ -165,19 +185,34 @@ class ModelCache:
             engine, size = loading.loaded, max(loading.bytes, loading.loaded.weight_bytes)
             self.loads += 1
         now = time.monotonic()
-        self._entries[spec.key] = _Entry(spec, engine, size, now, now, loading.seconds)
+        self._entries[spec.key] = _Entry(spec, engine, size, now, now, loading.seconds, {spec.name})
         return engine
 
     def _must_leave(self, key: str) -> bool:
         now = time.monotonic()
         self._wants = {name: want for name, want in self._wants.items() if now - want.asked_at < FORGET_SECONDS}
-        return any(want.leaving == key for want in self._wants.values())
+        return any(want.leaving == key for want in self._wants.values()) or key in self._surplus()
 
-    def _wait_for_room(self, spec: ModelSpec) -> None:
-        """Note that a model waits; in time, have the one that was there for longest end what it has and go."""
+    def _surplus(self) -> set[str]:
+        """Return those that go, longest there first, because the budget was made smaller."""
+        surplus, excess = set(), self.used_bytes - self.budget_bytes
+        for key, entry in sorted(self._entries.items(), key=lambda item: item[1].loaded_at):
+            if excess <= 0:
+                break
+            surplus.add(key)
+            excess -= entry.bytes
+        return surplus
+
+    def _wait_for_room(self, spec: ModelSpec, alone_bytes: int) -> None:
+        """Note that a model waits; in time, have the one that was there for longest end what it has and go.
+
+        alone_bytes: What it takes when no other is there; an adapter, with its base.
+        """
         now = time.monotonic()
         want = self._wants.setdefault(spec.key, _Want(now, now))
         want.asked_at = now
+        if alone_bytes > self.budget_bytes:  # others would go in vain
+            return
         rivals = self._rivals(spec)
         if want.leaving not in self._entries and rivals:
             key, oldest = min(rivals.items(), key=lambda item: item[1].loaded_at)
@@ -193,13 +228,14 @@ class ModelCache:
     def _begin(self, spec: ModelSpec) -> None:
         """Start to load a model if there is room for it, or room can be made."""
         base = self._entries.get(spec.without_adapter.key)
-        needed, held = self._size(spec), base.bytes if base is not None else 0
-        if needed + held > self.budget_bytes:
-            raise ModelRefused(f"The model needs {needed + held} bytes; the cache has {self.budget_bytes}.")
+        needed = self._size(spec)
+        alone = needed + (base.bytes if base is not None else 0)
+        if alone > self._whole_budget_bytes:
+            raise ModelRefused(f"The model needs {alone} bytes; the cache has {self._whole_budget_bytes}.")
         load = self._loader(spec)
         while self.used_bytes + needed > self.budget_bytes:
-            if not self._evict_one(spec):
-                self._wait_for_room(spec)
+            if alone > self.budget_bytes or not self._evict_one(spec):
+                self._wait_for_room(spec, alone)
                 return
         self._wants.pop(spec.key, None)
         loading = _Loading(spec, needed, load)
@@ -212,9 +248,10 @@ class ModelCache:
         host = _host(self._entries[spec.without_adapter.key].engine)
         return lambda: host.load_adapter(spec.adapter)
 
-    def _evict_one(self, spec: ModelSpec) -> bool:
+    def _evict_one(self, spec: ModelSpec | None = None) -> bool:
         """Drop what was not used for longest, but not the base of `spec`; False when all are in use."""
-        kept = {loading.spec.without_adapter.key for loading in self._loading.values()} | {spec.without_adapter.key}
+        kept = {loading.spec.without_adapter.key for loading in self._loading.values()}
+        kept |= {spec.without_adapter.key} if spec is not None else set()
         idle = [key for key, entry in self._entries.items() if key not in kept and entry.is_idle]
         if not idle:
             return False

@@ -193,7 +193,8 @@ class Pong(msgspec.Struct, tag="pong"):
     """How a child fares. `progress` grows while its engines work; when it stands still, the child hangs.
 
     `model_hits`: how often requests found their model loaded. `engines` are by the model's name; `at_seconds` is the
-    host's monotonic clock.
+    host's monotonic clock. `budget_bytes`: what its models may take just now. `lacking_room`: requests whose model
+    waits until others, or a trainer, have given room.
     """
 
     progress: int
@@ -205,6 +206,8 @@ class Pong(msgspec.Struct, tag="pong"):
     model_hits: int = 0
     engines: dict[str, EngineStatistics] = {}
     at_seconds: float = 0.0
+    budget_bytes: int = 0
+    lacking_room: int = 0
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -275,7 +278,7 @@ class Train(msgspec.Struct, tag="train"):
 
     `base`, `data` and `validation` are directories: a model, and prepared data sets (`trainer.data`). Under `output`,
     the job's own directory, `checkpoints/TOKEN/step-N` and `model` are written. `base_name` is what the product calls
-    its base. `memory_bytes`: what the child may take.
+    its base. `memory_bytes`: what the child may take. `data_parallel`: processes that share each step's examples.
     """
 
     base: str
@@ -288,6 +291,13 @@ class Train(msgspec.Struct, tag="train"):
     validation: str | None = None
     checkpoints: CheckpointPolicy = CheckpointPolicy()
     memory_bytes: int | None = None
+    data_parallel: int = 1
+
+
+class Budget(msgspec.Struct, tag="budget"):
+    """Hold no more than `cache_bytes` of models from now on; those at work end what they have before they go."""
+
+    cache_bytes: int
 
 
 class Pause(msgspec.Struct, tag="pause"):
@@ -371,7 +381,7 @@ class Failed(msgspec.Struct, tag="failed"):
     step: int
 
 
-ToChild = Submit | Abort | Ping | Stop | Train | Pause | Resume
+ToChild = Submit | Abort | Ping | Stop | Budget | Train | Pause | Resume
 FromChild = Output | Pong | Started | Progress | Evaluated | CheckpointWritten | Finished | Stopped | Failed
 
 _TO_CHILD = msgspec.msgpack.Decoder(ToChild)

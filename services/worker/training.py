@@ -7,8 +7,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,6 +31,7 @@ from services.worker.protocol import (
     Stopped,
     Train,
 )
+from services.worker.room import DeviceRoom, NoRoom
 from services.worker.trainer_child import OnlineGate, TrainerChild
 from shared.db import files, jobs, model_registry, slices, training
 from shared.db.model_registry import ModelView
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 BUSY_SECONDS = 5.0
 """How long a second training slice is put off that comes while this device trains."""
+ROOM_SECONDS = 30.0
+"""How long a training is put off that had to give its room to somebody's calls."""
 LEARNING_RATE = {False: 2e-4, True: 2e-5}
 """By whether all weights are trained, before the job's multiplier."""
 PAUSES = ("disk_full",)
@@ -58,6 +62,7 @@ LOST = {
     "param": None,
 }
 FAILED = LOST | {"message": "Training was given up: it failed each time it was tried. The job's attempts say why."}
+OUT_OF_MEMORY = "out_of_memory"
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
@@ -111,6 +116,7 @@ class TrainingParts:
     settings: Settings
     environment: dict[str, str]
     online_in_flight: Callable[[], int]
+    room: DeviceRoom
 
     def write(self, lease: Lease, act: Callable[[Connection], None]) -> None:
         """Do `act` under the lease. What it does may be done again: a commit may have been lost with its answer."""
@@ -176,12 +182,23 @@ class TrainingRunner:
             return
         try:
             work = _Work(self._parts, lease, *self._read(lease))
+            with self._room(lease, work) as memory_bytes:
+                if memory_bytes is None:
+                    work.stopped()
+                    return
+                with self._child() as child:
+                    child.begin(work.message(memory_bytes))
+                    work.follow(child)
         except NotFound as error:
             self._parts.fail(lease, error.body()["error"])
-            return
-        with self._child() as child:
-            child.begin(work.message())
-            work.follow(child)
+        except NoRoom as error:
+            message = f"{error} Choose a smaller base, or LoRA."
+            self._parts.fail(lease, FAILED | {"code": OUT_OF_MEMORY, "message": message})
+
+    def _room(self, lease: Lease, work: "_Work") -> AbstractContextManager[int | None]:
+        """Have the models of this device make room, for as long as that takes; the lease is held meanwhile."""
+        must_stop = partial(self._parts.holder.must_stop, lease)
+        return self._parts.room.reserve(work.needed_bytes, work.least_bytes, must_stop)
 
     @contextmanager
     def _child(self) -> Iterator[TrainerChild]:
@@ -206,10 +223,21 @@ class _Work:
         self._parts, self._lease, self._job, self._base = parts, lease, run, base
         self._fence = _fence(lease)
         self._report = _Report()
+        self._is_in_the_way = False
         self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
 
-    def message(self) -> Train:
+    @property
+    def needed_bytes(self) -> int:
+        """What the training takes, as it was estimated."""
+        return int(self._job.outcome["estimate"]["memory_bytes"])
+
+    @property
+    def least_bytes(self) -> int:
+        """Its part that does not depend on how much is computed at a time."""
+        return int(self._job.outcome["estimate"]["fixed_bytes"])
+
+    def message(self, memory_bytes: int) -> Train:
         """Return what the child is to do."""
         used, store = self._job.outcome["hyperparameters"], self._store_directory()
         validation = self._job.outcome.get("validation")
@@ -236,6 +264,7 @@ class _Work:
             ),
             seed=self._job.spec["seed"],
             checkpoints=CheckpointPolicy(keep_steps=kept),
+            memory_bytes=memory_bytes,
         )
 
     def _store_directory(self) -> Path:
@@ -246,18 +275,18 @@ class _Work:
     def follow(self, child: TrainerChild) -> None:
         """Record what the child says until it has ended. Raises ChildLost, LeaseGivenUp, LeaseLost."""
         is_stopping, gate = False, OnlineGate(child, self._parts.online_in_flight)
+        room, in_flight = self._parts.room, self._parts.online_in_flight
         while True:
-            try:
+            gate.look()  # first: a fast trainer always has something to say
+            with suppress(queue.Empty):
                 message = child.inbox.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                gate.look()
-            else:
                 if message is None:
                     self._flush()
                     raise ChildLost
                 if self._take(message):
                     return
-            if not is_stopping and self._parts.holder.must_stop(self._lease):
+            self._is_in_the_way |= room.is_wanted_back(in_flight())
+            if not is_stopping and (self._is_in_the_way or self._parts.holder.must_stop(self._lease)):
                 child.tell(Stop())
                 is_stopping = True
             if self._is_due():
@@ -287,7 +316,7 @@ class _Work:
             return True
         elif isinstance(message, Stopped):
             self._flush()
-            self._stopped()
+            self.stopped()
             return True
         elif isinstance(message, Failed):
             self._flush()
@@ -381,12 +410,13 @@ class _Work:
 
         self._write(write)
 
-    def _stopped(self) -> None:
-        """The child has left its work in a checkpoint: the job was stopped, or this worker is."""
+    def stopped(self) -> None:
+        """End the lease of a job that was stopped, or whose worker is; what it has done is in a checkpoint."""
         if self._lease.stop_reason in (StopReason.CANCEL, StopReason.EXPIRE):
             self._write(lambda connection: self._parts.finish(connection, self._lease, SliceState.CANCELLED))
         else:
-            self._write(lambda connection: self._parts.give_back(connection, self._lease))
+            delay_seconds = ROOM_SECONDS if self._is_in_the_way else 0.0
+            self._write(lambda connection: self._parts.give_back(connection, self._lease, delay_seconds))
 
     def _failed(self, message: Failed) -> None:
         if message.code in PAUSES:

@@ -22,6 +22,7 @@ from services.worker.children import EngineChild
 from services.worker.engine.statistics import RateMeter, Rates
 from services.worker.online import OnlineServer
 from services.worker.protocol import EngineStatistics
+from services.worker.room import DeviceRoom
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
 from services.worker.threads import vital
@@ -175,7 +176,8 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     redis_url, device_time = settings.redis_url.get_secret_value(), runner.leases.device_time
     online_server = OnlineServer(engine, redis_url, child, runner.models, identity, device_time, runner.pace)
     store, in_flight = Store(settings.store_url), lambda: online_server.in_flight
-    parts = TrainingParts(identity.device, runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight)
+    room = DeviceRoom(child, identity.memory_budget_bytes, is_cuda=identity.device.startswith("cuda"))
+    parts = TrainingParts(identity.device, runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight, room)
     trainer = TrainingRunner(parts)
     redis_client = connect_redis(redis_url, timeout_seconds=0.5)
     register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))

@@ -1,4 +1,4 @@
-"""`make bench-finetune`, the trainer's rows: right, exact after kills, and fast beside transformers' Trainer.
+"""`make bench-finetune`: right, exact after kills, fast beside transformers' Trainer, served at once, and it learns.
 
 Sides of a ratio run alternately, each in a process of its own that has loaded its model and trained before; ratios are
 of medians. `--short`: smaller models and fewer rounds.
@@ -18,6 +18,8 @@ import numpy as np
 from services.worker.protocol import CheckpointPolicy, Finished, Progress, Started
 from tests.benchmarks.engine_sides import CORES, Process
 from tests.benchmarks.engine_workloads import LLAMA
+from tests.benchmarks.finetune_stack import bench_learning, bench_serving
+from tests.benchmarks.preprocessing import bench_preprocessing
 from tests.benchmarks.table import Table
 from tests.support.models import make_tiny_llama
 from tests.support.trainer_runs import (
@@ -224,7 +226,7 @@ def bench_child(table: Table, directory: Path) -> None:
     assert not checkpoints_of(child.said)
 
 
-PARTS = ("correctness", "resume", "child", "speed")
+PARTS = ("correctness", "resume", "child", "speed", "preprocessing", "serving", "learning")
 
 
 def main() -> int:
@@ -237,14 +239,19 @@ def main() -> int:
     table = Table("finetune", COMMAND)
     with tempfile.TemporaryDirectory(prefix="bench-finetune-") as name:
         directory = Path(name)
-        if "correctness" in parts:
-            bench_correctness(table, directory)
-        if "resume" in parts:
-            bench_resume(table, directory, scale.kills)
-        if "child" in parts:
-            bench_child(table, directory)
-        if "speed" in parts:
-            bench_speed(table, directory, scale)
+        directory.chmod(0o711)  # the embedded Postgres has an account of its own
+        run = {
+            "correctness": lambda: bench_correctness(table, directory),
+            "resume": lambda: bench_resume(table, directory, scale.kills),
+            "child": lambda: bench_child(table, directory),
+            "speed": lambda: bench_speed(table, directory, scale),
+            "preprocessing": lambda: bench_preprocessing(table, short=arguments.short),
+            "serving": lambda: bench_serving(table, directory, scale.rounds),
+            "learning": lambda: bench_learning(table),
+        }
+        for part in PARTS:
+            if part in parts:
+                run[part]()
     table.write()
     return 0 if table.holds else 1
 

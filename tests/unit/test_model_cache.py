@@ -117,3 +117,45 @@ def test_a_failed_load_is_told_and_may_be_tried_again():
     with pytest.raises(ModelRefused, match="truncated"):
         wait_until(lambda: cache.get(spec("a")), 5)
     assert cache.used_bytes == 0 and load(cache, "a")
+
+
+def test_a_smaller_budget_has_idle_models_go_and_busy_ones_end_their_work(cache):
+    a, b = load(cache, "a"), load(cache, "b")
+    b.busy = True
+    cache.resize(30)
+    assert a.closed and not b.closed and cache.names == ["b"]
+    assert cache.get(spec("b")) is None and cache.lacks_room(spec("b"))  # it takes nothing new
+    b.busy = False
+    cache.shrink()
+    assert b.closed and cache.used_bytes == 0
+    cache.check_integrity()
+
+
+def test_a_model_that_has_no_room_for_now_waits_and_is_not_refused(cache):
+    a = load(cache, "a")
+    cache.resize(50)
+    assert cache.get(spec("a")) is a and not cache.lacks_room(spec("a"))
+    cache.resize(30)
+    assert a.closed and cache.get(spec("b")) is None and cache.lacks_room(spec("b"))
+    with pytest.raises(ModelRefused, match="101"):
+        cache.get(spec("big"))
+    cache.resize(1000)
+    assert cache.budget_bytes == 100  # never more than it began with
+    load(cache, "b")
+    assert not cache.lacks_room(spec("b"))
+
+
+def test_models_that_still_fit_stay_when_the_budget_shrinks(cache):
+    a, b = load(cache, "a"), load(cache, "b")
+    a.busy = b.busy = True
+    cache.resize(60)
+    assert cache.get(spec("a")) is None and cache.get(spec("b")) is b
+    a.busy = False
+    cache.shrink()
+    assert a.closed and not b.closed and cache.get(spec("b")) is b
+
+
+def test_models_of_one_source_share_what_is_loaded_under_all_their_names(cache):
+    engine = load(cache, "a")
+    assert cache.get(ModelSpec("alias", "causal_lm", "/models/a")) is engine
+    assert cache.names == ["a", "alias"] and cache.loads == 1 and cache.name_of(engine) == "a"

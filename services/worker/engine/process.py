@@ -18,6 +18,7 @@ from services.worker.engine.statistics import merged
 from services.worker.model_cache import ModelCache
 from services.worker.protocol import (
     Abort,
+    Budget,
     Channel,
     EngineStatistics,
     ModelSpec,
@@ -88,6 +89,7 @@ class EngineProcess:
         if self._waiting:
             waits.append(LOAD_POLL_SECONDS)
         if not waits:
+            self._cache.shrink()
             self._cache.check_integrity()
         return min([*waits, IDLE_SECONDS])
 
@@ -99,7 +101,10 @@ class EngineProcess:
                 self._waiting.setdefault(message.model.key, (message.model, []))[1].extend(message.requests)
             elif isinstance(message, Abort):
                 self._send(Output(self._abort(set(message.ids))))
+            elif isinstance(message, Budget):
+                self._cache.resize(message.cache_bytes)
             elif isinstance(message, Ping):
+                self._cache.shrink()
                 self._pong()
             elif isinstance(message, Stop):
                 return False
@@ -163,13 +168,14 @@ class EngineProcess:
 
     def _pong(self) -> None:
         engines = self._cache.engines()
-        waiting = sum(len(requests) for _, requests in self._waiting.values())
+        waiting = list(self._waiting.values())
+        n_waiting = sum(len(requests) for _, requests in waiting)
         # A load may take minutes and moves nothing: as long as the loop turns for it, the child is well.
-        progress = sum(engine.progress for engine in engines) + (self._turns if waiting else 0)
+        progress = sum(engine.progress for engine in engines) + (self._turns if n_waiting else 0)
         self._channel.send(
             Pong(
                 progress=progress,
-                in_flight=len(self._owner) + waiting,
+                in_flight=len(self._owner) + n_waiting,
                 models=self._cache.names,
                 model_loads=self._cache.loads,
                 cache_bytes=self._cache.used_bytes,
@@ -178,6 +184,8 @@ class EngineProcess:
                 model_hits=max(0, self._placements - self._cache.loads),
                 engines=self._statistics(engines),
                 at_seconds=time.monotonic(),
+                budget_bytes=self._cache.budget_bytes,
+                lacking_room=sum(len(requests) for spec, requests in waiting if self._cache.lacks_room(spec)),
             )
         )
 

@@ -5,6 +5,7 @@ A data set (`shared.domain.prepared_data`) is read by mapping it into memory.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ class PreparedData:
 
     def __len__(self) -> int:
         return self.manifest.examples
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that the examples were made from."""
+        known = self.manifest
+        parts = (known.data_sha256, known.tokenizer_sha256, known.template_sha256, known.max_length)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def tokens(self, example: int) -> npt.NDArray[np.uint32]:
         """Return an example's tokens."""
@@ -151,6 +159,21 @@ def plan_padded(lengths: Indices, budget_tokens: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(index)
     return groups
+
+
+def share(lengths: Indices, rank: int, size: int) -> list[int]:
+    """Return which examples one of `size` ranks computes, so that all have about as many tokens.
+
+    Longest first, to whom has least (Graham 1969): at most 4/3 of the best division's largest share.
+    """
+    loads = [0] * size
+    mine = []
+    for index in _longest_first(lengths):
+        least = loads.index(min(loads))
+        loads[least] += int(lengths[index])
+        if least == rank:
+            mine.append(index)
+    return mine
 
 
 def _longest_first(lengths: Indices) -> list[int]:

@@ -16,6 +16,7 @@ from services.worker.trainer.errors import BaseRefused, StopRequested
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.language_model import load_language_model
 from services.worker.trainer.memory import limit_memory
+from services.worker.trainer.ranks import Ranks, SharedGate
 from services.worker.trainer.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
@@ -32,36 +33,54 @@ class FineTuningJob:
     """Prepares, then runs: between any two steps the job is what its newest checkpoint and its spec say."""
 
     def __init__(
-        self, spec: Train, device: torch.device, report: Callable[[FromChild], None], gate: Gate, pulse: Pulse
+        self,
+        spec: Train,
+        device: torch.device,
+        report: Callable[[FromChild], None],
+        gate: Gate,
+        pulse: Pulse,
+        ranks: Ranks,
     ) -> None:
         """Load data and model, and the newest valid checkpoint if there is one. Raises TrainingFailed."""
-        self._spec, self._report, self._gate, self._pulse = spec, report, gate, pulse
+        self._spec, self._report, self._pulse, self._ranks = spec, report, pulse, ranks
+        self._gate = SharedGate(gate, ranks)
         limit_memory(device, spec.memory_bytes)
         self._data = PreparedData(Path(spec.data))
         self._validation = PreparedData(Path(spec.validation)) if spec.validation else None
         self._output = Path(spec.output)
-        self._store = CheckpointStore(
-            self._output / "checkpoints",
-            spec.lease_token,
-            spec.checkpoints,
-            self._fingerprint(),
-            _environment(device),
-            pulse.advance,
-        )
-        newest, skipped = self._store.newest()
-        source = newest.model if newest and spec.hyperparameters.full else Path(spec.base)
-        with pulse.uncounted():
-            self._model = load_language_model(source, spec.base_name, spec.hyperparameters, device, spec.seed)
-        self._require_vocabulary()
-        self._model.watch(pulse.advance)
-        self.trainer = Trainer(self._model, self._data, spec.hyperparameters, spec.seed, gate.pass_through)
-        if newest:
-            if not spec.hyperparameters.full:
-                self._model.load_adapter(newest.model)
-            self.trainer.load(newest.path)
+        self._store: CheckpointStore | None = None
+        newest, skipped = "", list[str]()
+        if ranks.is_first:
+            self._store = self._open_store(device)
+            found, skipped = self._store.newest()
+            newest = str(found.path) if found else ""
+        newest = ranks.tell("checkpoint", newest)
+        self._load(Path(newest) if newest else None, device)
         self._saved_step = self.trainer.state.step
         self._saved_at = time.monotonic()
         report(self._started(skipped))
+
+    def _open_store(self, device: torch.device) -> CheckpointStore:
+        spec = self._spec
+        environment = _environment(device, self._ranks.size)
+        root, moved = self._output / "checkpoints", self._pulse.advance
+        return CheckpointStore(root, spec.lease_token, spec.checkpoints, self._fingerprint(), environment, moved)
+
+    def _load(self, checkpoint: Path | None, device: torch.device) -> None:
+        """Load the model, and what a checkpoint says if there is one."""
+        spec = self._spec
+        is_full = spec.hyperparameters.full
+        source = checkpoint / "model" if checkpoint and is_full else Path(spec.base)
+        with self._pulse.uncounted():
+            self._model = load_language_model(source, spec.base_name, spec.hyperparameters, device, spec.seed)
+        self._require_vocabulary()
+        self._model.watch(self._pulse.advance)
+        between = self._gate.pass_through
+        self.trainer = Trainer(self._model, self._data, spec.hyperparameters, spec.seed, self._ranks, between)
+        if checkpoint:
+            if not is_full:
+                self._model.load_adapter(checkpoint / "model")
+            self.trainer.load(checkpoint)
 
     def _started(self, skipped: list[str]) -> Started:
         trainer = self.trainer
@@ -74,7 +93,7 @@ class FineTuningJob:
         asked = msgspec.to_builtins(self._spec.hyperparameters)
         decided = {name: value for name, value in asked.items() if name not in CHANGE_NO_RESULT}
         sets = {"training data": self._data, "validation data": self._validation}
-        digests = {name: data.manifest.data_sha256 for name, data in sets.items() if data is not None}
+        digests = {name: data.digest for name, data in sets.items() if data is not None}
         settings = msgspec.json.encode(decided, order="sorted").decode()
         return {"base": self._spec.base_name, "hyperparameters": settings, "seed": str(self._spec.seed), **digests}
 
@@ -97,8 +116,7 @@ class FineTuningJob:
                 started = time.monotonic()
                 self._tell(trainer.train_step(), time.monotonic() - started)
         except StopRequested:
-            if trainer.state.step > self._saved_step:
-                self._save()
+            self._save()
             raise
 
     def _tell(self, metrics: StepMetrics, seconds: float) -> None:
@@ -133,11 +151,14 @@ class FineTuningJob:
             or (policy.every_steps is not None and step % policy.every_steps == 0)
             or (policy.every_seconds is not None and time.monotonic() - self._saved_at >= policy.every_seconds)
         )
-        if is_due and step > self._saved_step:
+        if is_due:
             self._save()
 
     def _save(self) -> None:
+        """Write a checkpoint, if there is anything new and this is the rank that writes."""
         step = self.trainer.state.step
+        if self._store is None or step == self._saved_step:
+            return
 
         def write(directory: Path) -> None:
             self._model.save(directory / "model")
@@ -158,14 +179,16 @@ class FineTuningJob:
 
     def _finish(self) -> Finished:
         state = self.trainer.state
-        with self._pulse.uncounted(), as_disk_full():
-            require_room(self._output, self._expected_bytes)
-            model = write_directory(self._output / "model", self._model.save_product)
+        model = self._output / "model"
+        if self._ranks.is_first:
+            with self._pulse.uncounted(), as_disk_full():
+                require_room(self._output, self._expected_bytes)
+                write_directory(model, self._model.save_product)
         return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics))
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device, processes: int) -> dict[str, str]:
     """Return what the last bits of a run depend on."""
     versions = {name: importlib.metadata.version(name) for name in BITS_DEPEND_ON}
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**versions, "device": kind, "threads": str(torch.get_num_threads()), "processes": "1"}
+    return {**versions, "device": kind, "threads": str(torch.get_num_threads()), "processes": str(processes)}

@@ -12,22 +12,12 @@ import threading
 
 import torch
 
-from services.worker.protocol import (
-    Channel,
-    Failed,
-    FromChild,
-    Pause,
-    Ping,
-    Pong,
-    Resume,
-    Stop,
-    Stopped,
-    Train,
-)
+from services.worker.protocol import Channel, Failed, FromChild, Pause, Ping, Pong, Resume, Stop, Stopped, Train
 from services.worker.trainer.errors import OutOfMemory, StopRequested, TrainingFailed
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.job import FineTuningJob
 from services.worker.trainer.memory import is_out_of_memory
+from services.worker.trainer.ranks import RanksLost, lead
 from shared.logging import configure_logging
 
 log = logging.getLogger(__name__)
@@ -50,24 +40,31 @@ class TrainerProcess:
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         while (spec := self._jobs.get()) is not None:
             self._running = spec
-            self._send(self._train(spec))
+            try:
+                self._send(self._train(spec))
+            except RanksLost:
+                log.exception("a rank is lost, and with it this child")
+                os._exit(1)
             self._running = self._job = None
 
     def _train(self, spec: Train) -> FromChild:
-        """Do a job; return how it ended."""
+        """Do a job; return how it ended. Raises RanksLost."""
         try:
-            self._job = FineTuningJob(spec, self._device, self._send, self._gate, self._pulse)
-            self._loads += 1
-            return self._job.run()
+            with lead(spec, self._device.type) as ranks:
+                self._job = FineTuningJob(spec, self._device, self._send, self._gate, self._pulse, ranks)
+                self._loads += 1
+                return self._job.run()
         except StopRequested:
             return Stopped(self._step)
         except TrainingFailed as error:
             return Failed(error.code, error.message, self._step)
+        except RanksLost:
+            # Like the loss of this process itself: the job goes on from its checkpoint, in new ones.
+            raise
         except Exception as error:
             if is_out_of_memory(error):
-                return Failed(
-                    OutOfMemory.code, "There is not enough memory for the model and its training.", self._step
-                )
+                text = "There is not enough memory for the model and its training."
+                return Failed(OutOfMemory.code, text, self._step)
             log.exception("training failed")
             return Failed(TrainingFailed.code, f"The training failed: {type(error).__name__}.", self._step)
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -19,19 +19,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.worker.protocol import Hyperparameters
-from services.worker.trainer.data import Indices, MicroBatch, PreparedData, StepSampler, micro_batches, plan
+from services.worker.trainer.data import Indices, MicroBatch, PreparedData, StepSampler, micro_batches, plan, share
 from services.worker.trainer.errors import LossNotFinite, OutOfMemory
 from services.worker.trainer.memory import free_cached, is_out_of_memory
+from services.worker.trainer.ranks import Ranks
 from services.worker.trainer.schedule import Schedule, build_optimizer
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-EVALUATED_AT_A_TIME = 256
-"""Examples whose micro-batches are planned together in an evaluation."""
+EVALUATED_AT_A_TIME = 32
+"""Examples whose micro-batches are planned together in an evaluation; a pause waits for no more."""
 
 
 class TrainableModel(Protocol):
@@ -66,6 +65,26 @@ class TrainerState(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Over some of the passes of a step."""
+
+    loss: float = 0.0
+    correct: int = 0
+    targets: int = 0
+
+    @classmethod
+    def of(cls, outcomes: list[tuple[torch.Tensor, torch.Tensor, int]]) -> "Sums":
+        """Add up (loss, correct, targets) of passes; only here does a GPU have to be waited for."""
+        if not outcomes:
+            return cls()
+        losses, correct, targets = zip(*outcomes, strict=True)
+        return cls(float(torch.stack(losses).double().sum()), int(torch.stack(correct).sum()), sum(targets))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.loss + other.loss, self.correct + other.correct, self.targets + other.targets)
+
+
+@dataclass(frozen=True)
 class Means:
     """Loss and accuracy over `targets` tokens."""
 
@@ -85,7 +104,7 @@ class StepMetrics:
 
 
 class Trainer:
-    """Trains a model on prepared data. `between` is called between evaluation's passes: it may wait, or raise."""
+    """Trains a model on prepared data. `between` is called in the midst of an evaluation: it may wait, or raise."""
 
     def __init__(
         self,
@@ -93,9 +112,11 @@ class Trainer:
         data: PreparedData,
         asked: Hyperparameters,
         seed: int,
+        ranks: Ranks | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._data, self._asked, self._seed, self._between = model, data, asked, seed, between
+        self._ranks = ranks or Ranks()
         self._parameters = model.trainable
         self._sampler = StepSampler(len(data), asked.batch_size, seed)
         self.total_steps = asked.max_steps or asked.n_epochs * self._sampler.steps_per_epoch
@@ -115,7 +136,8 @@ class Trainer:
         """Take one optimizer step. Raises LossNotFinite, with the weights as they were, and OutOfMemory."""
         step = self.state.step
         examples = self._sampler.batch(step)
-        means = self._within_memory(self._data, examples, self._accumulate)
+        means = self._means(self._within_memory(self._data, examples, self._accumulate))
+        self._ranks.sum_gradients(list(self._parameters.values()))
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._asked.max_grad_norm))
         if not np.isfinite(means.loss) or not np.isfinite(norm):
             raise LossNotFinite(f"Step {step + 1}: the loss is {means.loss}, the norm of its gradient {norm}.")
@@ -128,64 +150,75 @@ class Trainer:
         self._note(means, tokens)
         return StepMetrics(means, rate, norm, tokens)
 
-    def _accumulate(self, data: PreparedData, examples: Indices) -> Means:
-        """Add up the gradient of the mean loss over all of the examples' targets, however many passes that takes."""
+    def _accumulate(self, data: PreparedData, examples: Indices) -> Sums:
+        """Add up this rank's part of the gradient of the mean loss over all targets, in as many passes as it takes."""
         self._optimizer.zero_grad(set_to_none=True)
         targets = max(1, sum(int(data.targets(int(example)).sum()) for example in examples))
         outcomes = []
-        for batch in self._passes(data, examples):
+        for batch in self._passes(data, self._share(data, examples)):
             loss, correct = self._model.losses(batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
-            outcomes.append((loss.detach(), correct))
-        return _means(outcomes, targets)
+            outcomes.append((loss.detach(), correct, len(batch.targets)))
+        return Sums.of(outcomes)
 
     def evaluate(self, data: PreparedData) -> Means:
         """Return the means over a whole data set, without dropout. Raises OutOfMemory, and what `between` raises."""
         self._model.train(False)
+        sums = Sums()
         try:
             with torch.no_grad():
-                parts = [
-                    self._within_memory(
-                        data, np.arange(start, min(start + EVALUATED_AT_A_TIME, len(data))), self._score
-                    )
-                    for start in range(0, len(data), EVALUATED_AT_A_TIME)
-                ]
+                for start in range(0, len(data), EVALUATED_AT_A_TIME):
+                    self._between()
+                    examples = np.arange(start, min(start + EVALUATED_AT_A_TIME, len(data)))
+                    sums += self._within_memory(data, examples, self._score)
         finally:
             self._model.train(True)
-        targets = max(1, sum(part.targets for part in parts))
-        loss = sum(part.loss * part.targets for part in parts) / targets
-        means = Means(loss, sum(part.accuracy * part.targets for part in parts) / targets, targets)
+        means = self._means(sums)
         self.state.evaluated_step = self.state.step
-        self.state.metrics |= {"full_valid_loss": loss, "full_valid_mean_token_accuracy": means.accuracy}
+        self.state.metrics |= {"full_valid_loss": means.loss, "full_valid_mean_token_accuracy": means.accuracy}
         return means
 
-    def _score(self, data: PreparedData, examples: Indices) -> Means:
-        outcomes = []
-        targets = 0
-        for batch in self._passes(data, examples):
-            self._between()
-            outcomes.append(self._model.losses(batch))
-            targets += len(batch.targets)
-        return _means(outcomes, targets)
+    def _score(self, data: PreparedData, examples: Indices) -> Sums:
+        passes = self._passes(data, self._share(data, examples))
+        return Sums.of([(*self._model.losses(batch), len(batch.targets)) for batch in passes])
+
+    def _share(self, data: PreparedData, examples: Indices) -> Indices:
+        return examples[share(data.lengths[examples], self._ranks.rank, self._ranks.size)]
 
     def _passes(self, data: PreparedData, examples: Indices) -> Iterator[MicroBatch]:
         """Yield the micro-batches that have anything to learn, each with random numbers of its own."""
         budget_tokens = self.state.micro_batch_tokens
         for number, batch in enumerate(micro_batches(data, examples, budget_tokens, packed=self._model.is_packed)):
             if len(batch.targets):
-                seed_everything(self._seed, self.state.step, number)
+                seed_everything(self._seed, self.state.step, self._ranks.rank, number)
                 yield batch.to(self._model.device)
 
-    def _within_memory(self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], T]) -> T:
-        """Do work on examples; with half as many tokens at a time, again, whenever memory runs out."""
+    def _means(self, sums: Sums) -> Means:
+        """Return the means over what all ranks have computed."""
+        loss, correct, targets = self._ranks.sum(sums.loss, sums.correct, sums.targets)
+        return Means(loss / max(1, targets), correct / max(1, targets), int(targets))
+
+    def _within_memory(
+        self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
+    ) -> Sums:
+        """Do work on examples; with half as many tokens at a time, again, whenever memory runs out in any rank."""
         while True:
-            try:
-                return work(data, examples)
-            except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
-                if not is_out_of_memory(error):
-                    raise
-            # Only here is the failed pass let go: the error's traceback held its tensors.
+            sums = self._attempt(data, examples, work)
+            if not self._ranks.any(sums is None):
+                assert sums is not None
+                return sums
             self._halve(data.lengths[examples])
+
+    def _attempt(
+        self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
+    ) -> Sums | None:
+        """Do work; None when memory ran out. Its tensors are let go on return: the error's traceback held them."""
+        try:
+            return work(data, examples)
+        except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _halve(self, lengths: Indices) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -224,17 +257,9 @@ class Trainer:
             self._optimizer.state[self._parameters[name]][moment] = value.clone()
 
 
-def _means(outcomes: list[tuple[torch.Tensor, torch.Tensor]], targets: int) -> Means:
-    if not outcomes:
-        return Means(0.0, 0.0, targets)
-    loss = float(torch.stack([loss.double() for loss, _ in outcomes]).sum())
-    correct = int(torch.stack([correct for _, correct in outcomes]).sum())
-    return Means(loss / max(1, targets), correct / max(1, targets), targets)
-
-
-def seed_everything(seed: int, step: int, number: int) -> None:
-    """Seed every generator that a model may draw from, by the pass's place in the run."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{number}".encode(), digest_size=8).digest()
+def seed_everything(*place: int) -> None:
+    """Seed every generator that a model may draw from, by a pass's place in the run."""
+    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little")
     torch.manual_seed(value)
     random.seed(value)
