@@ -95,12 +95,17 @@ def split(lo: int, hi: int, ways: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(cuts))
 
 
+LINES_AT_ONCE = 64
+"""Lines of a slice that keep its slot's part of an engine busy: four slots fill a batch of 256."""
+
+
 def plan_slices(lines: int, slots: int, largest: int, smallest: int = 16) -> tuple[tuple[int, int], ...]:
     """Cut a batch of `lines` so that every slot of the fleet gets some of it, in slices of `smallest..largest` lines.
 
-    `slots` is the number of slices that all live workers together run at once. A few slices for each slot keep the
-    fleet busy to the end; more would only cost dispatches.
+    `slots` is the number of slices that all live workers together run at once. Two slices for each slot keep the fleet
+    busy to the end; but an engine is as fast as its batch is large, so a slot has lines enough for its part of one first.
     """
-    wanted = -(-lines // max(1, 2 * slots))
+    share = -(-lines // max(1, slots))
+    wanted = max(-(-share // 2), min(share, LINES_AT_ONCE))
     size = max(min(smallest, largest), min(largest, wanted))
     return split(0, lines, -(-lines // size))

@@ -37,13 +37,13 @@ def submit(client: openai.OpenAI, lines: list, endpoint: str = CHAT, **fields):
     return client.batches.create(input_file_id=uploaded.id, endpoint=endpoint, completion_window="24h", **fields)
 
 
-def wait_for(client: openai.OpenAI, batch_id: str, *statuses: str, seconds: float = 60):
+def wait_for(client: openai.OpenAI, batch_id: str, *statuses: str, seconds: float = 60, poll_seconds: float = 0.05):
     """Return the batch once it is in one of `statuses` (any final one by default)."""
     statuses = statuses or ("completed", "failed", "cancelled", "expired")
     deadline = time.monotonic() + seconds
     while (batch := client.batches.retrieve(batch_id)).status not in statuses:
         assert time.monotonic() < deadline, f"still {batch.status}: {batch.request_counts}"
-        time.sleep(0.05)
+        time.sleep(poll_seconds)
     return batch
 
 
