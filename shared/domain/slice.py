@@ -102,8 +102,8 @@ LINES_AT_ONCE = 64
 def plan_slices(lines: int, slots: int, largest: int, smallest: int = 16) -> tuple[tuple[int, int], ...]:
     """Cut a batch of `lines` so that every slot of the fleet gets some of it, in slices of `smallest..largest` lines.
 
-    `slots` is the number of slices that all live workers together run at once. Two slices for each slot keep the fleet
-    busy to the end; but an engine is as fast as its batch is large, so a slot has lines enough for its part of one first.
+    `slots` is the number of slices that all live workers together run at once. Two slices for each slot keep the
+    fleet busy to the end; but an engine is as fast as its batch is large, so a slot has its part of one first.
     """
     share = -(-lines // max(1, slots))
     wanted = max(-(-share // 2), min(share, LINES_AT_ONCE))
