@@ -32,6 +32,8 @@ class ModelDescription:
     dtype: str
     context_length: int | None
     weight_bytes: int
+    warning: str | None = None
+    """What is served otherwise than it is stored."""
 
 
 def describe_model(source: str, revision: str | None) -> ModelDescription:
@@ -47,14 +49,48 @@ def describe_model(source: str, revision: str | None) -> ModelDescription:
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     if weights == 0:
         raise ModelRefused("There are no safetensors weights; other formats can carry code and are not loaded.")
+    _require_whole(directory)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return ModelDescription(
         kind=_kind(config),
         source=str(directory),
         dtype=SERVED_DTYPES.get(dtype, "float32"),
-        context_length=config.get("max_position_embeddings") or config.get("n_positions"),
+        context_length=context_of(config),
         weight_bytes=weights,
+        warning=_warning(dtype),
     )
+
+
+def context_of(config: dict[str, Any]) -> int | None:
+    """Return how many tokens a sequence may have, by a model's config.json.
+
+    `longrope` encodes positions in one way up to a length and in another beyond it, for all that is computed together.
+    Up to that length a token's place is all that counts, so that is how far such a model is served.
+    """
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return longest
+    border = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    return min(border, longest) if border and longest else longest
+
+
+def _warning(dtype: str) -> str | None:
+    if SERVED_DTYPES.get(dtype) == dtype:
+        return None
+    served = SERVED_DTYPES.get(dtype, "float32")
+    return f"Its weights are {dtype}; they are served as {served}."
+
+
+def _require_whole(directory: Path) -> None:
+    """Raise ModelRefused when a file of weights is cut off, or one that the index names is not there."""
+    tensor_infos_of(directory)
+    index_file = directory / "model.safetensors.index.json"
+    if index_file.exists():
+        named = read_json(index_file).get("weight_map")
+        missing = sorted({str(file) for file in (named or {}).values() if not (directory / str(file)).is_file()})
+        if missing:
+            raise ModelRefused(f"{missing[0]} is not there, though {index_file.name} names it.")
 
 
 def model_directory(source: str, revision: str | None) -> Path:

@@ -28,7 +28,9 @@ HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa
 class RemoteSettings(BaseSettings):
     """How other servers are asked for models that these serve: all that an engine child needs to know of settings."""
 
-    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LAMPLIGHTER_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     remote_hosts: Annotated[list[str], NoDecode, BeforeValidator(_names)] = Field(
         ["*"], description="Hosts that remote models may be on, commas between: HOST or HOST:PORT, * for any characters"
@@ -51,7 +53,9 @@ class Settings(RemoteSettings):
     """Settings shared by all services; every field is the variable `LAMPLIGHTER_<NAME>`."""
 
     # What is refused is often a password, or stands beside one: errors do not repeat it.
-    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LAMPLIGHTER_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     database_url: SecretStr = Field(description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE of this service's role")
     database_role: str | None = Field(None, description="Role to assume after login (SET ROLE), when logins are shared")
@@ -99,6 +103,9 @@ class Settings(RemoteSettings):
         365, ge=1, description="Slices, attempts and events of a job are kept after its end; jobs and usage stay"
     )
 
+    trainer_address: str | None = Field(
+        None, description="This host's IP address for trainers of other hosts; without it, jobs stay on one host"
+    )
     slots: int = Field(4, ge=1, le=64, description="Slices that one worker runs at once")
     queue_window: int = Field(2, ge=0, description="Slices that wait in Redis beyond a worker's free slots")
     slice_lines: int = Field(256, ge=1, le=4096, description="Largest slice that the planner makes")
@@ -139,7 +146,9 @@ class SetupSettings(BaseSettings):
     """What the set-up of a deployment needs, and no service ever sees: passwords of every login, the first key."""
 
     # What is refused is often a password, or stands beside one: errors do not repeat it.
-    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LAMPLIGHTER_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     superuser_url: SecretStr
     database: str = "lamplighter"

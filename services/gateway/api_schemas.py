@@ -369,7 +369,9 @@ class RegisteredModel(Model):
     dtype: Annotated[str, Field(description="The number type in which it is served, by every worker.")]
     context_length: Annotated[int | None, Field(ge=1, description="Tokens of prompt and answer together.")]
     base: Annotated[str | None, Field(description="The model that an adapter is for.")] = None
-    warning: Annotated[str, Field(description="What may be wrong with a server that serves it.")] = ""
+    warning: Annotated[
+        str, Field(description="What may be wrong with a server that serves it, or differs from its files.")
+    ] = ""
 
 
 class Tenant(Answer):

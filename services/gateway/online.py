@@ -5,8 +5,8 @@ import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -162,11 +162,21 @@ class OnlineCalls:
         return len(self._calls)
 
     def check_tenant(self, tenant_id: str) -> None:
-        """Raise QueueFull when a tenant has all the calls in flight that it may have: asked before a body is read."""
+        """Raise QueueFull when a tenant has all the calls in flight that it may have."""
         waiting = self._by_tenant[tenant_id]
         if waiting >= self._settings.online_limit_per_tenant:
             message = f"This tenant has {waiting} calls in flight, as many as it may have."
             raise QueueFull(message, retry_after_seconds=self._wait_seconds(waiting))
+
+    @contextmanager
+    def reading(self, tenant_id: str) -> Iterator[None]:
+        """Count a call whose body is being read among its tenant's. Raises QueueFull, before anything is read."""
+        self.check_tenant(tenant_id)
+        self._by_tenant[tenant_id] += 1
+        try:
+            yield
+        finally:
+            _count_down(self._by_tenant, tenant_id)
 
     async def open(
         self,

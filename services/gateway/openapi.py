@@ -54,7 +54,16 @@ _HEADERS: dict[str, dict[str, Any]] = {
     "Content-Length": {"description": "The file's bytes.", "schema": {"type": "integer", "minimum": 0}},
 }
 _IGNORING = frozenset(
-    {"/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+    {
+        "/v1/files",
+        "/v1/batches",
+        "/v1/batches/{batch_id}/cancel",
+        "/v1/fine_tuning/jobs",
+        *(f"/v1/fine_tuning/jobs/{{job_id}}/{action}" for action in ("cancel", "pause", "resume")),
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+    }
 )
 """Where unknown fields are ignored, with a warning, as OpenAI's SDKs send new ones."""
 _CALLS: dict[str, type[BaseModel]] = {

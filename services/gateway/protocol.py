@@ -10,13 +10,14 @@ from shared.domain.errors import InvalidRequest
 
 MAX_HEAD_BYTES = 64 * 1024
 STALLED_SECONDS = 60.0
-"""A client that reads nothing for so long while there is an answer is cut off: it holds a call."""
+"""A client that reads nothing for so long while there is an answer is cut off: it holds a call. So is one that sends
+nothing for so long in the middle of a body, or has not sent a whole head by then."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Refuses a request whose line and headers pass MAX_HEAD_BYTES, as soon as they do, and closes its connection.
     So it does with what may stand between and after the chunks of a body: extensions and trailers, which nobody reads.
-    Cuts off a client that has stopped reading: its route sees a client that left.
+    Cuts off a client that has stopped reading, or sending: its route sees a client that left.
 
     What cannot be parsed as HTTP gets our error shape too.
     """
@@ -25,6 +26,12 @@ class BoundedProtocol(HttpToolsProtocol):
     """What has come since the end of a head, or since the last piece of a body."""
     _is_in_head = True
     _stalled: asyncio.TimerHandle | None = None
+    _unsent: asyncio.TimerHandle | None = None
+    """Runs while the rest of a head or of a body is to come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_more()
 
     def data_received(self, data: bytes) -> None:
         # Counted before they are parsed: a header that never ends is never handed to a callback.
@@ -37,9 +44,30 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()  # an answer may be on its way: there is no place for another
 
+    def _await_more(self) -> None:
+        self._forget_unsent()
+        self._unsent = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+
+    def _forget_unsent(self) -> None:
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
+
+    def _cut_off(self) -> None:
+        """End a connection that brought nothing; where it is we who do not read, wait on."""
+        if self.flow is not None and self.flow.read_paused:
+            self._await_more()
+        else:
+            self.transport.abort()
+
     def on_message_begin(self) -> None:
         self._is_in_head = True
+        self._await_more()
         super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._forget_unsent()
+        super().on_message_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # Trailers come when the route runs already. They are dropped: nothing that was decided by headers may change.
@@ -48,6 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._idle_bytes = 0
+        self._await_more()
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
@@ -67,6 +96,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_stall()
+        self._forget_unsent()
         super().connection_lost(exc)
 
     def _forget_stall(self) -> None:

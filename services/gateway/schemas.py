@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shared.api_objects import unix
 from shared.db.files import FileView
@@ -11,6 +11,7 @@ from shared.db.jobs import JobView
 from shared.db.model_registry import ModelView
 from shared.domain.job import JobKind, public_file_id, public_job_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
+from shared.domain.submission import parse_deadline
 
 FILE_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
@@ -27,8 +28,31 @@ class NoFields(NativeBody):
     """The body of an action that takes none: it may be left out."""
 
 
+class AnyFields(BaseModel):
+    """The body of OpenAI's actions, which take no fields: those that come are ignored, with a warning."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 class JobPatch(NativeBody):
-    priority: int = Field(ge=0, le=9)
+    """What may be changed of a job that has not ended; what is left out stays. A window comes later."""
+
+    priority: int | None = Field(None, ge=0, le=9)
+    deadline: str | None = Field(None, description="RFC 3339, or `none`: of batches, when they expire.")
+    window: None = Field(None, description="Not available in this version.")
+
+    @field_validator("window", mode="before")
+    @classmethod
+    def _comes_later(cls, value: object) -> None:
+        if value is not None:
+            raise ValueError("is not available in this version")
+
+    @field_validator("deadline")
+    @classmethod
+    def _is_a_time(cls, deadline: str | None) -> str | None:
+        if deadline is not None:
+            parse_deadline(deadline)
+        return deadline
 
 
 class KeyCreate(NativeBody):

@@ -8,12 +8,14 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 START_SECONDS = 60.0
+QUICK_END_SECONDS = 5.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 10.0
 STOP_SECONDS = 45.0
 SERVICES = {
     "gateway": "services.gateway.app",
@@ -78,7 +82,13 @@ class Process:
     stop_signal: signal.Signals = signal.SIGTERM
     running: "subprocess.Popen[bytes] | None" = None
     start_at: float = 0.0
+    started_at: float = 0.0
+    quick_ends: int = 0
     starts: int = 0
+
+    @property
+    def is_running(self) -> bool:
+        return self.running is not None and self.running.poll() is None
 
     def start(self, log_directory: Path) -> None:
         """Start it in a session of its own, with its output appended to a log file."""
@@ -93,7 +103,14 @@ class Process:
                 user=self.user,
                 cwd="/" if self.user else None,
             )
+        self.started_at = time.monotonic()
         self.starts += 1
+
+    def pause_seconds(self) -> float:
+        """Return how long to wait before it is started again: longer each time that it ended soon after its start."""
+        is_quick = time.monotonic() - self.started_at < QUICK_END_SECONDS
+        self.quick_ends = self.quick_ends + 1 if is_quick else 0
+        return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** max(0, self.quick_ends - 1))
 
 
 class Stack:
@@ -109,6 +126,8 @@ class Stack:
         self._lock = threading.Lock()
         self._cluster: PostgresCluster | None = None
         self._valkey: ValkeyServer | None = None
+        self._began_at: datetime | None = None
+        """By Postgres' clock."""
         self._guard = threading.Thread(target=self._keep_alive, name="guard", daemon=True)
 
     @property
@@ -138,7 +157,11 @@ class Stack:
         return self._valkey.url
 
     def start(self) -> None:
-        """Bring everything up; return once a request would be served and a worker is there."""
+        """Bring everything up; return once a request would be served and a worker is there.
+
+        Raises SystemExit when the port is somebody else's.
+        """
+        _require_free(self.port)
         for directory in (self.directory, self.log_directory, self.directory / "store"):
             directory.mkdir(parents=True, exist_ok=True)
         self._guard.start()
@@ -224,6 +247,8 @@ class Stack:
     def _migrate(self) -> None:
         engine = connect_engine(self.settings("migration"))
         setup.migrate(engine)
+        with engine.begin() as connection:
+            self._began_at = connection.execute(text("SELECT now()")).scalar_one()
         engine.dispose()
 
     def _ensure_admin_key(self) -> None:
@@ -238,6 +263,8 @@ class Stack:
         write_secret(path, key.encode() + b"\n")
 
     def _is_ready(self) -> bool:
+        if not self.processes["gateway"].is_running:
+            return False  # whoever answers at its port is another
         try:
             if httpx.get(f"{self.url}/readyz", timeout=2).status_code != 200:
                 return False
@@ -246,11 +273,11 @@ class Stack:
         return self.live_workers() > 0
 
     def live_workers(self) -> int:
-        """Return how many workers have announced themselves and take work."""
+        """Return how many workers have announced themselves since this start, and take work."""
         engine = connect_engine(self.settings("scheduler"), pool_size=1)
         try:
             with engine.begin() as connection:
-                count: int = connection.execute(_LIVE_WORKERS).scalar_one()
+                count: int = connection.execute(_LIVE_WORKERS, {"since": self._began_at}).scalar_one()
                 return count
         except SQLAlchemyError:
             return 0
@@ -286,7 +313,7 @@ class Stack:
         now = time.monotonic()
         if process.start_at <= 0:
             log.warning("process ended", extra={"service_name": process.name, "code": process.running.returncode})
-            process.start_at = now + 0.1
+            process.start_at = now + process.pause_seconds()
         if now >= process.start_at > 0:
             process.start(self.log_directory)
             process.start_at = 0.0
@@ -318,7 +345,17 @@ class Stack:
         (self.directory / "stack.json").unlink(missing_ok=True)
 
 
-_LIVE_WORKERS = text("SELECT count(*) FROM worker WHERE state IN ('idle', 'busy')")
+_LIVE_WORKERS = text("SELECT count(*) FROM worker WHERE state IN ('idle', 'busy') AND heartbeat_at >= :since")
+
+
+def _require_free(port: int) -> None:
+    """Raise SystemExit when something listens on a port of this machine already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SystemExit(f"Port {port} cannot be used: {error.strerror}. Choose another with --port.") from None
 
 
 def _started(pid: int) -> float:

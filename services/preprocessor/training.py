@@ -83,7 +83,13 @@ class Preparations:
         with tenant_transaction(self._engine, job.tenant_id) as connection:
             outcome = _outcome(asked, plan, made, self._relative)
             return training.prepared(
-                connection, job, base=base.name, steps=plan.steps, tokens=plan.tokens, outcome=outcome
+                connection,
+                job,
+                base=base.name,
+                steps=plan.steps,
+                tokens=plan.tokens,
+                outcome=outcome,
+                devices=job.spec.get("parallelism", {}).get("data", 1),
             )
 
     def _base(self, job: UnpreparedJob) -> model_registry.ModelView:

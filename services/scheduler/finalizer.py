@@ -10,6 +10,7 @@ from sqlalchemy.exc import OperationalError
 from services.scheduler.troubled import Troubled
 from shared.db import jobs, results
 from shared.db.jobs import EndingJob
+from shared.db.session import is_outage
 from shared.domain.job import StopReason
 from shared.store import Store
 
@@ -48,12 +49,10 @@ class Finalizer:
                 if job.stop_reason == StopReason.EXPIRE:
                     lines, size = self._record_unrun(connection, job)
                 jobs.finalize(connection, job, expired_lines=lines, expired_bytes=size)
-        except OperationalError:
-            raise  # Postgres is away: no fault of the job's
-        except Exception:
-            if job is None:
+        except Exception as error:
+            # While Postgres is away no job is to blame.
+            if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
-            # The jobs behind it end all the same, and it is tried again soon.
             log.exception("cannot end a job", extra={"job_id": str(job.job_id)})
             self._troubled.note(job.job_id)
         else:

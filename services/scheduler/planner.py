@@ -8,6 +8,7 @@ from sqlalchemy.exc import OperationalError
 from services.scheduler.troubled import Troubled
 from shared.db import jobs, workers
 from shared.db.jobs import ValidatingJob
+from shared.db.session import is_outage
 from shared.db.slices import NewSlice
 from shared.domain.batch_file import batch_errors
 from shared.domain.slice import plan_slices
@@ -41,10 +42,9 @@ class Planner:
                 if job is None:
                     return False
                 self._plan(connection, job)
-        except OperationalError:
-            raise  # Postgres is away: no fault of the job's
-        except Exception:
-            if job is None:
+        except Exception as error:
+            # While Postgres is away no job is to blame.
+            if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
             log.exception("cannot plan a job", extra={"job_id": str(job.job_id)})
             if self._troubled.note(job.job_id) >= MOST_FAILURES:

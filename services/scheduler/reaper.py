@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from shared.db import slices, workers
+from shared.db.session import is_away
 from shared.queueing.names import CANARY_KEY
 from shared.settings import Settings
 
@@ -31,8 +32,9 @@ class Reaper:
             return 0
         try:
             return self._take_back()
-        except OperationalError:
-            self._resting_until = time.monotonic() + 2 * self._settings.heartbeat_seconds
+        except OperationalError as error:
+            if is_away(error):
+                self._resting_until = time.monotonic() + 2 * self._settings.heartbeat_seconds
             raise
 
     def _take_back(self) -> int:

@@ -20,7 +20,6 @@ from services.worker.protocol import (
     FromChild,
     ModelSpec,
     Output,
-    Ping,
     Pong,
     Request,
     Response,
@@ -170,10 +169,10 @@ class ChildSupervisor:
                 # A stopped process dies of SIGKILL too, without being continued first.
                 life.process.send_signal(signal.SIGKILL)
                 continue
-            # A full socket buffer means that the child does not read: the clock above is running.
+            # A full socket buffer means that the child does not read: the clock above is running, and must not wait.
             if life.lock.acquire(timeout=PING_SECONDS):
                 try:
-                    life.channel.send(Ping())
+                    life.channel.try_ping()
                 except OSError:
                     log.debug("ping found the child gone")
                 finally:

@@ -31,6 +31,9 @@ QUICK_DEATH_SECONDS = 5.0
 MAX_PAUSE_SECONDS = 10.0
 DATABASE_PAUSE_SECONDS = 0.5
 KILL_MARGIN_SECONDS = 10.0
+LOST_POLL_SECONDS = 5.0
+LOST_SECONDS = 60.0
+"""How long a process may live on whose worker was declared lost. One that was only stopped ends when it wakes."""
 WORKER_MODULE = "services.worker.worker"
 
 
@@ -45,6 +48,7 @@ class Slot:
     started_at: float = 0.0
     start_at: float = 0.0
     quick_deaths: int = 0
+    lost_since: float | None = None
 
 
 class Launcher:
@@ -61,7 +65,11 @@ class Launcher:
     def run(self) -> None:
         """Start the workers, watch them, and on `stop` let them drain."""
         self._until_done(self._retire_dead_predecessors)
+        look_at = 0.0
         while not self.stop.wait(POLL_SECONDS):
+            if time.monotonic() >= look_at:
+                self._kill_lost()
+                look_at = time.monotonic() + LOST_POLL_SECONDS
             for slot in self._slots:
                 if slot.process is not None and slot.process.poll() is not None:
                     self._bury(slot)
@@ -78,7 +86,7 @@ class Launcher:
         pinned = slot.device.environment(len(self._slots), self._settings.torch_threads)
         # A session of its own: what is left of it, its engine child above all, is killed as a group.
         slot.process = subprocess.Popen(command, env={**os.environ, **pinned}, start_new_session=True)
-        slot.started_at = time.monotonic()
+        slot.started_at, slot.lost_since = time.monotonic(), None
         log.info("worker started", extra={"device": slot.device.name, "pid": slot.process.pid})
 
     def _bury(self, slot: Slot) -> None:
@@ -92,6 +100,22 @@ class Launcher:
         slot.process = None
         pause = min(MAX_PAUSE_SECONDS, 0.1 * 2**slot.quick_deaths) if slot.quick_deaths > 1 else 0.0
         slot.start_at = time.monotonic() + pause
+
+    def _kill_lost(self) -> None:
+        """End processes that hang: their leases are others' already, and their devices would stand idle for ever."""
+        living = {slot.worker_id: slot for slot in self._slots if slot.process is not None}
+        try:
+            with self._engine.begin() as connection:
+                lost = workers.lost_among(connection, list(living))
+        except SQLAlchemyError as error:
+            log.warning("cannot look for lost workers", extra={"error": str(error).splitlines()[0]})
+            return
+        for worker_id, slot in living.items():
+            slot.lost_since = (slot.lost_since or time.monotonic()) if worker_id in lost else None
+            if slot.lost_since is not None and time.monotonic() - slot.lost_since > LOST_SECONDS:
+                assert slot.process is not None
+                log.error("worker hangs", extra={"device": slot.device.name, "pid": slot.process.pid})
+                kill_group(slot.process.pid)
 
     def _retire(self, worker_id: UUID) -> None:
         with self._engine.begin() as connection:

@@ -39,11 +39,13 @@ class Lease:
     renewed_at: float = field(default_factory=time.monotonic)
     lost: threading.Event = field(default_factory=threading.Event)
     stop_reason: StopReason | None = None
+    devices: int = 1
+    """Its own and those that it has taken of other workers."""
 
     @property
     def device_seconds(self) -> float:
         """What it was charged when that was last asked for, or when it ended."""
-        return self.share.seconds
+        return self.share.seconds * self.devices
 
 
 class Leases:
@@ -71,8 +73,8 @@ class Leases:
         self.device_time.resize(lease.share, max(1, lines))
 
     def device_seconds(self, lease: Lease) -> float:
-        """Return a held lease's share of the device until now."""
-        return self.device_time.charged(lease.share)
+        """Return a held lease's share of the device until now; of all its devices, as if they were shared alike."""
+        return self.device_time.charged(lease.share) * lease.devices
 
     def all(self) -> list[Lease]:
         with self._lock:

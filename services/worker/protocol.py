@@ -273,12 +273,25 @@ class CheckpointPolicy(msgspec.Struct, frozen=True):
     keep_steps: tuple[int, ...] = ()
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Which of the `size` processes that train a job together one is.
+
+    The first, rank 0, listens at `address`, on a port that it chooses and tells (`Listening`); it alone writes files
+    and says how the job fares. The others are told the port.
+    """
+
+    rank: int = 0
+    size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
 class Train(msgspec.Struct, tag="train"):
     """A fine-tuning job, from its newest valid checkpoint on if it has one.
 
     `base`, `data` and `validation` are directories: a model, and prepared data sets (`trainer.data`). Under `output`,
     the job's own directory, `checkpoints/TOKEN/step-N` and `model` are written. `base_name` is what the product calls
-    its base. `memory_bytes`: what the child may take. `data_parallel`: processes that share each step's examples.
+    its base. `memory_bytes`: what the child may take. `place`: among the processes that share each step's examples.
     """
 
     base: str
@@ -291,7 +304,7 @@ class Train(msgspec.Struct, tag="train"):
     validation: str | None = None
     checkpoints: CheckpointPolicy = CheckpointPolicy()
     memory_bytes: int | None = None
-    data_parallel: int = 1
+    place: Place = Place()
 
 
 class Budget(msgspec.Struct, tag="budget"):
@@ -306,6 +319,12 @@ class Pause(msgspec.Struct, tag="pause"):
 
 class Resume(msgspec.Struct, tag="resume"):
     pass
+
+
+class Listening(msgspec.Struct, tag="listening"):
+    """The first of several processes waits for the others."""
+
+    port: int
 
 
 class Started(msgspec.Struct, tag="started"):
@@ -382,7 +401,7 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 ToChild = Submit | Abort | Ping | Stop | Budget | Train | Pause | Resume
-FromChild = Output | Pong | Started | Progress | Evaluated | CheckpointWritten | Finished | Stopped | Failed
+FromChild = Output | Pong | Listening | Started | Progress | Evaluated | CheckpointWritten | Finished | Stopped | Failed
 
 _TO_CHILD = msgspec.msgpack.Decoder(ToChild)
 _FROM_CHILD = msgspec.msgpack.Decoder(FromChild)
@@ -400,6 +419,15 @@ class Channel:
         """Write one frame; raises OSError when the other end is gone."""
         payload = _ENCODER.encode(message)
         self._socket.sendall(_LENGTH.pack(len(payload)) + payload)
+
+    def try_ping(self) -> None:
+        """Send a Ping unless the other end has stopped reading: then it is dropped, and nobody waits.
+
+        A frame this small is taken by the kernel whole or not at all. Raises OSError when the other end is gone.
+        """
+        payload = _ENCODER.encode(Ping())
+        with contextlib.suppress(BlockingIOError):
+            self._socket.send(_LENGTH.pack(len(payload)) + payload, socket.MSG_DONTWAIT)
 
     def receive_in_child(self) -> ToChild | None:
         """Wait for the next frame from the worker; None when it is gone."""

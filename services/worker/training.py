@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from sqlalchemy import Connection, Engine
 
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
@@ -25,6 +26,8 @@ from services.worker.protocol import (
     Finished,
     FromChild,
     Hyperparameters,
+    Listening,
+    Place,
     Progress,
     Started,
     Stop,
@@ -33,9 +36,11 @@ from services.worker.protocol import (
 )
 from services.worker.room import DeviceRoom, NoRoom
 from services.worker.trainer_child import OnlineGate, TrainerChild
-from shared.db import files, jobs, model_registry, slices, training
+from shared.db import devices, files, jobs, model_registry, slices, training
+from shared.db.devices import Peer
 from shared.db.model_registry import ModelView
 from shared.db.training import NewCheckpoint, Product, TrainingRun
+from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, Conflict, NotFound
 from shared.domain.fine_tuning import checkpoint_model_name, tuned_model_name
 from shared.domain.job import StopReason
@@ -47,6 +52,7 @@ from shared.store import Store, file_path, training_path
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+LOOPBACK = "127.0.0.1"
 BUSY_SECONDS = 5.0
 """How long a second training slice is put off that comes while this device trains."""
 ROOM_SECONDS = 30.0
@@ -107,9 +113,8 @@ class _Report:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What the wiring made. `environment`: more variables of the child; `online_in_flight`: calls on `device`."""
+    """What the wiring made. `environment`: more variables of the child; `online_in_flight`: calls on the device."""
 
-    device: str
     holder: SliceHolder
     engine: Engine
     store: Store
@@ -117,6 +122,18 @@ class TrainingParts:
     environment: dict[str, str]
     online_in_flight: Callable[[], int]
     room: DeviceRoom
+    worker: WorkerIdentity
+    device: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever trains on this worker's device."""
+
+    @contextmanager
+    def child(self) -> Iterator[TrainerChild]:
+        """A fresh process for each job: what one leaves in memory is not the next one's."""
+        child = TrainerChild(self.worker.device, hang_seconds=self.settings.hang_seconds, environment=self.environment)
+        try:
+            yield child
+        finally:
+            child.close()
 
     def write(self, lease: Lease, act: Callable[[Connection], None]) -> None:
         """Do `act` under the lease. What it does may be done again: a commit may have been lost with its answer."""
@@ -133,6 +150,10 @@ class TrainingParts:
             device_seconds=self.holder.leases.device_seconds(lease),
         )
 
+    def put_off(self, lease: Lease) -> None:
+        """Release a slice for which there is no device just now."""
+        self.write(lease, lambda connection: self.give_back(connection, lease, BUSY_SECONDS))
+
     def fail(self, lease: Lease, error: dict[str, Any]) -> None:
         """End the job with an error, in the API's shape."""
 
@@ -148,6 +169,14 @@ class TrainingParts:
         slices.finish(connection, lease.claimed.slice_id, lease.claimed.lease_token, state, device_seconds=seconds)
 
 
+class Call(msgspec.Struct, frozen=True):
+    """What the worker that leads a job asks of the others; the bytes are those of `DeviceRoom.reserve`."""
+
+    train: Train
+    needed_bytes: int
+    least_bytes: int
+
+
 def _fence(lease: Lease) -> training.Lease:
     return training.Lease(lease.claimed.slice_id, lease.claimed.lease_token)
 
@@ -157,20 +186,28 @@ class TrainingRunner:
 
     def __init__(self, parts: TrainingParts) -> None:
         self._parts = parts
-        self._device = threading.Lock()
 
     def run(self, slice_id: int, task_id: str) -> None:
         """Run a training slice if it may be claimed; whatever happens, its row says so, or its lease runs out."""
         self._parts.holder.run(slice_id, task_id, SliceKind.TRAIN, self._run)
 
     def _run(self, lease: Lease) -> None:
-        if not self._device.acquire(blocking=False):
-            self._parts.write(lease, lambda connection: self._parts.give_back(connection, lease, BUSY_SECONDS))
+        if not self._parts.device.acquire(blocking=False):
+            self._parts.put_off(lease)
             return
         try:
-            self._train(lease)
+            if self._is_taken():
+                self._parts.put_off(lease)
+            else:
+                self._train(lease)
         finally:
-            self._device.release()
+            self._parts.device.release()
+
+    def _is_taken(self) -> bool:
+        """Say whether another worker's job has this device. One that looks for devices from now on sees our slice."""
+        with self._parts.engine.begin() as connection:
+            taken = devices.taken(connection, self._parts.worker.worker_id)
+        return taken is not None and taken.is_held
 
     def _train(self, lease: Lease) -> None:
         claimed = lease.claimed
@@ -182,11 +219,14 @@ class TrainingRunner:
             return
         try:
             work = _Work(self._parts, lease, *self._read(lease))
+            if not work.take_devices():
+                self._parts.put_off(lease)
+                return
             with self._room(lease, work) as memory_bytes:
                 if memory_bytes is None:
                     work.stopped()
                     return
-                with self._child() as child:
+                with self._parts.child() as child:
                     child.begin(work.message(memory_bytes))
                     work.follow(child)
         except NotFound as error:
@@ -199,16 +239,6 @@ class TrainingRunner:
         """Have the models of this device make room, for as long as that takes; the lease is held meanwhile."""
         must_stop = partial(self._parts.holder.must_stop, lease)
         return self._parts.room.reserve(work.needed_bytes, work.least_bytes, must_stop)
-
-    @contextmanager
-    def _child(self) -> Iterator[TrainerChild]:
-        """A fresh process for each job: what one leaves in memory is not the next one's."""
-        parts = self._parts
-        child = TrainerChild(parts.device, hang_seconds=parts.settings.hang_seconds, environment=parts.environment)
-        try:
-            yield child
-        finally:
-            child.close()
 
     def _read(self, lease: Lease) -> tuple[TrainingRun, ModelView]:
         with self._parts.engine.begin() as connection:
@@ -224,8 +254,47 @@ class _Work:
         self._fence = _fence(lease)
         self._report = _Report()
         self._is_in_the_way = False
+        self._peers: list[Peer] = []
         self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
+
+    def take_devices(self) -> bool:
+        """Take the other devices that the job needs, all of them or none. Raises LeaseLost."""
+        count, worker = self._job.spec.get("parallelism", {}).get("data", 1) - 1, self._parts.worker
+        if not count:
+            return True
+        any_host = self._parts.settings.trainer_address is not None
+        with self._parts.engine.connect() as connection, connection.begin() as transaction:
+            self._peers = devices.take(
+                connection,
+                self._fence.slice_id,
+                self._fence.lease_token,
+                worker_id=worker.worker_id,
+                host=worker.host,
+                count=count,
+                any_host=any_host,
+            )
+            if len(self._peers) < count:
+                transaction.rollback()
+                return False
+        self._lease.devices = 1 + count
+        return True
+
+    def _call(self, port: int) -> None:
+        """Have the workers whose devices were taken train along with the child that listens on `port`."""
+        place = msgspec.structs.replace(self._place, port=port)
+        calls = {}
+        for rank, peer in enumerate(self._peers, 1):
+            train = msgspec.structs.replace(self.message(None), place=msgspec.structs.replace(place, rank=rank))
+            calls[peer.worker_id] = msgspec.to_builtins(Call(train, self.needed_bytes, self.least_bytes))
+        fence = self._fence
+        self._write(lambda connection: devices.call(connection, fence.slice_id, fence.lease_token, calls))
+
+    @property
+    def _place(self) -> Place:
+        is_one_host = all(peer.host == self._parts.worker.host for peer in self._peers)
+        address = None if is_one_host else self._parts.settings.trainer_address
+        return Place(size=1 + len(self._peers), address=address or LOOPBACK)
 
     @property
     def needed_bytes(self) -> int:
@@ -237,8 +306,8 @@ class _Work:
         """Its part that does not depend on how much is computed at a time."""
         return int(self._job.outcome["estimate"]["fixed_bytes"])
 
-    def message(self, memory_bytes: int) -> Train:
-        """Return what the child is to do."""
+    def message(self, memory_bytes: int | None) -> Train:
+        """Return what the child is to do, as the first of all."""
         used, store = self._job.outcome["hyperparameters"], self._store_directory()
         validation = self._job.outcome.get("validation")
         # Ends of epochs are served by name, so they stay; the others are there to go on from.
@@ -265,6 +334,7 @@ class _Work:
             seed=self._job.spec["seed"],
             checkpoints=CheckpointPolicy(keep_steps=kept),
             memory_bytes=memory_bytes,
+            place=self._place,
         )
 
     def _store_directory(self) -> Path:
@@ -299,7 +369,9 @@ class _Work:
 
     def _take(self, message: FromChild) -> bool:
         """Note or record what the child says; return whether that was its last word."""
-        if isinstance(message, Started):
+        if isinstance(message, Listening):
+            self._call(message.port)
+        elif isinstance(message, Started):
             self._started(message)
         elif isinstance(message, Progress):
             is_epoch = message.step % self._epoch_steps == 0

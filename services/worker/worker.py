@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
 from services.worker.engine.statistics import RateMeter, Rates
+from services.worker.following import Follower
 from services.worker.online import OnlineServer
 from services.worker.protocol import EngineStatistics
 from services.worker.room import DeviceRoom
@@ -177,13 +178,15 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     online_server = OnlineServer(engine, redis_url, child, runner.models, identity, device_time, runner.pace)
     store, in_flight = Store(settings.store_url), lambda: online_server.in_flight
     room = DeviceRoom(child, identity.memory_budget_bytes, is_cuda=identity.device.startswith("cuda"))
-    parts = TrainingParts(identity.device, runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight, room)
-    trainer = TrainingRunner(parts)
+    parts = TrainingParts(runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight, room, identity)
+    trainer, follower = TrainingRunner(parts), Follower(parts)
     redis_client = connect_redis(redis_url, timeout_seconds=0.5)
     register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))
     heart = Heart(engine, runner, child, online_server, identity)
     heart_thread = threading.Thread(target=vital, args=(lambda: heart.run(settings),), name="heart", daemon=True)
     heart_thread.start()
+    follower_thread = threading.Thread(target=vital, args=(follower.run,), name="follower", daemon=True)
+    follower_thread.start()
     signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
     app.conf.task_queues = [declare_worker_queue(identity.worker_id)]
     celery_worker = app.Worker(
@@ -200,6 +203,8 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     # A warm shutdown of Celery returns once the slices are given back; online calls are answered after it.
     with online_server.serving(settings.drain_seconds):
         celery_worker.start()
+    follower.stop.set()
+    follower_thread.join()
     heart.stop.set()
     heart_thread.join()
     child.close()

@@ -39,6 +39,7 @@ def accept_fine_tuning(
         "seed": body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1),
         "suffix": body.suffix,
         "hyperparameters": body.asked.model_dump(),
+        "parallelism": body.parallelism.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     }
     most = settings.max_open_training_jobs_per_tenant

@@ -11,9 +11,10 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from shared.db import events, slices
 from shared.db.slices import NewSlice
-from shared.domain.errors import Conflict, NotFound
+from shared.domain.errors import Conflict, InvalidRequest, NotFound
 from shared.domain.job import BATCH_STATUS, JobKind, JobState, StopReason
 from shared.domain.slice import SliceState
+from shared.domain.submission import parse_deadline
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,23 @@ def set_priority(connection: Connection, job_id: UUID, priority: int) -> JobView
         """),
         {"j": job_id, "p": priority},
     )
+    return get(connection, job_id)
+
+
+_SET_DEADLINE = text("""
+    UPDATE job SET deadline = :at, expires_at = :at, spec = spec || jsonb_build_object('deadline', cast(:text AS text))
+    WHERE job_id = :job_id
+""")
+
+
+def set_deadline(connection: Connection, job_id: UUID, deadline: str) -> JobView:
+    """Give a batch another deadline: an RFC 3339 time, or `none`. Raises NotFound, Conflict, InvalidRequest."""
+    job = _lock(connection, job_id, None)
+    if job.state.is_terminal:
+        raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
+    if job.kind is not JobKind.BATCH:
+        raise InvalidRequest("deadline: only a batch has one in this version.", param="deadline", code="invalid_value")
+    connection.execute(_SET_DEADLINE, {"job_id": job_id, "at": parse_deadline(deadline), "text": deadline})
     return get(connection, job_id)
 
 

@@ -338,7 +338,10 @@ class Worker(Base):
 
 
 class DeviceLease(Base):
-    """Who owns a device now: one row a device, taken at a worker's start and by jobs that need several."""
+    """Who owns a device now: one row a device, taken at a worker's start and by jobs that need several.
+
+    `slice_id` and `lease_token` say who has taken it, `call` what the worker is to do (`shared.db.devices`).
+    """
 
     __tablename__ = "device_lease"
 
@@ -348,6 +351,8 @@ class DeviceLease(Base):
     worker_id: Mapped[UUID]
     slice_id: Mapped[int | None]
     lease_until: Mapped[datetime]
+    lease_token: Mapped[int | None]
+    call: Mapped[dict[str, Any] | None]
 
 
 class Event(Base):

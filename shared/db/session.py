@@ -63,6 +63,12 @@ def is_outage(error: OperationalError) -> bool:
     return code is None or code.startswith(("08", "57P", "53", "40", "55"))
 
 
+def is_away(error: OperationalError) -> bool:
+    """Whether an error says that Postgres is not there: nobody can have renewed a lease meanwhile."""
+    code = getattr(error.orig, "sqlstate", None)
+    return code is None or code.startswith(("08", "57P"))
+
+
 @contextmanager
 def tenant_transaction(engine: Engine, tenant_id: str, *, is_admin: bool = False) -> Iterator[Connection]:
     """Open a transaction that sees the rows of one tenant only, whatever its statements say."""

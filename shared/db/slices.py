@@ -479,17 +479,33 @@ def stop_job(connection: Connection, job_id: UUID, reason: str, *, quiet: SliceS
     connection.execute(_STOP[1], {"job_id": job_id, "quiet": quiet})
 
 
-_HOLD_STRAYS = text("""
-    UPDATE slice SET state = 'held', worker_id = NULL, dispatched_at = NULL FROM job
-    WHERE job.state = 'paused' AND slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
-        AND slice.state IN ('queued', 'dispatched')
-""")
-
-_CANCEL_STRAYS = text("""
-    UPDATE slice SET state = 'cancelled', worker_id = NULL FROM job
-    WHERE job.state IN ('cancelling', 'finalizing') AND slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
-        AND slice.state IN ('held', 'queued', 'dispatched')
-""")
+# The job's row first, then slices by id, as everywhere.
+_STRAYS = """
+    WITH owner AS (
+        SELECT tenant_id, job_id FROM job WHERE state IN ({jobs}) AND EXISTS (
+            SELECT FROM slice WHERE slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
+                AND slice.state IN ({slices}))
+        ORDER BY job_id FOR NO KEY UPDATE
+    ), stray AS (
+        SELECT slice.slice_id FROM slice JOIN owner USING (tenant_id, job_id)
+        WHERE slice.state IN ({slices}) ORDER BY slice.slice_id FOR UPDATE OF slice
+    )
+    UPDATE slice SET {change} FROM stray WHERE slice.slice_id = stray.slice_id
+"""
+_HOLD_STRAYS = text(
+    _STRAYS.format(
+        jobs="'paused'",
+        slices="'queued', 'dispatched'",
+        change="state = 'held', worker_id = NULL, dispatched_at = NULL",
+    )
+)
+_CANCEL_STRAYS = text(
+    _STRAYS.format(
+        jobs="'cancelling', 'finalizing'",
+        slices="'held', 'queued', 'dispatched'",
+        change="state = 'cancelled', worker_id = NULL",
+    )
+)
 
 
 def cancel_strays(connection: Connection) -> int:
@@ -527,13 +543,14 @@ class Candidate:
     estimated_tokens: int
     dispatch_no: int
     kind: str
+    devices_needed: int
 
 
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
 # Training has a head of its own: however much of it waits for a free device, lines behind it are seen.
 _HEAD = """
     SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no,
-        kind
+        kind, devices_needed
     FROM slice WHERE state = 'queued' AND kind = '{kind}' AND tenant_id = waiting.tenant_id AND run_after <= now()
     ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
 """
@@ -546,7 +563,7 @@ CANDIDATES = f"""
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
     SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
-        head.estimated_tokens, head.dispatch_no, head.kind,
+        head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed,
         -- An adapter is warm where its base is.
         coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
                   ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model

@@ -37,7 +37,7 @@ _TAKE_DEVICE = text("""
     INSERT INTO device_lease (tenant_id, host, device, worker_id, lease_until)
     VALUES (:tenant_id, :host, :device, :worker_id, now() + make_interval(secs => :lease_seconds))
     ON CONFLICT (host, device) DO UPDATE SET worker_id = excluded.worker_id, lease_until = excluded.lease_until,
-        slice_id = NULL
+        slice_id = NULL, lease_token = NULL, call = NULL
     WHERE device_lease.lease_until < now() OR device_lease.worker_id = excluded.worker_id
     RETURNING worker_id
 """)
@@ -111,6 +111,12 @@ def silent(connection: Connection, after_seconds: float) -> list[UUID]:
     return list(connection.execute(statement, {"age": after_seconds}).scalars())
 
 
+def lost_among(connection: Connection, worker_ids: list[UUID]) -> set[UUID]:
+    """Return those of some workers that were declared lost."""
+    statement = text("SELECT worker_id FROM worker WHERE worker_id = ANY(:ids) AND state = 'lost'")
+    return set(connection.execute(statement, {"ids": worker_ids}).scalars())
+
+
 def of_host(connection: Connection, host: str) -> list[tuple[UUID, int]]:
     """Return (worker_id, pid) of the workers of a host that are not known to be dead."""
     statement = text("SELECT worker_id, pid FROM worker WHERE host = :host AND state <> 'lost'")
@@ -130,6 +136,9 @@ class WorkerLoad:
     is_open: bool = True
     """Whether it takes new work; one that drains only finishes what it has."""
     is_training: bool = False
+    """Its own training, or another's that has taken its device."""
+    awaited: int = 0
+    """Other workers' devices that its training needs and has not taken yet."""
 
 
 LOADS = """
@@ -137,7 +146,13 @@ LOADS = """
         (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
             AND slice.state IN ('dispatched', 'running')) AS occupied,
         EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id
-            AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train') AS is_training
+            AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train')
+            OR EXISTS (SELECT FROM device_lease WHERE device_lease.worker_id = worker.worker_id
+                AND device_lease.slice_id IS NOT NULL) AS is_training,
+        (SELECT coalesce(sum(slice.devices_needed - 1
+                - (SELECT count(*) FROM device_lease WHERE device_lease.slice_id = slice.slice_id)), 0) FROM slice
+            WHERE slice.worker_id = worker.worker_id AND slice.state IN ('dispatched', 'running')
+                AND slice.kind = 'train') AS awaited
     FROM worker WHERE worker.state IN ('idle', 'busy')
         AND worker.heartbeat_at > now() - make_interval(secs => :age)
     ORDER BY worker.name, worker.worker_id
@@ -148,7 +163,9 @@ def loads(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     """Return the workers that may be given work."""
     rows = connection.execute(text(LOADS), {"age": heartbeat_within_seconds})
     return [
-        WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied, is_training=r.is_training)
+        WorkerLoad(
+            r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied, is_training=r.is_training, awaited=r.awaited
+        )
         for r in rows
     ]
 

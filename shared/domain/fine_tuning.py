@@ -62,8 +62,28 @@ class Method(BaseModel):
         return value
 
 
+class Parallelism(BaseModel):
+    """Processes that train a job together, each on a device of its own; all devices are taken at once.
+
+    `data`: each computes a share of every step's examples. `fsdp`, `tensor`: known by name, to be refused by name.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: int = Field(1, ge=1, le=64)
+    fsdp: bool = False
+    tensor: int = Field(1, ge=1, le=64)
+
+    @field_validator("fsdp", "tensor")
+    @classmethod
+    def _comes_later(cls, value: int) -> int:
+        if value > 1 or value is True:
+            raise ValueError("is not available in this version; only 'data' is")
+        return value
+
+
 class FineTuningCreate(BaseModel):
-    """`POST /v1/fine_tuning/jobs`; the last five are Lamplighter's extensions. Others are ignored, with a warning."""
+    """`POST /v1/fine_tuning/jobs`; the last six are Lamplighter's extensions. Others are ignored, with a warning."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,6 +101,7 @@ class FineTuningCreate(BaseModel):
     window: dict[str, Any] | None = None
     after: list[str] | None = None
     resume_from: str | None = None
+    parallelism: Parallelism = Parallelism()
 
     @field_validator("window", "after", "resume_from", "deadline", "integrations")
     @classmethod

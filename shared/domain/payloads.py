@@ -66,7 +66,7 @@ class GenerationPayload(Payload):
     ignore_eos: bool = False
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     delay_ms: int = Field(0, ge=0, le=MAX_DELAY_MS)
 
     @property

@@ -12,6 +12,19 @@ Metadata = Annotated[
 ]
 
 
+def parse_deadline(deadline: str) -> datetime | None:
+    """Return the time that a deadline names, None for `none`; raises ValueError."""
+    if deadline == "none":
+        return None
+    try:
+        moment = datetime.fromisoformat(deadline)
+    except ValueError:
+        raise ValueError("must be an RFC 3339 time, or 'none'") from None
+    if moment.tzinfo is None:
+        raise ValueError("must name its time zone")
+    return moment
+
+
 class ExpiresAfter(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -52,19 +65,13 @@ class BatchCreate(BaseModel):
     @field_validator("deadline")
     @classmethod
     def _is_a_time(cls, deadline: str | None) -> str | None:
-        if deadline is None or deadline == "none":
-            return deadline
-        try:
-            moment = datetime.fromisoformat(deadline)
-        except ValueError:
-            raise ValueError("must be an RFC 3339 time, or 'none'") from None
-        if moment.tzinfo is None:
-            raise ValueError("must name its time zone")
+        if deadline is not None:
+            parse_deadline(deadline)
         return deadline
 
     @property
     def deadline_at(self) -> datetime | None:
-        return datetime.fromisoformat(self.deadline) if self.deadline and self.deadline != "none" else None
+        return parse_deadline(self.deadline) if self.deadline is not None else None
 
     @property
     def completion_seconds(self) -> float | None:

@@ -8,6 +8,7 @@ from kombu import Queue
 from shared.queueing.names import worker_queue
 
 # Postgres owns the work, so messages are acknowledged early and nothing is retried, returned or kept by Celery.
+VISIBILITY_SECONDS = 300
 SETTINGS = {
     "task_serializer": "json",
     "result_serializer": "json",
@@ -40,7 +41,9 @@ SETTINGS = {
         # A publish connects once. Left to itself, kombu would sleep and connect again for six seconds, whatever
         # `task_publish_retry` says. Consumers connect under `broker_connection_max_retries` alone: for ever.
         "max_retries": 0,
-        "visibility_timeout": 3600,
+        # A submission whose preprocessor was killed is handed to another after so long; no task that is acknowledged
+        # late takes or is put off for longer.
+        "visibility_timeout": VISIBILITY_SECONDS,
         "queue_order_strategy": "priority",
     },
 }

@@ -64,7 +64,7 @@ def run_part(part: str, table: Table, arguments: argparse.Namespace) -> None:
 def add_gpu_row(table: Table) -> None:
     """Say of the GPU's rows that this benchmark does not measure them."""
     what = "Llama-8B's shape on a GPU: unmeasured here (python -m tests.benchmarks.gpu.bench_generation where there is one)"
-    table.add("engine-11", what, NOT_MEASURED, "", "≥ 1.5 × transformers', ≥ 0.5 of the bandwidth limit", False)
+    table.add("engine-11", what, NOT_MEASURED, "", "≥ 1.5 × transformers', ≥ 0.5 of the bandwidth limit", None)
 
 
 def main() -> int:
@@ -74,14 +74,17 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="of the speed rows")
     parser.add_argument("--quick", action="store_true", help="tiny models: tries the benchmark out, measures nothing")
     arguments = parser.parse_args()
-    table = Table("engine-quick" if arguments.quick else "engine", "make bench-engine")
+    table = Table("engine-quick" if arguments.quick else "engine")
     for part in arguments.only:
         began = time.monotonic()
         run_part(part, table, arguments)
+        table.write()
+        table.write()
         print(f"  ({part}: {time.monotonic() - began:.0f} s)", flush=True)
     if tuple(arguments.only) == PARTS:
         add_gpu_row(table)
     table.write()
+    table.show()
     return 0 if table.holds else 1
 
 

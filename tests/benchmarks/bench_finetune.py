@@ -33,7 +33,6 @@ from tests.support.trainer_runs import (
 )
 
 VOCABULARY = LLAMA["vocab_size"]
-COMMAND = "python -m tests.benchmarks.bench_finetune"
 EQUAL_TOKENS = 128
 LOG_NORMAL = {"median": 64, "sigma": 1.0, "cap": 1024}
 
@@ -236,7 +235,7 @@ def main() -> int:
     arguments = parser.parse_args()
     scale = SHORT if arguments.short else FULL
     parts = arguments.only or PARTS
-    table = Table("finetune", COMMAND)
+    table = Table("finetune")
     with tempfile.TemporaryDirectory(prefix="bench-finetune-") as name:
         directory = Path(name)
         directory.chmod(0o711)  # the embedded Postgres has an account of its own
@@ -252,7 +251,9 @@ def main() -> int:
         for part in PARTS:
             if part in parts:
                 run[part]()
+                table.write()
     table.write()
+    table.show()
     return 0 if table.holds else 1
 
 

@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=["echo", "engine", "embeddings"])
     arguments = parser.parse_args()
-    table = Table("spine", command="make bench-spine")
+    table = Table("spine")
     if arguments.only in (None, "echo"):
         bench_echo(table)
     if arguments.only in (None, "engine"):
@@ -285,6 +285,7 @@ def main() -> int:
     if arguments.only in (None, "embeddings"):
         bench_embeddings(table, max(1, arguments.rounds - 1))  # the peer takes minutes
     table.write()
+    table.show()
     return 0 if table.holds else 1
 
 

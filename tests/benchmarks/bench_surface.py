@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.support.servers import ROOT, wait_until
 SCHEMA_CASES = 100
 """Of each route, and as many wrong ones: 5,000 and more in all."""
 LIMIT, DELAY_MS = 32, 1000
+ALONE_CALLS, ALONE_BATCHES = 20, 5
 STREAMS = 8
 """How many of the LIMIT calls in flight are streams."""
 BATCH_LINES, BATCH_DELAYS_MS, OPEN_BATCHES = 1000, (0, 4000), 4
@@ -174,6 +176,21 @@ class Overload:
         connection.close()
         return samples
 
+    async def alone(self, calls: int, batches: int) -> Mix:
+        """Send one at a time, with nothing beside it: what unloaded means."""
+        mix = Mix(0.0, began=time.monotonic())
+        connection = Connection(self._port, self._key)
+        bodies = {"plain": self._plain, "streamed": self._streamed}
+        for kind, body in bodies.items():
+            mix.samples[kind] = [await connection.post("/v1/chat/completions", body) for _ in range(calls)]
+        mix.samples["batches"] = []
+        for _ in range(batches):
+            mix.samples["batches"].append(await connection.post("/v1/batches", self._batch))
+            while await asyncio.to_thread(self._open_batches):
+                await asyncio.sleep(0.1)
+        connection.close()
+        return mix
+
     async def saturate(self, seconds: float) -> Mix:
         """Offer as much as is just not refused, and always so: what comes of it is the most that there is to have."""
         mix = Mix(seconds, began=time.monotonic() + WARM_SECONDS)
@@ -211,6 +228,7 @@ def bench_overload(table: Table, seconds: float) -> None:
     with running_stack("overload", **limits) as stack, ExitStack() as closing:
         load = Overload(stack)
         closing.callback(load.close)
+        alone = asyncio.run(load.alone(ALONE_CALLS, ALONE_BATCHES))
         calm = asyncio.run(load.saturate(seconds))
         # The launcher's are the worker's and its engine child's.
         names = ("gateway", "launcher", "scheduler", "valkey")
@@ -220,16 +238,19 @@ def bench_overload(table: Table, seconds: float) -> None:
         busy = asyncio.run(load.overload(seconds))
         grown = {name: round((memory.highest - memory.before) / MIB, 1) for name, memory in watched.items()}
     assert set(calm.statuses) == {"200"}, f"the unloaded side was refused something: {calm.statuses}"
-    _overload_rows(table, calm, busy, grown)
+    assert set(alone.statuses) == {"200"}, f"a lone call was refused: {alone.statuses}"
+    _overload_rows(table, alone, calm, busy, grown)
 
 
-def _overload_rows(table: Table, calm: Mix, busy: Mix, grown: dict[str, float]) -> None:
+def _overload_rows(table: Table, alone: Mix, calm: Mix, busy: Mix, grown: dict[str, float]) -> None:
     sent = {kind: len(samples) for kind, samples in busy.samples.items()}
     others = sum(count for status, count in busy.statuses.items() if status not in ("200", "429"))
     what = f"10× overload for {busy.seconds:.0f} s, sent {sent}: answered {busy.statuses} (0: no answer)"
     table.add("surface-3a", what, others, "others", "= 0", others == 0, [busy.statuses])
     p99 = {
-        kind: [percentile([s.total for s in mix.samples[kind] if s.status == 200], 0.99) * 1000 for mix in (busy, calm)]
+        kind: [
+            percentile([s.total for s in mix.samples[kind] if s.status == 200], 0.99) * 1000 for mix in (busy, alone)
+        ]
         for kind in busy.samples
     }
     added = max(loaded - unloaded for loaded, unloaded in p99.values())
@@ -237,7 +258,7 @@ def _overload_rows(table: Table, calm: Mix, busy: Mix, grown: dict[str, float]) 
     what += ", ".join(f"{kind} {loaded:.0f} − {unloaded:.0f} ms" for kind, (loaded, unloaded) in p99.items())
     raw = [
         {
-            kind: {"loaded": _milliseconds(busy.samples[kind]), "unloaded": _milliseconds(calm.samples[kind])}
+            kind: {"loaded": _milliseconds(busy.samples[kind]), "unloaded": _milliseconds(alone.samples[kind])}
             for kind in p99
         }
     ]
@@ -318,8 +339,9 @@ def bench_fairness(table: Table, share: float = 1.0) -> None:
     """Single online calls of one tenant: alone, and while another has 50,000 lines queued; in turn."""
     # A round of the second takes about as long as a slice there, so that no part of a slice is seen more than another.
     rows = (
-        ("surface-4a", 0, 10, 40, "as fast as this machine goes"),
-        ("surface-4b", HELD_MS, 5, 160, "served at 250 lines/s, as a device would"),
+        ("surface-4a", 0, 10, 40, 0.01, "as fast as this machine goes"),
+        ("surface-4b", HELD_MS, 5, 160, 0.01, "served at 250 lines/s, as a device would"),
+        ("surface-4c", 0, 4, 15, 1.0, "as fast as this machine goes, a call a second"),
     )
     with running_stack("fairness") as stack, native_for(stack) as native:
         admin = key_of(stack)
@@ -327,12 +349,12 @@ def bench_fairness(table: Table, share: float = 1.0) -> None:
             http.post("/v1/tenants", json={"id": "second"}).raise_for_status()
             key = http.post("/v1/keys", json={"tenant": "second"}).json()["key"]
         asyncio.run(_one_by_one(stack.port, key, 50))
-        for identifier, longest_ms, rounds, calls, pace in rows:
+        for identifier, longest_ms, rounds, calls, gap, pace in rows:
             big, samples = BigBatch(stack, native, longest_ms), []
             for _ in range(max(1, round(rounds * share))):
-                idle = asyncio.run(_one_by_one(stack.port, key, calls))
+                idle = asyncio.run(_one_by_one(stack.port, key, calls, gap))
                 big.run()
-                beside = asyncio.run(_one_by_one(stack.port, key, calls))
+                beside = asyncio.run(_one_by_one(stack.port, key, calls, gap))
                 big.pause()
                 samples.append({"idle": idle, "beside": beside})
             big.end()
@@ -342,14 +364,14 @@ def bench_fairness(table: Table, share: float = 1.0) -> None:
             table.add(identifier, what, loud / quiet, "×", "≤ 2", loud <= 2 * quiet, samples)
 
 
-async def _one_by_one(port, key, calls) -> list[float]:
+async def _one_by_one(port, key, calls, gap_seconds=0.01) -> list[float]:
     """Return how long each of some calls took, in ms."""
     connection, times = Connection(port, key), []
     for _ in range(calls):
         sample = await connection.post("/v1/chat/completions", chat_body())
         assert sample.status == 200
         times.append(round(sample.total * 1000, 2))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(gap_seconds)
     connection.close()
     return times
 
@@ -357,9 +379,11 @@ async def _one_by_one(port, key, calls) -> list[float]:
 def bench_compose(table: Table) -> None:
     """Read from a run of `make test-compose`, which this starts; without a Docker engine the row does not hold."""
     what = "docker compose up -d to ready, images built"
-    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode != 0:
-        what += ": NOT MEASURED, there is no Docker engine here"
-        table.add("surface-5", what, NOT_MEASURED, "s", "≤ 60", False)
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
+        table.add("surface-5", f"{what}: there is no Docker engine here", NOT_MEASURED, "s", "≤ 60", None)
         return
     command = [sys.executable, "-m", "pytest", "-s", "tests/compose", "-k", "within_a_minute", "--timeout=1800"]
     environment = os.environ | {"LAMPLIGHTER_COMPOSE": "1"}
@@ -396,7 +420,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["online", "ttft", "fairness", "overload", "schema", "compose"])
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the overload")
     arguments = parser.parse_args()
-    table = Table("surface", "make bench-surface")
+    table = Table("surface")
     parts = {
         "online": lambda: bench_concurrency(table, 10),
         "ttft": lambda: bench_first_token(table, 60),
@@ -408,7 +432,9 @@ def main() -> None:
     started = time.monotonic()
     for name in arguments.only:
         parts[name]()
+        table.write()
     table.write()
+    table.show()
     print(f"{time.monotonic() - started:.0f} s")
     raise SystemExit(0 if table.holds else 1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.engine_limit import gemm_limit, product_rate, products_of
 from tests.benchmarks.engine_sides import CORES, Round, Side, side
-from tests.benchmarks.engine_workloads import QUICK_WORKLOADS, WORKLOADS, Job, Workload, evenly, make_model
+from tests.benchmarks.engine_workloads import QUICK_WORKLOADS, WORKLOADS, Job, Workload, make_model
 from tests.benchmarks.table import Table
 
 SEED = 4
@@ -24,8 +24,10 @@ BARS = {
 }
 OTHER_BARS = {dtype: {"continuous": 1.5} for dtype in DTYPES}
 """For architectures that run through transformers' own modules."""
-THREADS_SHARE = 3
-"""The thread pool gets one job of so many, as long and as short as all: it takes minutes for a round of them."""
+ONCE = ("threads", "alone", "static", "sorted")
+"""What takes minutes for a round has the first one only, all of it."""
+SAID = {"float32": ("alone", "static", "sorted"), "bfloat16": ("sorted",)}
+"""Ways that have no bar: they are measured on the first shape's mixed workload, to say where the field stands."""
 SAME_TOKENS = {"float32": 0.95, "bfloat16": 0.5}
 """Share of requests whose first token all sides draw alike: random weights leave many near ties, in bfloat16 above all."""
 NOT_INSTALLED = -1.0
@@ -53,14 +55,14 @@ class Samples:
         return statistics.median(self.rates[name])
 
     def pairs(self, peer: str) -> list[dict[str, float]]:
-        return [{"ours": a, peer: b} for a, b in zip(self.rates["ours"], self.rates[peer], strict=True)]
+        return [{"ours": a, peer: b} for a, b in zip(self.rates["ours"], self.rates[peer], strict=peer not in ONCE)]
 
 
 def plans(rounds: int) -> list[Plan]:
     """Return what the whole run measures; `rounds` are those of the issue's own workload on the issue's own shape."""
     whole = {"mixed": rounds, "long-prompts": max(1, rounds - 1), "long-answers": max(1, rounds - 1)}
-    shapes = [("llama", whole, BARS), ("qwen3", {"mixed": max(1, rounds - 1)}, BARS),
-              ("gpt2", {"mixed": max(1, rounds - 1)}, BARS), ("olmo2", {"mixed": max(1, rounds - 1)}, OTHER_BARS)]  # fmt: skip
+    shapes = [("llama", whole, BARS), ("qwen3", whole, BARS), ("gpt2", whole, BARS),
+              ("olmo2", {"mixed": max(1, rounds - 1)}, OTHER_BARS)]  # fmt: skip
     letters = iter("abcdefgh")
     return [
         Plan(next(letters), shape, dtype, counts, bars[dtype]) for shape, counts, bars in shapes for dtype in DTYPES
@@ -90,26 +92,35 @@ def _bench_plan(table: Table, plan: Plan, model: Path, settings: dict | None, *,
     with ExitStack() as stack:
         commands = _commands(plan, model, settings)
         sides = {name: stack.enter_context(side(*command)) for name, command in commands.items()}
-        for running in sides.values():  # code is loaded and threads are started in the first pass of each
+        others = SAID[plan.dtype] if plan.shape == "llama" else ()
+        said = {name: stack.enter_context(side(*_transformers(name, model, plan.dtype))) for name in others}
+        for running in (
+            *sides.values(),
+            *said.values(),
+        ):  # code is loaded and threads are started in the first pass of each
             running.run([Job(list(range(5, 25)), 4)])
         for name, rounds in plan.rounds.items():
-            samples = measure(sides, workloads[name], rounds)
+            is_first = (plan.shape, name) == ("llama", "mixed")
+            samples = measure({**sides, **(said if is_first else {})}, workloads[name], rounds)
             operations = product_rate(products.largest, plan.dtype, CORES)
             limit = gemm_limit(products, workloads[name].jobs(SEED), operations)
             _add_rows(table, plan, name, samples, limit)
 
 
 def _commands(plan: Plan, model: Path, settings: dict | None) -> dict[str, tuple[str, ...]]:
-    peers = "tests.benchmarks.peers"
     commands = {
         "ours": ("tests.benchmarks.engine_ours", str(model), plan.dtype),
-        "continuous": (f"{peers}.transformers_engines", "continuous", str(model), plan.dtype),
+        "continuous": _transformers("continuous", model, plan.dtype),
     }
     if "threads" in plan.bars:
-        commands["threads"] = (f"{peers}.transformers_engines", "threads", str(model), plan.dtype)
+        commands["threads"] = _transformers("threads", model, plan.dtype)
     if settings is not None and "llama.cpp" in plan.bars:
         commands["llama.cpp"] = _llama_cpp_command(model, plan.dtype, settings)
     return commands
+
+
+def _transformers(kind: str, model: Path, dtype: str) -> tuple[str, ...]:
+    return ("tests.benchmarks.peers.transformers_engines", kind, str(model), dtype)
 
 
 def _llama_cpp_command(model: Path, dtype: str, settings: dict) -> tuple[str, ...]:
@@ -123,16 +134,16 @@ def measure(sides: dict[str, Side], workload: Workload, rounds: int) -> Samples:
         jobs = workload.jobs(SEED + number)
         made: dict[str, Round] = {}
         for name, running in sides.items():
-            share = evenly(jobs, -(-len(jobs) // THREADS_SHARE)) if name == "threads" else jobs
-            made[name] = running.run(share)
-            samples.rates[name].append(made[name].rate)
+            if number == 0 or name not in ONCE:
+                made[name] = running.run(jobs)
+                samples.rates[name].append(made[name].rate)
         samples.same_first.append(_same_first(made))
     return samples
 
 
 def _same_first(made: dict[str, Round]) -> float:
-    """Return the share of jobs to which all sides that ran all of them gave the same first token."""
-    firsts = [[answer[0] for answer in round_.answers] for name, round_ in made.items() if name != "threads"]
+    """Return the share of jobs to which all sides of every round gave the same first token."""
+    firsts = [[answer[0] for answer in round_.answers] for name, round_ in made.items() if name not in ONCE]
     same = [len(set(tokens)) == 1 for tokens in zip(*firsts, strict=True)]
     return sum(same) / len(same)
 
@@ -172,6 +183,10 @@ def _add_rows(table: Table, plan: Plan, workload: str, samples: Samples, limit: 
             continue
         ratio = ours / samples.median(peer)
         table.add(f"{name}-{peer}", f"{what} ÷ {peer}", ratio, "", f"≥ {bar}", ratio >= bar, samples.pairs(peer))
+    for peer in SAID[plan.dtype]:
+        if peer in samples.rates:
+            rate = samples.median(peer)
+            table.add(f"{name}-{peer}", f"{what}: {peer}", rate, "tokens/s", "said", True, samples.pairs(peer))
     share = ours / limit
     table.add(f"{name}-limit", f"{what} ÷ GEMM limit of {limit:.0f} tokens/s", share, "", "said", True, [ours, limit])
     same, least = min(samples.same_first), SAME_TOKENS[plan.dtype]

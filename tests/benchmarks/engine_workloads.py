@@ -89,14 +89,6 @@ def as_json(jobs: list[Job]) -> list[dict]:
     return [asdict(job) for job in jobs]
 
 
-def evenly(jobs: list[Job], count: int) -> list[Job]:
-    """Return `count` of the jobs that are as long and as short as all of them, in the order that these have."""
-    ranked = sorted(range(len(jobs)), key=lambda i: (jobs[i].max_tokens, len(jobs[i].prompt)))
-    step = len(jobs) / count
-    chosen = {ranked[int((i + 0.5) * step)] for i in range(count)}
-    return [job for i, job in enumerate(jobs) if i in chosen]
-
-
 def make_config(name: str, *, is_quick: bool = False):
     """Return the transformers configuration of a shape."""
     import transformers

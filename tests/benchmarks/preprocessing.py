@@ -170,9 +170,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="40 MB in place of a gigabyte, and a smaller vocabulary")
     options = parser.parse_args()
-    table = Table("preprocessing", "python -m tests.benchmarks.preprocessing")
+    table = Table("preprocessing")
     bench_preprocessing(table, short=options.short)
     table.write()
+    table.show()
     return 0 if table.holds else 1
 
 

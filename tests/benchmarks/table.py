@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,42 +13,74 @@ from rich.table import Table as RichTable
 
 
 class Table:
-    """Rows `{id, what, value, unit, bar, holds, samples, command}`."""
+    """Rows `{id, what, value, unit, bar, holds, samples, command, commit}`; `holds` is null where nothing was measured.
 
-    def __init__(self, name: str, command: str) -> None:
-        self.name, self.command = name, command
+    Rows are written as soon as `write` is called; those of earlier runs stay, each with its own command and commit,
+    until they are measured again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.command = name, " ".join(["python -m", *_module_and_arguments()])
+        self.commit = _commit()
         self.rows: list[dict] = []
 
     @property
     def holds(self) -> bool:
-        return all(row["holds"] for row in self.rows)
+        """Whether every row that was measured holds."""
+        return all(row["holds"] is not False for row in self.rows)
 
     def add(
-        self, identifier: str, what: str, value: float, unit: str, bar: str, holds: bool, samples: list | None = None
+        self,
+        identifier: str,
+        what: str,
+        value: float,
+        unit: str,
+        bar: str,
+        holds: bool | None,
+        samples: list | None = None,
     ) -> None:
         """Add a row; `samples` are what was measured, in order."""
-        row = {"id": identifier, "what": what, "value": value, "unit": unit, "bar": bar, "holds": bool(holds)}
-        self.rows.append(row | {"samples": samples or [value], "command": self.command})
-        print(f"  {identifier}: {value:.4g} {unit} (bar {bar}) {'holds' if holds else 'MISSED'}", flush=True)
+        holds = None if holds is None else bool(holds)
+        row = {"id": identifier, "what": what, "value": value, "unit": unit, "bar": bar, "holds": holds}
+        made_by = {"command": self.command, "commit": self.commit}
+        self.rows.append(row | {"samples": samples or [value]} | made_by)
+        print(f"  {identifier}: {value:.4g} {unit} (bar {bar}) {_HOLDS[holds]}", flush=True)
 
     def write(self) -> None:
-        """Print the table and write its JSON."""
-        view = RichTable(title=self.name)
+        """Write what was measured until now to the table's JSON file."""
+        path = Path("build/bench") / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        measured = {row["id"] for row in self.rows}
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in earlier if row["id"] not in measured] + self.rows
+        rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row["id"])])
+        content = {"commit": self.commit, "machine": machine(), "rows": rows}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def show(self) -> None:
+        """Print the rows of this run."""
+        view = RichTable(title=f"{self.name}, {self.command}")
         for column in ("id", "what", "value", "bar", "holds"):
             view.add_column(column, overflow="fold")
         for row in self.rows:
-            view.add_row(
-                row["id"], row["what"], f"{row['value']:.4g} {row['unit']}", row["bar"], "yes" if row["holds"] else "NO"
-            )
+            value = "–" if row["holds"] is None else f"{row['value']:.4g} {row['unit']}"
+            view.add_row(row["id"], row["what"], value, row["bar"], _HOLDS[row["holds"]])
         Console(width=150).print(view)
-        path = Path("build/bench") / f"{self.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"commit": _commit(), "machine": machine(), "rows": self.rows}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+_HOLDS = {True: "holds", False: "MISSED", None: "not measured"}
+
+
+def _module_and_arguments() -> list[str]:
+    main = sys.modules["__main__"]
+    return [main.__spec__.name if main.__spec__ else Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """Return the commit that is measured, with `-dirty` where the tree has other changes."""
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
     return answer.stdout.strip()
 
 

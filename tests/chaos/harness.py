@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import openai
@@ -59,6 +60,8 @@ class Outcome:
     failed: int = 0
     recomputed: int = 0
     recomputable: int = 0
+    after_kills: list = field(default_factory=list)
+    """(lines recomputed by then, what this kill may cost) at each kill."""
     stale_writes: int = 0
     findings: int = 0
     seconds: float = 0.0
@@ -67,6 +70,17 @@ class Outcome:
     @property
     def killed(self) -> int:
         return sum(self.kills.values())
+
+    @property
+    def worst_excess(self) -> int:
+        """Lines recomputed from one kill to the next beyond what that kill and the one before it may cost, at most.
+
+        What a kill costs is computed again within a moment, which may be after the next one.
+        """
+        counts = [count for count, _ in self.after_kills] + [self.recomputed]
+        allowed = [0] + [allowed for _, allowed in self.after_kills]
+        spent = [after - before for before, after in pairwise(counts)]
+        return max((cost - sum(allowed[i : i + 2]) for i, cost in enumerate(spent)), default=0)
 
     @property
     def is_complete(self) -> bool:
@@ -227,7 +241,13 @@ class Chaos:
                 return False
             self.outcome.kills[what] += 1
         self.outcome.recomputable += self._may_cost(what)
+        self.outcome.after_kills.append((self._recomputed(), self._may_cost(what)))
         return True
+
+    def _recomputed(self) -> int:
+        """Return how many lines were computed that had been computed before."""
+        computed = self.tally.read_bytes().splitlines() if self.tally.exists() else []
+        return len(computed) - len(set(computed))
 
     def _may_cost(self, what: str) -> int:
         """Return how many lines a kill may have computed again: a flush of each slice that ran in what died.

@@ -17,7 +17,7 @@ from services.local.stack import Stack, StackOptions
 from shared.domain.slice import DEAD_AT, ENGINE_DEATH
 from tests.chaos.gateway_failpoints import POINTS
 from tests.chaos.harness import DEFAULTS, WORKERS, Chaos, Outcome
-from tests.support.batches import chat_line, jsonl
+from tests.support.batches import chat_line, jsonl, read_lines
 from tests.support.servers import ROOT, wait_until
 
 
@@ -272,6 +272,11 @@ def poison(directory: Path, *, seed: int, lines: int) -> Outcome:
     chaos.outcome.name = "one poison line"
     with chaos.running():
         chaos.wait_for_work()
+        wait_until(chaos.is_over, 300, "the batch ends")
+        with chaos.sdk as sdk:
+            (entry,) = read_lines(sdk, sdk.batches.retrieve(chaos.batch_id).error_file_id).values()
+        assert entry["custom_id"] == f"line-{lines // 3}" and entry["response"] is None, entry
+        assert entry["error"]["code"] == "line_failed", entry
     logs = (chaos.stack.log_directory / "launcher.log").read_text()
     restarts = chaos.outcome.kills["engine restarts"] = logs.count("child ended")
     # That many engine deaths condemn a line (ADR 0005): one that went with fewer was given up too soon.

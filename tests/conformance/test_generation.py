@@ -6,10 +6,12 @@ import transformers
 
 from services.worker.engine.decoding import build_decoder, pick_kernels
 from services.worker.engine.kernels.cpu import CpuKernels
+from services.worker.engine.kernels.kernels import BLOCK_TOKENS
 from services.worker.engine.sampling import keep_likely, sample, uniform
 from services.worker.engine.sequence import Sequence
 from services.worker.protocol import Request, SamplingParams
 from shared.domain.errors import ModelRefused
+from shared.model_files import context_of
 from tests.support.generation import (
     COMMON,
     SHAPES,
@@ -296,3 +298,54 @@ def test_kernels_are_those_in_c_where_they_fit():
     assert not isinstance(pick_kernels(HeadShape(4, 2, 20), row), CpuKernels)
     assert not isinstance(pick_kernels(HeadShape(32, 1, 32), row), CpuKernels)
     assert not isinstance(pick_kernels(HeadShape(4, 2, 32), row.half()), CpuKernels)
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1e-46}, {"temperature": 1e-39, "top_p": 0.5}, {"temperature": 2e-5}]
+)
+def test_the_coldest_temperatures_draw_the_likeliest_token(params):
+    """In float32 they are nothing, or so little that a logit divided by them is no number: that ended the process."""
+    engine = make_engine(make_model("llama"))
+    wanted = prompts(3)
+    greedy = run(engine, requests(wanted))
+    found = run(engine, requests(wanted, **params))
+    assert [tokens(found[i]) for i in range(3)] == [tokens(greedy[i]) for i in range(3)]
+
+
+@pytest.mark.parametrize("penalty", [0.01, 10.0])
+def test_the_strongest_penalties_leave_a_token_to_draw(penalty):
+    engine = make_engine(make_model("llama"))
+    answers = run(engine, requests(prompts(3), temperature=1.0, repetition_penalty=penalty))
+    assert all(len(tokens(answer)) == 24 for answer in answers.values())
+
+
+def test_cached_tokens_of_several_prompts_are_all_counted():
+    engine = make_engine(make_model("llama"))
+    texts = [text for text in prompts(20) if len(text) > 32][:2]
+    params = SamplingParams(max_tokens=2, n=2, ignore_eos=True)
+    first = run(engine, [Request(0, "complete", prompts=texts, params=params)])[0]
+    again = run(engine, [Request(1, "complete", prompts=texts, params=params)])[1]
+    blocks = sum((len(text) - 1) // BLOCK_TOKENS * BLOCK_TOKENS for text in texts)
+    assert first.cached_tokens == 0 and again.cached_tokens == blocks > 0
+
+
+def test_nothing_stops_an_answer_that_is_shorter_than_it_must_be():
+    engine = make_engine(make_model("llama"))
+    text = prompts(1)
+    whole = tokens(run(engine, requests(text))[0])
+    stop = str(whole[2])
+    assert len(tokens(run(engine, requests(text, stop=(stop,)))[0])) == 2
+
+    answer = run(engine, requests(text, stop=(stop,), min_tokens=10))[0]
+    later = [place for place in range(10, 24) if stop in str(whole[place])]
+    assert tokens(answer) == whole[: later[0] if later else 24]
+
+
+def test_a_longrope_model_is_served_as_far_as_places_are_all_that_counts():
+    """Beyond, all that is computed together is encoded otherwise as soon as one sequence is long."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, **factors}
+    config = {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "rope_parameters": rope}
+    assert context_of(config) == 64
+    assert context_of({"max_position_embeddings": 256}) == 256
+    assert context_of({"n_positions": 1024, "rope_scaling": None}) == 1024

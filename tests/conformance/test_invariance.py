@@ -17,7 +17,7 @@ FEW_BLOCKS = 13
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "count"), [("llama", 200), ("gpt2", 40), ("qwen3", 40), ("mistral-window", 40), ("gemma3", 40), ("llama-narrow", 40)])  # fmt: skip
+@pytest.mark.parametrize(("name", "count"), [("llama", 200), ("gpt2", 40), ("qwen3", 40), ("mistral-window", 40), ("gemma3", 40), ("llama-narrow", 40), ("mixtral", 40)])  # fmt: skip
 def test_the_same_answer_in_every_company(name, count, dtype):
     """0 of 200 differ on one shape; fewer requests on the others, whose layers are computed by other code."""
 

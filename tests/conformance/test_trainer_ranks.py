@@ -1,5 +1,8 @@
 """Two processes that train one job together end with the weights of one process; one that is lost costs nothing."""
 
+import time
+
+import msgspec
 import psutil
 import pytest
 import torch
@@ -10,7 +13,10 @@ from services.worker.protocol import (
     CheckpointPolicy,
     CheckpointWritten,
     Evaluated,
+    Failed,
     Finished,
+    Listening,
+    Place,
     Progress,
     Started,
     Stopped,
@@ -56,42 +62,64 @@ def child():
     running.close()
 
 
-def run(child, *arguments, **fields):
+@pytest.fixture
+def second():
+    """The trainer child of another worker."""
+    running = TrainerChild()
+    yield running
+    running.close()
+
+
+def together(first, second, *arguments, **fields):
+    """Have two children begin a job together, as their workers do."""
+    wanted = spec(*arguments, place=Place(0, 2), **(RUN | fields))
+    first.train(wanted)
+    port = first.next(Listening).port
+    second.train(msgspec.structs.replace(wanted, place=Place(1, 2, port=port)))
+
+
+def run(child, *arguments, second=None, **fields):
     said = len(child.said)
-    child.train(spec(*arguments, **RUN, **fields))
+    if second is None:
+        child.train(spec(*arguments, **RUN, **fields))
+    else:
+        together(child, second, *arguments, **fields)
     assert isinstance(child.finish(), Finished)
     return child.said[said:]
 
 
-def followers(child):
-    return [p for p in psutil.Process(child.pid).children() if "services.worker.trainer.follower" in p.cmdline()]
+def is_gone(child):
+    return child.pid is None
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_two_processes_are_one(base, data, validation, tmp_path, child, full):
+def test_two_processes_are_one(base, data, validation, tmp_path, child, second, full):
     asked = {"validation": validation, "full": full, "dtype": "float64"}
     alone = run(child, base, data, tmp_path / "one", **asked)
-    both = run(child, base, data, tmp_path / "two", data_parallel=2, **asked)
+    both = run(child, base, data, tmp_path / "two", second=second, **asked)
     one, two = (weights_of(tmp_path / name / "model") for name in ("one", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-8
     for step, expected in metrics_of(alone).items():
         assert metrics_of(both)[step] == pytest.approx(expected, abs=1e-9), step
     evaluated = [[(m.step, m.loss, m.accuracy) for m in said if isinstance(m, Evaluated)] for said in (alone, both)]
     assert evaluated[1] == [pytest.approx(values, abs=1e-9) for values in evaluated[0]]
-    assert followers(child) == []
+    said = [message for message in second.said if not isinstance(message, Finished)]
+    assert isinstance(second.finish(), Finished) and said == []  # the first speaks for both
 
 
-def test_a_lost_process_ends_the_child_and_the_job_goes_on_with_the_same_bits(base, data, validation, tmp_path, child):
-    asked = {"validation": validation, "data_parallel": 2, "lora_dropout": 0.1}
-    expected = run(child, base, data, tmp_path / "undisturbed", **asked)
+def test_a_lost_process_ends_its_fellows_and_the_job_goes_on_with_the_same_bits(
+    base, data, validation, tmp_path, child, second
+):
+    asked = {"validation": validation, "lora_dropout": 0.1}
+    expected = run(child, base, data, tmp_path / "undisturbed", second=second, **asked)
     said = len(child.said)
-    child.train(spec(base, data, tmp_path / "lost", checkpoints=EVERY_STEP, **RUN, **asked))
+    together(child, second, base, data, tmp_path / "lost", checkpoints=EVERY_STEP, **asked)
     while child.next(Progress).step < 4:
         pass
-    (follower,) = followers(child)
-    follower.kill()
+    second.kill()
     assert child.next(Finished, seconds=60) is None
-    child.train(spec(base, data, tmp_path / "lost", token="second", checkpoints=EVERY_STEP, **RUN, **asked))
+    wait_until(lambda: is_gone(second), 20)
+    together(child, second, base, data, tmp_path / "lost", token="second", checkpoints=EVERY_STEP, **asked)
     assert child.next(Started).step >= 3
     assert isinstance(child.finish(), Finished)
     assert metrics_of(child.said[said:]) == metrics_of(expected)
@@ -100,28 +128,53 @@ def test_a_lost_process_ends_the_child_and_the_job_goes_on_with_the_same_bits(ba
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
 
 
-def test_a_killed_child_leaves_no_process_behind(base, data, tmp_path, child):
-    child.train(spec(base, data, tmp_path, data_parallel=2, max_steps=100_000))
+def test_the_first_ones_loss_ends_the_second(base, data, tmp_path, child, second):
+    together(child, second, base, data, tmp_path, max_steps=100_000)
     child.next(Progress)
-    (follower,) = followers(child)
     child.kill()
     assert child.next(Finished) is None
-    wait_until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, 20)
+    assert second.next(Finished, seconds=60) is None
 
 
-def test_all_pause_and_stop_together(base, data, tmp_path, child):
-    child.train(spec(base, data, tmp_path, data_parallel=2, max_steps=100_000))
+@pytest.mark.parametrize("who", [0, 1])
+def test_all_pause_and_stop_with_any_of_them(base, data, tmp_path, child, second, who):
+    children = (child, second)
+    together(child, second, base, data, tmp_path, max_steps=100_000)
     child.next(Progress)
-    child.pause()
-    wait_until(lambda: child.status and child.status.in_flight == 0, 20)
+    children[who].pause()
+    wait_until(lambda: children[who].status and children[who].status.in_flight == 0, 20)
+    time.sleep(0.5)
     steps = len(metrics_of(child.said))
-    (follower,) = followers(child)
-    child.resume()
+    moved = child.status.progress
+    time.sleep(2.5)
+    assert len(metrics_of(child.said)) == steps
+    assert who == 0 or child.status.progress > moved, "it would be taken for one that hangs"
+    children[who].resume()
     wait_until(lambda: len(metrics_of(child.said)) > steps, 20)
-    child.stop()
+    children[who].stop()
     assert child.next(CheckpointWritten).step == child.next(Stopped).step
-    assert child.next(Finished) is None
-    wait_until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, 20)
+    assert isinstance(second.next(Stopped), Stopped)
+
+
+def test_who_does_not_come_is_not_waited_for_for_ever(base, data, tmp_path, child):
+    """The first to come back after a crash may listen where nobody comes: a second that finds nobody says so."""
+    listener = TrainerChild()
+    try:
+        listener.train(spec(base, data, tmp_path, place=Place(0, 2), **RUN))
+        port = listener.next(Listening).port
+        listener.kill()
+        assert listener.next(Finished) is None
+        child.train(spec(base, data, tmp_path, place=Place(1, 2, port=port), **RUN))
+        assert child.next(Finished, Failed, seconds=90) is None
+    finally:
+        listener.close()
+
+
+def test_the_first_listens_on_its_address_alone(base, data, tmp_path, child):
+    child.train(spec(base, data, tmp_path, place=Place(0, 2), **RUN))
+    port = child.next(Listening).port
+    listening = {c.laddr.ip for c in psutil.Process(child.pid).net_connections("tcp") if c.laddr.port == port}
+    assert listening == {"127.0.0.1"}
 
 
 @given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=40), size=st.integers(1, 5))

@@ -16,6 +16,9 @@ NODE_MODULES = ROOT / "build" / "node"
 def suite():
     """Install the pinned SDK once, outside the sources; return the script's path."""
     if shutil.which("node") is None or shutil.which("npm") is None:
+        assert "LAMPLIGHTER_COMPOSE" not in os.environ, (
+            "the deployment is judged by Node's SDK too: install node and npm"
+        )
         pytest.skip("node and npm are not installed")
     NODE_MODULES.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json", "suite.mjs"):

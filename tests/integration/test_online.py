@@ -240,3 +240,18 @@ def test_calls_and_a_batch_together_are_charged_no_more_than_goes_by(sdk, rows):
 
 
 _BATCH_SECONDS = "SELECT device_seconds FROM job WHERE kind = 'batch' ORDER BY created_at DESC LIMIT 1"
+
+
+def test_a_stream_that_waits_long_for_its_first_token_is_kept_alive(stack, admin_key):
+    """Proxies cut what is silent for a minute; the first comment comes after fifteen seconds."""
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a"}], "delay_ms": 16_500, "stream": True}
+    with httpx.stream(
+        "POST",
+        f"{stack.url}/v1/chat/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {admin_key}"},
+        timeout=30,
+    ) as answer:
+        assert answer.status_code == 200
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[0].startswith(":") and "chat.completion.chunk" in lines[1] and lines[-1] == "data: [DONE]"

@@ -313,7 +313,7 @@ def test_events_are_read_in_the_order_of_their_commits_and_none_is_passed_over(d
 
     before, settled = page(0)
     assert settled and before
-    last = before[-1].event_id
+    last = events.place(before[-1])
     slow, quick = engine.connect(), engine.connect()
     with slow, quick:
         events.add(slow, "default", job, "message", "slow")  # takes its numbers first, commits last
@@ -323,7 +323,9 @@ def test_events_are_read_in_the_order_of_their_commits_and_none_is_passed_over(d
         slow.commit()
     after, settled = page(last)
     assert settled and [row.message for row in after] == ["slow", "quick"]
-    assert [row.message for row in page(after[0].event_id)[0]] == ["quick"]
+    assert [row.message for row in page(events.place(after[0]))[0]] == ["quick"]
+    places = [events.place(row) for row in (*before, *after)]
+    assert places == sorted(set(places)) and after[0].event_id < after[1].event_id
 
 
 def test_after_an_outage_of_postgres_leases_get_the_time_to_be_renewed(database, store, monkeypatch):

@@ -5,6 +5,7 @@ import time
 
 import openai
 import pytest
+from lamplighter.errors import BadRequest
 
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, read_lines, submit, wait_for
 
@@ -98,6 +99,22 @@ def test_a_bad_file_fails_the_batch_with_its_lines_named(sdk):
     assert found == [("invalid_json_line", 2), ("duplicate_custom_id", 3), ("url_mismatch", 4)]
     empty = wait_for(sdk, submit(sdk, b"").id)
     assert [error.code for error in empty.errors.data] == ["empty_file"]
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "lines"),
+    [
+        ("too_many_tasks", None, lambda: chat_lines(50_001)),
+        ("line_too_large", 2, lambda: [chat_line("a"), chat_line("b", "x" * 1_100_000)]),
+        ("model_mismatch", 2, lambda: [chat_line("a"), chat_line("b", model="other")]),
+    ],
+    ids=["too many", "too large", "two models"],
+)
+def test_a_file_that_no_batch_may_have_fails_it_with_the_reason(sdk, code, line, lines):
+    batch = wait_for(sdk, submit(sdk, lines()).id)
+    assert batch.status == "failed" and batch.request_counts.completed == 0
+    error = batch.errors.data[0]
+    assert (error.code, error.line) == (code, line) and error.message
 
 
 def test_cancel_keeps_partial_results_and_stops_at_once(sdk):
@@ -203,3 +220,18 @@ def test_an_expired_batch_keeps_what_is_done_and_names_what_is_not(sdk, native):
         assert row["response"] is None and row["error"]["code"] == "batch_expired"
     content = sdk.files.content(batch.error_file_id).read()
     assert sdk.files.retrieve(batch.error_file_id).bytes == len(content)
+
+
+def test_a_deadline_is_changed_while_the_batch_waits(sdk, native):
+    """Later than it would have expired; then into the past, which ends it."""
+    batch = submit(sdk, chat_lines(40, delay_ms=20_000))
+    changed = native.request("PATCH", f"/v1/jobs/{batch.id}", json={"deadline": "2100-01-01T00:00:00+00:00"})
+    assert changed["deadline"] == "2100-01-01T00:00:00+00:00" and changed["priority"] == 5
+    assert sdk.batches.retrieve(batch.id).expires_at == 4_102_444_800
+    for wrong in ("tomorrow", "2100-01-01T00:00:00"):
+        with pytest.raises(BadRequest, match="deadline"):
+            native.request("PATCH", f"/v1/jobs/{batch.id}", json={"deadline": wrong})
+    with pytest.raises(BadRequest, match="window"):
+        native.request("PATCH", f"/v1/jobs/{batch.id}", json={"window": "22:00-06:00"})
+    native.request("PATCH", f"/v1/jobs/{batch.id}", json={"deadline": "2020-01-01T00:00:00Z"})
+    assert wait_for(sdk, batch.id).status == "expired"

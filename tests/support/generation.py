@@ -32,6 +32,8 @@ SHAPES = {
     "mistral-window": lambda: transformers.MistralConfig(**COMMON, sliding_window=12),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=4, n_positions=256),
     "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=12),
+    # Experts, to each of which only some rows of a step go.
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "phi3": lambda: transformers.Phi3Config(**COMMON, pad_token_id=0),
 }
 NEAR_TIE = 1e-4

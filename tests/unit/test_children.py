@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 
 import pytest
 
@@ -56,6 +57,17 @@ def test_a_lost_child_is_reported_and_replaced(child, number):
         wait_until(lambda: batch.collect(0.2), 20)
     assert collect_all(child.submit(ECHO, [ask()]), 1)
     assert child.pid != first and child.restarts == 1
+
+
+def test_a_hung_child_that_reads_nothing_more_is_killed(child):
+    """Its socket is full, and the ping that finds it so must not wait: nobody else would look at the clock."""
+    collect_all(child.submit(ECHO, [ask()]), 1)
+    os.kill(child.pid, signal.SIGSTOP)
+    endpoint = child._life.channel._socket
+    with pytest.raises(BlockingIOError):
+        while True:
+            endpoint.send(b"\0" * 14, socket.MSG_DONTWAIT)
+    wait_until(lambda: child.restarts == 1, 20, "the child is given up")
 
 
 def test_a_delayed_request_is_no_hang(child):

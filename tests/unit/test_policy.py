@@ -15,6 +15,7 @@ class Slice:
     model: str | None = "m"
     estimated_tokens: int = 100
     kind: str = "generate"
+    devices_needed: int = 1
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Worker:
     occupied: int = 0
     models: frozenset = frozenset()
     is_training: bool = False
+    awaited: int = 0
     worker_id: UUID = field(default_factory=uuid4)
 
 
@@ -99,3 +101,27 @@ def test_a_device_trains_one_job_at_a_time_and_lines_go_past_what_waits_for_it()
     releases = plan(backlog, [busy, free])
     assert [r.slice_id for r in releases] == [1, 3]
     assert releases[0].worker_id == free.worker_id
+
+
+def fleet_of(count, **fields):
+    return [Worker(slots=4, worker_id=UUID(int=number), **fields) for number in range(count)]
+
+
+def test_a_job_for_several_devices_waits_until_they_are_free_and_nobody_waits_with_it():
+    pair = Slice(1, kind="train", devices_needed=2)
+    assert plan([pair], fleet_of(1)) == []
+    assert [r.slice_id for r in plan([pair, Slice(2)], fleet_of(1))] == [2]
+    assert [r.slice_id for r in plan([pair], fleet_of(2))] == [1]
+    one_trains = [*fleet_of(1, is_training=True), Worker(slots=4, worker_id=UUID(int=9))]
+    assert plan([pair], one_trains) == []
+
+
+def test_devices_are_promised_once():
+    """Two jobs of two devices each, begun at once on three devices, would wait for each other for ever."""
+    backlog = [Slice(1, kind="train", devices_needed=2), Slice(2, kind="train", devices_needed=2)]
+    assert [r.slice_id for r in plan(backlog, fleet_of(3))] == [1]
+    assert len(plan(backlog, fleet_of(4))) == 2
+    # The first was released before and has not taken its second device yet.
+    begun = [Worker(slots=4, is_training=True, awaited=1, worker_id=UUID(int=7)), *fleet_of(2)]
+    assert plan([Slice(2, kind="train", devices_needed=2)], begun) == []
+    assert [r.slice_id for r in plan([Slice(3, kind="train")], begun)] == [3]

@@ -161,6 +161,8 @@ def submit(
 ) -> None:
     """Submit a batch."""
     fields: dict[str, Any] = {"priority": priority} | ({"deadline": deadline} if deadline else {})
+    if output is not None:
+        _require_writable(output)
     with client() as api:
         uploaded = api.upload(file, idempotency_key=file_key(idempotency_key))
         batch = api.create_batch(uploaded["id"], endpoint, idempotency_key=idempotency_key, **fields)
@@ -172,6 +174,18 @@ def submit(
             _download(api, job, output)
         print(json.dumps(job) if as_json else _summary(job))
     raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
+
+
+def _require_writable(output: Path) -> None:
+    """End the command when results could not be written: found out now, and not after a night of work."""
+    is_new = not output.exists()
+    try:
+        output.open("ab").close()
+        if is_new:
+            output.unlink()
+    except OSError as error:
+        errors.print(f"{output} cannot be written: {error.strerror}.")
+        raise typer.Exit(EXIT_USAGE) from None
 
 
 def _download(api: Client, job: dict[str, Any], output: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import httpx
 
-from lamplighter.errors import ServerFailed, ServerUnreachable
+from lamplighter.errors import RateLimited, ServerFailed, ServerUnreachable
 from lamplighter.policy import (
     OUTAGE_SECONDS,
     TERMINAL,
@@ -22,6 +22,7 @@ from lamplighter.policy import (
     file_key,
     finished,
     input_lines,
+    is_for_later,
     json_answer,
     key_header,
     pause_seconds,
@@ -152,13 +153,16 @@ class Client:
     ) -> dict[str, Any]:
         """Return the job once it has ended; `on_progress` is called with it at every look.
 
-        A server that is away is asked again for `outage_seconds`, then ServerUnreachable or ServerFailed is raised.
+        A server that is away, or takes no more requests for now, is asked again for `outage_seconds`; then
+        ServerUnreachable, ServerFailed or RateLimited is raised. One that asks for minutes is not asked again.
         """
         outage = Outage(outage_seconds)
         while True:
             try:
                 job = self.job(job_id)
-            except (ServerUnreachable, ServerFailed):
+            except (ServerUnreachable, ServerFailed, RateLimited) as error:
+                if is_for_later(error):
+                    raise
                 pause = outage.pause_seconds(time.monotonic())
                 if pause is None:
                     raise

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx
 
-from lamplighter.errors import ApiError, JobFailed, ServerUnreachable, error_for
+from lamplighter.errors import ApiError, JobFailed, RateLimited, ServerUnreachable, error_for
 
 TRIES = 4
 FIRST_PAUSE_SECONDS = 0.25
@@ -50,6 +50,11 @@ class Outage:
         pause: float = OUTAGE_FIRST_PAUSE_SECONDS * 2 ** min(self._failures, 10)
         self._failures += 1
         return min(pause, OUTAGE_MAX_PAUSE_SECONDS, left)
+
+
+def is_for_later(error: Exception) -> bool:
+    """Return whether an answer asks to come again so much later that its reader must decide."""
+    return isinstance(error, RateLimited) and (error.retry_after_seconds or 0) > MAX_PAUSE_SECONDS
 
 
 class LineSplitter:

@@ -1,8 +1,8 @@
 """Tenants, API keys and workers."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from sqlalchemy import Connection
 from starlette.responses import JSONResponse, Response
 
@@ -12,7 +12,10 @@ from services.gateway.schemas import KeyCreate, TenantCreate, list_page
 from shared.db import model_registry, tenants, workers
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
+from shared.domain.errors import InvalidRequest
 
+MOST_LISTED = 1000
+Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
 router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 
@@ -26,10 +29,12 @@ def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key
 
 
 @router.get("/tenants")
-def list_tenants(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+def list_tenants(
+    parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
+) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         rows = tenants.list_tenants(connection)
-    return list_page([{"object": "tenant", "id": row.pop("tenant_id"), **row} for row in rows], has_more=False)
+    return _page([{"object": "tenant", "id": row.pop("tenant_id"), **row} for row in rows], limit, after)
 
 
 @router.post("/keys")
@@ -53,11 +58,13 @@ def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin, key: Idem
 
 
 @router.get("/keys")
-def list_keys(parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+def list_keys(
+    parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
+) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         rows = tenants.list_keys(connection)
     data = [{"object": "api_key", "id": row.pop("key_id"), "tenant": row.pop("tenant_id"), **row} for row in rows]
-    return list_page(data, has_more=False)
+    return _page(data, limit, after)
 
 
 @router.delete("/keys/{key_id}")
@@ -69,13 +76,25 @@ def revoke_key(key_id: str, parts: PartsDependency, caller: Admin) -> dict[str, 
 
 
 @router.get("/workers")
-def list_workers(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+def list_workers(
+    parts: PartsDependency, caller: Reader, limit: Limit = MOST_LISTED, after: str | None = None
+) -> dict[str, Any]:
     """Return the workers of the last hour; of models, only those that the caller may use."""
     with parts.transaction(caller) as connection:
         found = workers.listing(connection, parts.settings.lease_seconds)
         usable = {model.name for model in model_registry.visible(connection, caller.tenant_id)}
     shown = {name for worker in found for name in worker.models if caller.is_admin or name in usable}
-    return list_page([_worker_object(worker, shown) for worker in found], has_more=False)
+    return _page([_worker_object(worker, shown) for worker in found], limit, after)
+
+
+def _page(data: list[dict[str, Any]], limit: int, after: str | None) -> dict[str, Any]:
+    """Return those after the object named `after`; these lists are short and read whole. Raises InvalidRequest."""
+    if after is not None:
+        places = [place for place, each in enumerate(data, 1) if each["id"] == after]
+        if not places:
+            raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
+        data = data[places[0] :]
+    return list_page(data[:limit], has_more=len(data) > limit)
 
 
 def _worker_object(worker: WorkerView, shown: set[str]) -> dict[str, Any]:

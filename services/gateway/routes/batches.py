@@ -15,7 +15,7 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
-from services.gateway.schemas import NoFields, list_page
+from services.gateway.schemas import AnyFields, list_page
 from services.gateway.warnings import warn_of_unknown
 from shared.api_objects import batch_object
 from shared.db import jobs, submissions
@@ -56,7 +56,7 @@ def retrieve_batch(batch_id: str, parts: PartsDependency, caller: Reader) -> dic
 
 @router.post("/{batch_id}/cancel")
 def cancel_batch(
-    batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+    batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     row_id = parse_job_id(batch_id, JobKind.BATCH)
 
@@ -66,4 +66,5 @@ def cancel_batch(
     digest = body_digest("cancel batch", {"batch": row_id.hex} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, cancel)
     parts.wake()
+    answer.headers.update(warn_of_unknown(sorted(body.model_extra or {}) if body else []))
     return answer

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, Reader, Submitter, Writer, answer_once
-from services.gateway.schemas import NoFields, list_page
+from services.gateway.schemas import AnyFields, list_page
 from services.gateway.warnings import warn_of_unknown
 from shared.api_objects import unix
 from shared.db import jobs, training
@@ -84,21 +84,21 @@ def retrieve_fine_tuning_job(job_id: str, parts: PartsDependency, caller: Reader
 
 @router.post("/{job_id}/cancel")
 def cancel_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return _change(parts, caller, job_id, jobs.cancel, key, body)
 
 
 @router.post("/{job_id}/pause")
 def pause_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return _change(parts, caller, job_id, jobs.pause, key, body)
 
 
 @router.post("/{job_id}/resume")
 def resume_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return _change(parts, caller, job_id, jobs.resume, key, body)
 
@@ -109,7 +109,7 @@ def _change(
     job_id: str,
     change: Callable[[Connection, UUID, JobKind | None], JobView],
     key: str | None,
-    body: NoFields | None,
+    body: AnyFields | None,
 ) -> Response:
     row_id = parse_job_id(job_id, _KIND)
 
@@ -119,6 +119,7 @@ def _change(
     digest = body_digest(f"fine-tuning {change.__name__}", {"job": row_id.hex} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, make)
     parts.wake()
+    answer.headers.update(warn_of_unknown(sorted(body.model_extra or {}) if body else []))
     return answer
 
 

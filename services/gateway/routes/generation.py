@@ -59,8 +59,8 @@ async def embed(request: Request, parts: PartsDependency, caller: Generator, key
 
 async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None, endpoint: Endpoint) -> Response:
     """Check a call as the worker would, have it answered, and answer with what was recorded."""
-    parts.online.check_tenant(caller.tenant_id)
-    raw = await request.body()
+    with parts.online.reading(caller.tenant_id):
+        raw = await request.body()
     body = _parse(raw)
     payload = parse_payload(endpoint, body)
     model = await parts.lookups.model(caller.tenant_id, payload.model)
@@ -198,10 +198,9 @@ async def _until_left(request: Request) -> None:
 
 
 async def _stream(line: _Line, call: OnlineCall, payload: AnyPayload, headers: dict[str, str]) -> Response:
-    """Answer with server-sent events; a call that is refused before its first piece gets a plain error."""
+    """Answer with server-sent events; a call that is soon refused, before its first piece, gets a plain error."""
     try:
-        first = await line.next()
-        assert first is not None  # there was no time-out
+        first = await line.next(PING_SECONDS)  # None: it begins without one, or a proxy would take it for dead
     except BaseException:
         line.close()
         raise
@@ -215,11 +214,11 @@ async def _stream(line: _Line, call: OnlineCall, payload: AnyPayload, headers: d
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def _events(line: _Line, call: OnlineCall, payload: AnyPayload, first: ToGateway) -> AsyncIterator[bytes]:
+async def _events(line: _Line, call: OnlineCall, payload: AnyPayload, first: ToGateway | None) -> AsyncIterator[bytes]:
     """Yield a stream's events. It ends in `[DONE]`, or in an error event when it broke: it is never replayed."""
     render = _chat_events if isinstance(payload, ChatPayload) else _completion_events
     begun: set[int] = set()
-    reply: ToGateway | None = first
+    reply = first
     try:
         while True:
             yield b": still here\n\n" if reply is None else render(call, payload, reply, begun)

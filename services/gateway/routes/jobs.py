@@ -34,6 +34,8 @@ router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 EVENT_POLL_SECONDS = 0.5
 KEEP_ALIVE_POLLS = 30
 EVENT_PAGE = 200
+MOST_PLACE_DIGITS = 30
+"""Of an event's place: a transaction's number and the event's."""
 
 
 @router.get("")
@@ -94,7 +96,14 @@ def _waiting(job: JobView, place: int | None) -> dict[str, Any] | None:
 
 @router.patch("/{job_id}")
 def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writer) -> Response:
-    return _change(parts, caller, job_id, lambda c, j: jobs.set_priority(c, j, body.priority))
+    def change(connection: Connection, row_id: UUID) -> JobView:
+        if body.priority is not None:
+            jobs.set_priority(connection, row_id, body.priority)
+        if body.deadline is not None:
+            jobs.set_deadline(connection, row_id, body.deadline)
+        return jobs.get(connection, row_id)
+
+    return _change(parts, caller, job_id, change)
 
 
 @router.post("/{job_id}/cancel")
@@ -152,10 +161,10 @@ def list_attempts(
     return list_page(data, has_more=len(rows) > limit)
 
 
-def _cursor(after: str | None) -> int:
+def _cursor(after: str | None, most_digits: int = 18) -> int:
     if after is None:
         return 0
-    if not (after.isascii() and after.isdigit() and len(after) < 19):
+    if not (after.isascii() and after.isdigit() and len(after) <= most_digits):
         raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
     return int(after)
 
@@ -172,7 +181,7 @@ async def job_events(
     after: str | None = None,
 ) -> Response:
     row_id = await run_in_threadpool(_row_id, parts, caller, job_id)  # an unknown job is a 404, not a stream
-    start = _cursor(last_event_id or after)
+    start = _cursor(last_event_id or after, MOST_PLACE_DIGITS)
     if "text/event-stream" in accept:
         stream = _event_stream(request, parts, caller, row_id, start)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -195,7 +204,7 @@ def _read_events(
         rows = events.page(connection, job_id, after=after, limit=limit)
     found = [
         {
-            "id": str(row.event_id),
+            "id": str(events.place(row)),
             "object": "job.event",
             "type": row.type,
             "level": row.level,

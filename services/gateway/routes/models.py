@@ -69,7 +69,8 @@ def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin, key: Ide
             context_length=described.context_length,
             weight_bytes=described.weight_bytes,
         )
-        warning = {} if remote is None or remote.warning is None else {"warning": remote.warning}
+        said = remote.warning if remote is not None else described.warning if body.dtype == "auto" else None
+        warning = {"warning": said} if said is not None else {}
         added = {"kind": model.kind, "dtype": model.dtype, "context_length": model.context_length, "base": model.base}
         return model_object(model) | added | warning
 

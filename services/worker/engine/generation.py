@@ -209,7 +209,7 @@ class GenerationEngine:
             output.responses.append(Response(sequence.request_id, fault=fault))
             return
         if sequence.text is not None and not sequence.has_end_token:
-            self._send(sequence, sequence.text.grow(sequence.answer), output)
+            self._send(sequence, sequence.text.grow(sequence.answer, may_stop=sequence.may_stop), output)
             if sequence.text.is_stopped:
                 sequence.finish_reason = "stop"
         if sequence.finish_reason is None:
@@ -243,7 +243,8 @@ class GenerationEngine:
             logprobs=[self._logprobs(s) for s in running.sequences if running.request.params.logprobs is not None],
             prompt_tokens=running.prompt_tokens,
             completion_tokens=sum(sequence.generated for sequence in running.sequences),
-            cached_tokens=running.sequences[0].cached_tokens,
+            # The choices of a prompt share it: it is counted once.
+            cached_tokens=sum(s.cached_tokens for s in running.sequences[:: running.request.params.n]),
         )
 
     def _logprobs(self, sequence: Sequence, first: int = 0) -> list[TokenLogprob]:

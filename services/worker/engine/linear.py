@@ -44,24 +44,28 @@ class Linear:
         self._is_packed = can_pack(weight)
         # oneDNN's own layout, which torch.compile uses too: 1.2 to 2 times the speed of F.linear (bench-engine).
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64) if self._is_packed else weight  # noqa: SLF001
-        self._row_counts = _row_counts_of(self._multiply, weight, is_packed=self._is_packed)
+        self._row_counts = row_counts_of(self._multiply, weight, is_packed=self._is_packed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.shape[0]
-        counts = divide(rows, self._row_counts)
-        if (missing := sum(counts) - rows) > 0:
-            x = functional.pad(x, (0, 0, 0, missing))
-        if len(counts) == 1:
-            out = self._multiply(x)
-        else:
-            out = torch.cat([self._multiply(part) for part in torch.split(x, list(counts))])
-        return out[:rows] if missing else out
+        return multiply_in_known_numbers(self._multiply, x, self._row_counts)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         if not self._is_packed:
             return functional.linear(x, self._weight, self._bias)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")  # noqa: SLF001
         return out
+
+
+def multiply_in_known_numbers(
+    multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, row_counts: tuple[int, ...]
+) -> torch.Tensor:
+    """Multiply x [rows, in] in numbers of rows with which a row's bits are always the same."""
+    rows = x.shape[0]
+    counts = divide(rows, row_counts)
+    if (missing := sum(counts) - rows) > 0:
+        x = functional.pad(x, (0, 0, 0, missing))
+    out = multiply(x) if len(counts) == 1 else torch.cat([multiply(part) for part in torch.split(x, list(counts))])
+    return out[:rows] if missing else out
 
 
 @lru_cache(maxsize=65_536)
@@ -82,7 +86,7 @@ def divide(rows: int, row_counts: tuple[int, ...]) -> tuple[int, ...]:
 _known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
-def _row_counts_of(
+def row_counts_of(
     multiply: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor, *, is_packed: bool
 ) -> tuple[int, ...]:
     """Return numbers of rows with which this machine gives a row the same bits, as a trial of each shape shows it.

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from services.worker.engine.adapters import adapter_bytes
 from services.worker.engine.decoding import build_decoder, kv_bytes_per_token
 from services.worker.engine.encoder import EncoderEngine, EncoderSettings
 from services.worker.engine.engine import Engine
-from services.worker.engine.generation import GenerationEngine
+from services.worker.engine.generation import GenerationEngine, is_out_of_memory
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS
 from services.worker.engine.prompts import Prompts, eos_tokens
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
+from shared.model_files import context_of
 
 KV_TOKENS = 32_768
 """Tokens that a model's KV cache holds, or one sequence of full length if that is more."""
 DEFAULT_CONTEXT = 2048
+_WRONG_WEIGHTS = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues")
+"""How transformers says that weights do not fit the model of their config.json."""
 
 
 def kv_blocks(context: int) -> int:
@@ -58,7 +62,7 @@ def model_bytes(spec: ModelSpec) -> int:
 
 def _context(spec: ModelSpec, config: dict[str, Any]) -> int:
     """Return how many tokens a sequence may have: what was registered, or what the model was made for."""
-    own = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    own = context_of(config) or DEFAULT_CONTEXT
     return min(spec.context_length or own, own)
 
 
@@ -74,6 +78,10 @@ def load_model(spec: ModelSpec, device: str) -> Engine:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
         return _load(spec, torch.device("cuda:0" if device.startswith("cuda") else "cpu"))
+    except RuntimeError as error:
+        if is_out_of_memory(error) or not str(error).startswith(_WRONG_WEIGHTS):
+            raise
+        raise ModelRefused("Its weights have not the shapes that its config.json tells of.") from error
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         # What transformers raises for files that are missing, cut off, of no known kind, or want code of their own.
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -83,17 +91,29 @@ def load_model(spec: ModelSpec, device: str) -> Engine:
 def _load(spec: ModelSpec, torch_device: torch.device) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     auto_class = AutoModel if spec.kind == "encoder" else AutoModelForCausalLM
-    model: Any = auto_class.from_pretrained(
+    model: Any
+    model, found = auto_class.from_pretrained(
         spec.source,
         dtype=getattr(torch, spec.dtype),
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    _refuse_missing(found["missing_keys"], spec.kind)
     model = model.to(torch_device).eval()
     if spec.kind == "encoder":
         return EncoderEngine(model, tokenizer, _encoder_settings(spec))
     return _generation_engine(model, tokenizer, spec)
+
+
+def _refuse_missing(names: Collection[str], kind: str) -> None:
+    """Raise ModelRefused when weights were not in the files: transformers fills them with random numbers."""
+    # Vectors are pooled by ourselves, so an encoder may lack the layer that does it in a classifier.
+    missing = sorted(name for name in names if not (kind == "encoder" and name.startswith("pooler.")))
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelRefused(f"Its files lack weights that its config.json tells of: {named}.")
 
 
 def _generation_engine(model: Any, tokenizer: Any, spec: ModelSpec) -> GenerationEngine:

@@ -16,7 +16,7 @@ from typing import Any
 
 from services.worker.engine.remote_client import RemoteServer
 from services.worker.engine.remote_messages import Failure, estimated_prompt_tokens, estimated_tokens
-from services.worker.engine.remote_policy import FlowControl, Verdict, pause_seconds
+from services.worker.engine.remote_policy import FlowControl, Verdict, pause_seconds, told_status
 from services.worker.protocol import Delta, Output, Request, RequestFault, Response, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ class Dispatcher:
         """Learn from a failed attempt, and end the call or let it try again."""
         if failure.verdict is Verdict.REFUSED:
             self._flow.answered(len(self._in_flight))
-            fault = RequestFault(failure.message, failure.status, failure.param, failure.code)
+            fault = RequestFault(failure.message, told_status(failure.status), failure.param, failure.code)
             self._finish(call, Response(call.request.id, fault=fault))
             return
         self._learn(failure, epoch)

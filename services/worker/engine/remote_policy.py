@@ -52,6 +52,14 @@ def verdict_of(status: int) -> Verdict:
     return Verdict.REFUSED
 
 
+_TOLD = frozenset({400, 404, 413})
+
+
+def told_status(status: int | None) -> int:
+    """Return the status that a caller is given for one of a server's refusals: ours mean what is written of them."""
+    return status if status is not None and status in _TOLD else 400
+
+
 def retry_after_seconds(header: str | None, now: datetime) -> float:
     """Return how long a Retry-After asks to wait, given as seconds or as a date; 0 for none that can be read."""
     try:

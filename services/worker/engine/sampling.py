@@ -12,6 +12,8 @@ from services.worker.engine.sequence import Sequence
 from services.worker.protocol import SamplingParams
 
 NO_TOKEN = float("-inf")
+COLDEST = 1e-5
+"""Below this temperature nothing but the likeliest token has any chance, and logits divided by it are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def adjust(row: torch.Tensor, sequence: Sequence) -> None:
 def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """Return the likeliest token of greedy rows, and one drawn from the filtered distribution of the others."""
     tokens: list[int] = logits.argmax(-1).tolist()
-    drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature >= COLDEST]
     if drawn:
         theirs = [sequences[row] for row in drawn]
         chosen = logits if len(drawn) == len(sequences) else logits[drawn]

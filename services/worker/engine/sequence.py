@@ -49,6 +49,11 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def may_stop(self) -> bool:
+        """Whether its minimum length is reached; a schema says itself when an answer is over."""
+        return self.constraint is not None or self.generated >= self.params.min_tokens
+
+    @property
     def has_end_token(self) -> bool:
         """Whether it ended in a token that is no part of its text."""
         return self.finish_reason == "stop" and self.generated > 0 and self.tokens[-1] in self.eos

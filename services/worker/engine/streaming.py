@@ -25,10 +25,15 @@ class StreamedText:
         """The text up to the stop string."""
         return self._text[: self._sent]
 
-    def grow(self, tokens: list[int]) -> str:
-        """Return the piece that all tokens so far add; afterwards `is_stopped` says whether a stop string is in it."""
+    def grow(self, tokens: list[int], *, may_stop: bool = True) -> str:
+        """Return the piece that all tokens so far add; afterwards `is_stopped` says whether a stop string is in it.
+
+        may_stop: False while the answer is shorter than it must be: what is in it by then stops nothing.
+        """
         if self.is_stopped or not self._decode_on(tokens):
             return ""
+        if not may_stop:
+            return self._advance(self._text, len(self._text))
         cuts = [position for stop in self._stops if (position := self._text.find(stop, self._sent)) >= 0]
         if cuts:
             self.is_stopped = True

@@ -14,11 +14,14 @@ from services.worker.engine.adapters import Adapter, read_adapter
 from services.worker.engine.decoder import numbered
 from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout, new_pool
 from services.worker.engine.linear import FEWEST_ROWS, Linear, Part
+from services.worker.engine.stable import SameInAnyCompany
 from shared.domain.errors import ModelRefused
 
 KernelPicker = Callable[[HeadShape, torch.Tensor], Kernels]
 
 ATTENTION = "lamplighter"
+EXPERTS_DIMENSIONS = 3
+"""Of a parameter that holds the weights of several experts."""
 
 
 @dataclass
@@ -108,6 +111,9 @@ class TransformersDecoder:
         config = model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self._model = model
+        # One expert after another, each with its own rows: grouped products sum in an order that all rows decide.
+        if any(parameter.dim() == EXPERTS_DIMENSIONS for parameter in model.parameters()):
+            model.set_experts_implementation("eager")
         looked = self._look(int(config.num_hidden_layers))
         self._shapes = looked.shapes
         self._kernels = pick_kernels(self._shapes[0], model.get_input_embeddings().weight)
@@ -154,7 +160,7 @@ class TransformersDecoder:
         device = self._model.device
         ids = torch.tensor([tokens + [0] * padding], device=device)
         positions = torch.tensor([layout.positions.tolist() + [0] * padding], device=device)
-        with _as_current(_Pass(self._kernels, layout, self._pools, self._shapes)):
+        with _as_current(_Pass(self._kernels, layout, self._pools, self._shapes)), SameInAnyCompany():
             out = self._model(
                 input_ids=ids,
                 position_ids=positions,

@@ -56,6 +56,7 @@ class Pulse:
     def __init__(self) -> None:
         self._count = 0
         self._since: float | None = None
+        self._is_waiting = False
 
     def advance(self) -> None:
         self._count += 1
@@ -69,7 +70,17 @@ class Pulse:
         finally:
             self._count, self._since = self.value, None
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Grow by being asked within: this process waits for others, which are looked after by their own workers."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
     @property
     def value(self) -> int:
+        self._count += self._is_waiting
         since = self._since
         return self._count if since is None else self._count + int((time.process_time() - since) * TICKS_PER_SECOND)

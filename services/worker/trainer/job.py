@@ -43,7 +43,7 @@ class FineTuningJob:
     ) -> None:
         """Load data and model, and the newest valid checkpoint if there is one. Raises TrainingFailed."""
         self._spec, self._report, self._pulse, self._ranks = spec, report, pulse, ranks
-        self._gate = SharedGate(gate, ranks)
+        self._gate = SharedGate(gate, ranks, pulse)
         limit_memory(device, spec.memory_bytes)
         self._data = PreparedData(Path(spec.data))
         self._validation = PreparedData(Path(spec.validation)) if spec.validation else None

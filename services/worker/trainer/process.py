@@ -17,7 +17,7 @@ from services.worker.trainer.errors import OutOfMemory, StopRequested, TrainingF
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.job import FineTuningJob
 from services.worker.trainer.memory import is_out_of_memory
-from services.worker.trainer.ranks import RanksLost, lead
+from services.worker.trainer.ranks import RanksLost, meet
 from shared.logging import configure_logging
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,9 @@ class TrainerProcess:
     def _train(self, spec: Train) -> FromChild:
         """Do a job; return how it ended. Raises RanksLost."""
         try:
-            with lead(spec, self._device.type) as ranks:
-                self._job = FineTuningJob(spec, self._device, self._send, self._gate, self._pulse, ranks)
+            with meet(spec.place, self._send, self._pulse) as ranks:
+                report = self._send if ranks.is_first else _say_nothing
+                self._job = FineTuningJob(spec, self._device, report, self._gate, self._pulse, ranks)
                 self._loads += 1
                 return self._job.run()
         except StopRequested:
@@ -110,6 +111,10 @@ class TrainerProcess:
                 self._channel.send(message)
             except OSError:
                 log.debug("the worker is gone")
+
+
+def _say_nothing(_: FromChild) -> None:
+    """The first rank speaks for all."""
 
 
 def main() -> None:

@@ -1,30 +1,32 @@
 """The processes that train one job together: each computes a share of every step, and all end it with the same weights.
 
-The first is the trainer child itself; it starts the others, and alone talks to the worker and writes files. They are
-told of each other by torchrun's environment variables. One that dies ends all: the job goes on from its checkpoint.
+Each is the trainer child of a worker, on that worker's device. The first alone writes files and says how the job fares.
+One that dies ends all: the job goes on from its checkpoint.
 """
 
 import contextlib
+import ipaddress
 import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-import msgspec
 import torch
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from services.worker.protocol import Train
+from services.worker.protocol import FromChild, Listening, Place
 from services.worker.trainer.errors import StopRequested
-from services.worker.trainer.gate import Gate
+from services.worker.trainer.gate import Gate, Pulse
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
 PATIENCE = timedelta(days=7)
 """How long a rank waits for another: a paused job has all of them wait. One that died is noticed at once."""
-RENDEZVOUS_SECONDS = 300.0
+CONNECT = timedelta(seconds=30)
+"""How long one that is told where the first listens looks for it: it listened before that was told."""
+RENDEZVOUS = timedelta(seconds=300)
+"""How long they wait for each other at the start."""
 
 
 class RanksLost(Exception):
@@ -84,69 +86,74 @@ def _collective(operation: Callable[[], object]) -> None:
 
 
 class SharedGate:
-    """A gate at which the first rank decides for all."""
+    """Where all ranks wait for each other between two steps: for any that is paused, and to stop with the first."""
 
-    def __init__(self, gate: Gate, ranks: Ranks) -> None:
-        self._gate, self._ranks = gate, ranks
+    def __init__(self, gate: Gate, ranks: Ranks, pulse: Pulse) -> None:
+        self._gate, self._ranks, self._pulse = gate, ranks, pulse
 
     def pass_through(self) -> None:
-        """Wait while the first rank is paused. Raises StopRequested, in all ranks alike."""
+        """Wait while any rank is paused. Raises StopRequested, in all ranks alike, when the first is to stop."""
         is_stopping = False
-        if self._ranks.is_first:
-            try:
-                self._gate.pass_through()
-            except StopRequested:
-                is_stopping = True
-        if self._ranks.any(is_stopping):
+        try:
+            self._gate.pass_through()
+        except StopRequested:
+            is_stopping = True
+        if self._ranks.size > 1:
+            # Another may be paused for hours. Nobody hangs meanwhile, and one that is gone is noticed at once.
+            with self._pulse.waiting():
+                is_stopping = self._ranks.any(is_stopping)
+        if is_stopping:
             raise StopRequested
 
 
 @contextlib.contextmanager
-def lead(spec: Train, device: str) -> Iterator[Ranks]:
-    """Start the other ranks of a job and be its first; they are gone afterwards. Raises RanksLost."""
-    size = spec.data_parallel
-    if size == 1:
+def meet(place: Place, report: Callable[[FromChild], None], pulse: Pulse) -> Iterator[Ranks]:
+    """Meet the other processes of a job, and part from them afterwards. Raises RanksLost when one does not come."""
+    if place.size == 1:
         yield Ranks()
         return
-    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    followers = [_start(rank, size, store.port, device) for rank in range(1, size)]
     try:
-        for follower in followers:
-            _hand_over(follower, spec)
-        yield join(store, 0, size)
+        with pulse.waiting():
+            ranks = _join(place, report)
+        yield ranks
     finally:
-        # Whatever they do is of no use without the first.
-        for follower in followers:
-            follower.kill()
-            follower.communicate()
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def _start(rank: int, size: int, port: int, device: str) -> "subprocess.Popen[bytes]":
-    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "services.worker.trainer.follower", "--device", device]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **place})
-
-
-def _hand_over(follower: "subprocess.Popen[bytes]", spec: Train) -> None:
-    """Give a follower its job, a line of JSON; its input stays open, and closes when this process is gone."""
-    assert follower.stdin is not None
-    try:
-        follower.stdin.write(msgspec.json.encode(spec) + b"\n")
-        follower.stdin.flush()
-    except OSError as error:
-        raise RanksLost("It ended before it had its job.") from error
-
-
-def join(store: Any, rank: int, size: int) -> Ranks:
-    """Meet the other ranks. Raises RanksLost when one does not come."""
-    # Ranks of one host find each other without its name being known to any resolver.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store.set_timeout(timedelta(seconds=RENDEZVOUS_SECONDS))
+def _join(place: Place, report: Callable[[FromChild], None]) -> Ranks:
+    is_local = ipaddress.ip_address(place.address).is_loopback
+    if is_local:
+        # Ranks of one host find each other without its name being known to any resolver.
+        os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
+    store = _listen(place, report) if place.rank == 0 else _connect(place)
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _collective(
-        lambda: distributed.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        lambda: distributed.init_process_group(
+            backends, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE
+        )
     )
     store.set_timeout(PATIENCE)
-    return Ranks(rank, size, store)
+    return Ranks(place.rank, place.size, store)
+
+
+def _listen(place: Place, report: Callable[[FromChild], None]) -> TCPStore:
+    """Open the store at which all meet, on this address and no other: whoever reaches it can end the job."""
+    listener = socket.socket(socket.AF_INET6 if ":" in place.address else socket.AF_INET)
+    listener.bind((place.address, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        place.address, port, None, True, RENDEZVOUS, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    report(Listening(port))
+    return store
+
+
+def _connect(place: Place) -> TCPStore:
+    try:
+        store = TCPStore(place.address, place.port, None, False, CONNECT)
+    except RuntimeError as error:
+        raise RanksLost(str(error)) from error
+    store.set_timeout(RENDEZVOUS)
+    return store

@@ -29,6 +29,8 @@ class Waiting(Protocol):
     def estimated_tokens(self) -> int: ...
     @property
     def kind(self) -> str: ...
+    @property
+    def devices_needed(self) -> int: ...
 
 
 class Host(Protocol):
@@ -44,6 +46,8 @@ class Host(Protocol):
     def occupied(self) -> int: ...
     @property
     def is_training(self) -> bool: ...
+    @property
+    def awaited(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,10 @@ def plan_releases(
     """Return which queued slices go to which workers now.
 
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
-    each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds every
-    worker training waits, and what is behind it goes on.
+    each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds fewer
+    workers than it needs devices waits, and what is behind it goes on.
     """
-    training = {worker.worker_id for worker in workers if worker.is_training}
+    devices = _TrainingDevices(workers)
     room = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
     queues: dict[str, list[Waiting]] = defaultdict(list)
     for waiting in backlog:
@@ -97,16 +101,33 @@ def plan_releases(
         waiting = queues[tenant_id].pop(0)
         if not queues[tenant_id]:
             del queues[tenant_id]
-        hosts = [host for host in workers if waiting.kind != SliceKind.TRAIN or host.worker_id not in training]
+        hosts = devices.hosts(waiting) if waiting.kind == SliceKind.TRAIN else workers
         worker = _place(waiting, hosts, room, window)
         if worker is None:
             continue
         if waiting.kind == SliceKind.TRAIN:
-            training.add(worker.worker_id)
+            devices.promise(waiting, worker)
         room[worker.worker_id] -= 1
         fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
+
+
+class _TrainingDevices:
+    """Which devices may train, less those that were promised to a job that needs several and has not taken them yet."""
+
+    def __init__(self, workers: Sequence[Host]) -> None:
+        self._free = {worker.worker_id: worker for worker in workers if not worker.is_training}
+        self._promised = sum(worker.awaited for worker in workers)
+
+    def hosts(self, waiting: Waiting) -> Sequence[Host]:
+        """Return the workers that a training slice may go to; none while it would wait there for others."""
+        enough = waiting.devices_needed <= len(self._free) - self._promised
+        return list(self._free.values()) if enough else []
+
+    def promise(self, waiting: Waiting, worker: Host) -> None:
+        del self._free[worker.worker_id]
+        self._promised += waiting.devices_needed - 1
 
 
 def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int], window: int) -> Host | None:

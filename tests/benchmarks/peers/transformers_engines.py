@@ -1,5 +1,7 @@
-"""What users have today: `KIND MODEL DTYPE`, KIND `continuous` (transformers' own batching) or `threads` (a pool of
-eight around `generate()`, as tutorials show). Greedy, no end token, token ids in and out.
+"""What users have today: `KIND MODEL DTYPE`. Greedy, no end token, token ids in and out. Kinds:
+
+`continuous` (transformers' own batching), `threads` (a pool of eight around `generate()`, as tutorials show), `alone`
+(`generate()`, one after another), `static` (batches of 16 in the order of their coming), `sorted` (one batch of all).
 """
 
 import os
@@ -65,11 +67,48 @@ def threads(model):
     return run
 
 
+def static(model, size: int | None):
+    """Batches padded on the left, each as long as its longest answer; None: one batch of all, sorted by length."""
+
+    def batch(jobs: list[dict]) -> Answers:
+        longest = max(len(job["prompt"]) for job in jobs)
+        ids = torch.tensor([[0] * (longest - len(job["prompt"])) + job["prompt"] for job in jobs])
+        mask = torch.tensor([[0] * (longest - len(job["prompt"])) + [1] * len(job["prompt"]) for job in jobs])
+        most = max(job["max_tokens"] for job in jobs)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=most, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        return [row[longest : longest + job["max_tokens"]].tolist() for row, job in zip(out, jobs, strict=True)]
+
+    def run(jobs: list[dict]) -> Answers:
+        order = list(range(len(jobs)))
+        if size is None:
+            order.sort(key=lambda place: len(jobs[place]["prompt"]))
+        answers = {}
+        step = size or len(jobs)
+        for start in range(0, len(order), step):
+            places = order[start : start + step]
+            answers |= zip(places, batch([jobs[place] for place in places]), strict=True)
+        return [answers[place] for place in range(len(jobs))]
+
+    return run
+
+
+KINDS = {
+    "continuous": continuous,
+    "threads": threads,
+    "alone": lambda model: static(model, 1),
+    "static": lambda model: static(model, 16),
+    "sorted": lambda model: static(model, None),
+}
+
+
 def main() -> None:
     kind, directory, dtype = sys.argv[1:4]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-    serve_rounds({"continuous": continuous, "threads": threads}[kind](model))
+    serve_rounds(KINDS[kind](model))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The kernels in torch: for GPUs, for machines without a C compiler, and for what the C kernels are compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,7 @@ from services.worker.engine.kernels.kernels import (
     Span,
 )
 from services.worker.engine.linear import Linear
-
-WHOLE = 32
-"""Numbers that torch computes at once on any CPU: two of the widest vectors."""
-UNDIVIDED = 32_767
-"""Numbers up to which torch leaves an array to one thread."""
+from services.worker.engine.stable import elementwise
 
 
 class TorchKernels:
@@ -77,7 +73,7 @@ class TorchKernels:
     def activate(self, x: torch.Tensor, activation: Activation, *, is_gated: bool) -> torch.Tensor:
         gate, up = x.chunk(2, dim=-1) if is_gated else (x, None)
         function = functional.silu if activation == "silu" else partial(functional.gelu, approximate="tanh")
-        out = _elementwise(function, gate.float())
+        out = elementwise(function, gate.float())
         return (out if up is None else out * up.float()).to(x.dtype)
 
     def pack_adapter(self, products: Sequence[Sequence[LoraPart]]) -> "TorchAdapter":
@@ -147,20 +143,6 @@ class _Factors:
         """Add to `out` in the rows that `rows` names."""
         added = self._b(self._a(x[rows])) * self._scale
         out.narrow(1, self._start, self._b.out_features).index_add_(0, rows, added)
-
-
-def _elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return a function of every number of x [T, size], with the same bits for a row in any batch.
-
-    On CPUs torch divides an array among its threads, and computes what is left over of each part after its last whole
-    vectors by other instructions, whose last bits differ. So there are no parts here, and nothing is left over.
-    """
-    size = x.shape[-1]
-    if x.device.type != "cpu":
-        return function(x)
-    padded = functional.pad(x, (0, -size % WHOLE))
-    parts = [function(part) for part in torch.split(padded, max(1, UNDIVIDED // padded.shape[-1]))]
-    return torch.cat(parts)[:, :size]
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -1,0 +1,157 @@
+"""A job on two devices: both are taken at once, lose nothing when one is lost, and are given back."""
+
+import json
+import os
+import signal
+
+import openai
+import psutil
+import pytest
+from lamplighter import Client
+from sqlalchemy import text
+
+from services.local.stack import Stack, StackOptions
+from shared.db.session import connect_engine
+from tests.integration.test_fine_tuning import attempts_of, create, steps_of, wait_for
+from tests.support.servers import wait_until
+
+pytestmark = pytest.mark.timeout(300)
+TOGETHER = {"parallelism": {"data": 2}}
+FAST = {"LAMPLIGHTER_HEARTBEAT_SECONDS": "1", "LAMPLIGHTER_REAP_SECONDS": "1", "LAMPLIGHTER_LEASE_SECONDS": "10"}
+
+
+@pytest.fixture(scope="module")
+def stack(scratch, tiny_llama):
+    running = Stack(StackOptions(scratch / "two-devices", device="cpu", workers="2", environment=FAST))
+    try:
+        running.start()
+        wait_until(lambda: running.live_workers() == 2, 30)
+        yield running
+    finally:
+        running.shut_down()
+
+
+@pytest.fixture(scope="module")
+def native(stack, tiny_llama):
+    with Client(stack.url, (stack.directory / "admin.key").read_text().strip()) as client:
+        client.request("POST", "/v1/models", json={"name": "tunable", "source": str(tiny_llama)})
+        yield client
+
+
+@pytest.fixture(scope="module")
+def sdk(stack, native):
+    key = (stack.directory / "admin.key").read_text().strip()
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def lent(stack):
+    """Return how many devices a job has taken of other workers."""
+    engine = connect_engine(stack.settings("migration"))
+
+    def read():
+        with engine.begin() as connection:
+            return connection.execute(text("SELECT count(*) FROM device_lease WHERE slice_id IS NOT NULL")).scalar_one()
+
+    yield read
+    engine.dispose()
+
+
+def trainers(stack):
+    """Return the trainer children by the device of their worker."""
+    launcher = psutil.Process(stack.processes["launcher"].running.pid)
+    found = {}
+    for process in launcher.children(recursive=True):
+        command = process.cmdline()
+        if "services.worker.trainer.process" in command:
+            found[command[command.index("--device") + 1]] = process
+    return found
+
+
+def losses(sdk, job_id):
+    return {event.data["step"]: event.data["train_loss"] for event in steps_of(sdk, job_id)}
+
+
+def start(sdk, **more):
+    return create(sdk, "tunable", hyper={"n_epochs": 40, "batch_size": 4}, extra_body=TOGETHER, **more)
+
+
+def is_training(sdk, job_id):
+    return any(event.type == "metrics" for event in sdk.fine_tuning.jobs.list_events(job_id, limit=5).data)
+
+
+@pytest.fixture(scope="module")
+def alone(sdk):
+    """Return the losses of the same job on one device."""
+    job = wait_for(sdk, create(sdk, "tunable", hyper={"n_epochs": 40, "batch_size": 4}).id)
+    assert job.status == "succeeded", job.error
+    return losses(sdk, job.id)
+
+
+def test_both_devices_train_and_the_result_is_that_of_one(sdk, native, stack, alone, lent):
+    job = start(sdk)
+    wait_until(lambda: set(trainers(stack)) == {"cpu:0", "cpu:1"}, 60, "both devices train")
+    assert lent() == 1
+    job = wait_for(sdk, job.id)
+    assert job.status == "succeeded", job.error
+    found = losses(sdk, job.id)
+    assert found.keys() == alone.keys() and found == pytest.approx(alone, abs=2e-3)
+    wait_until(lambda: lent() == 0 and not trainers(stack), 20, "the device is its worker's again")
+    answer = sdk.chat.completions.create(
+        model=job.fine_tuned_model, messages=[{"role": "user", "content": "say red"}], max_tokens=3
+    )
+    assert answer.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("who", ["leader", "follower", "follower's worker"])
+def test_a_lost_process_costs_a_few_steps_and_no_result(sdk, native, stack, alone, lent, who):
+    job = start(sdk)
+    wait_until(lambda: is_training(sdk, job.id), 60, "it trains")
+    (attempt,) = attempts_of(native, job.id)
+    processes = trainers(stack)
+    leader, (follower,) = processes.pop(attempt["device"]), processes.values()
+    victim = {"leader": leader, "follower": follower, "follower's worker": follower.parent()}[who]
+    os.kill(victim.pid, signal.SIGKILL)
+    job = wait_for(sdk, job.id)
+    assert job.status == "succeeded", job.error
+    assert [each["outcome"] for each in attempts_of(native, job.id)][-1] == "done"
+    assert len(attempts_of(native, job.id)) >= 2
+    assert losses(sdk, job.id) == pytest.approx(alone, abs=2e-3)
+    wait_until(lambda: lent() == 0 and not trainers(stack), 30)
+
+
+def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, stack, lent):
+    first = create(sdk, "tunable", hyper={"n_epochs": 50, "batch_size": 1})
+    wait_until(lambda: is_training(sdk, first.id), 60)
+    second = start(sdk)
+    wait_until(lambda: sdk.fine_tuning.jobs.retrieve(second.id).status in ("queued", "running"), 30)
+    looks = 0
+    while True:
+        seen = lent(), sdk.fine_tuning.jobs.retrieve(second.id).status
+        if sdk.fine_tuning.jobs.retrieve(first.id).status != "running":
+            break
+        looks += 1
+        assert seen == (0, "queued")
+    assert looks > 3
+    assert wait_for(sdk, second.id).status == "succeeded"
+
+
+def test_a_paused_or_cancelled_job_gives_both_devices_back(sdk, stack, lent):
+    job = start(sdk)
+    wait_until(lambda: is_training(sdk, job.id), 60)
+    sdk.fine_tuning.jobs.pause(job.id)
+    wait_until(lambda: lent() == 0 and not trainers(stack), 30, "both devices are free")
+    sdk.fine_tuning.jobs.resume(job.id)
+    wait_until(lambda: len(trainers(stack)) == 2, 60, "both train again")
+    sdk.fine_tuning.jobs.cancel(job.id)
+    wait_until(lambda: lent() == 0 and not trainers(stack), 30)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"data": 0}, {"data": 65}, {"fsdp": True}, {"data": 2, "tensor": 2}, {"pipeline": 2}], ids=json.dumps
+)
+def test_what_cannot_be_is_refused_when_it_is_asked_for(sdk, native, asked):
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(sdk, "tunable", extra_body={"parallelism": asked})
+    assert refused.value.param.startswith("parallelism")
