@@ -107,8 +107,10 @@ class Process:
         self.starts += 1
 
     def pause_seconds(self) -> float:
-        """Return how long to wait before it is started again: longer each time that it ended soon after its start."""
-        is_quick = time.monotonic() - self.started_at < QUICK_END_SECONDS
+        """Return how long to wait before it is started again: longer each time that it gave up soon after its start."""
+        assert self.running is not None
+        # One that a signal ended did not give up: whoever killed it says nothing of the next one.
+        is_quick = time.monotonic() - self.started_at < QUICK_END_SECONDS and self.running.returncode > 0
         self.quick_ends = self.quick_ends + 1 if is_quick else 0
         return min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** max(0, self.quick_ends - 1))
 
