@@ -382,7 +382,7 @@ def set_deadline(connection: Connection, job_id: UUID, deadline: str) -> JobView
     job = _lock(connection, job_id, None)
     if job.state.is_terminal:
         raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
-    if job.kind is not JobKind.BATCH:
+    if job.kind != JobKind.BATCH:
         raise InvalidRequest("deadline: only a batch has one in this version.", param="deadline", code="invalid_value")
     connection.execute(_SET_DEADLINE, {"job_id": job_id, "at": parse_deadline(deadline), "text": deadline})
     return get(connection, job_id)

@@ -71,6 +71,8 @@ OBJECTS = ("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/v1/jobs/{job_id}",
 """Where objects are shown."""
 TUNING_ROW_PAGES = {f"{TUNING}/{{job_id}}/events", f"{TUNING}/{{job_id}}/checkpoints"}
 """Lists within one object, whose `after` is an id of theirs that ends in a number."""
+SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers"}
+"""Lists that are read whole and shown in pages."""
 
 
 CONFORMANCE = [
@@ -213,7 +215,24 @@ def test_every_route_is_in_one_category(routes):
     with_id = {route for route in routes if "{" in route[1]} - {("GET", "/v1/models/{name:path}")}
     assert with_id == OWNED | {route for route in OPERATOR if "{" in route[1]}
     pages = {path for (_, path), route in routes.items() if "after" in query_parameters(route)}
-    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES
+    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES | SHORT_LISTS
+
+
+@pytest.mark.parametrize("path", sorted(SHORT_LISTS))
+def test_a_short_list_has_pages(admin, path):
+    for number in range(3):
+        admin.post("/v1/keys", json={"name": f"paged {number}"}).raise_for_status()
+    whole = [each["id"] for each in admin.get(path).json()["data"]]
+    found, after = [], {}
+    while True:
+        page = admin.get(path, params={"limit": 2} | after).json()
+        found += [each["id"] for each in page["data"]]
+        if not page["has_more"]:
+            break
+        after = {"after": page["last_id"]}
+    assert found == whole and len(set(whole)) == len(whole)
+    refused = admin.get(path, params={"after": "nobody"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "after"
 
 
 def query_parameters(route):
