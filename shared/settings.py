@@ -146,9 +146,7 @@ class SetupSettings(BaseSettings):
     """What the set-up of a deployment needs, and no service ever sees: passwords of every login, the first key."""
 
     # What is refused is often a password, or stands beside one: errors do not repeat it.
-    model_config = SettingsConfigDict(
-        env_prefix="LAMPLIGHTER_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix="LAMPLIGHTER_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     superuser_url: SecretStr
     database: str = "lamplighter"

@@ -9,6 +9,8 @@ from sqlalchemy import text
 
 from services.preprocessor.training import Preparations
 from services.scheduler.finalizer import Finalizer
+from services.worker.children import EngineChild
+from services.worker.room import DeviceRoom
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import Evaluated, Failed, Progress, Started, Stopped
 from services.worker.training import TrainingParts, TrainingRunner, _Work
@@ -59,7 +61,9 @@ def parts(database, store):
     settings = database.settings("worker", store_url="/store")
     engine = database.engine("worker")
     identity = WorkerIdentity(uuid4(), "w", "host", 1, "cpu:0", 4)
-    return TrainingParts("cpu:0", SliceHolder(engine, identity, settings), engine, store, settings, {}, lambda: 0)
+    room = DeviceRoom(EngineChild("services.worker.engine.process", [], hang_seconds=60), 1 << 34, is_cuda=False)
+    holder = SliceHolder(engine, identity, settings)
+    return TrainingParts(holder, engine, store, settings, {}, lambda: 0, room, identity)
 
 
 def claim(database, parts, kind=SliceKind.TRAIN):
