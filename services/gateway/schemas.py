@@ -11,7 +11,7 @@ from shared.db.jobs import JobView
 from shared.db.model_registry import ModelView
 from shared.domain.job import JobKind, public_file_id, public_job_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
-from shared.domain.submission import parse_deadline
+from shared.domain.submission import Deadline
 
 FILE_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
@@ -38,7 +38,7 @@ class JobPatch(NativeBody):
     """What may be changed of a job that has not ended; what is left out stays. A window comes later."""
 
     priority: int | None = Field(None, ge=0, le=9)
-    deadline: str | None = Field(None, description="RFC 3339, or `none`: of batches, when they expire.")
+    deadline: Deadline | None = Field(None, description="RFC 3339, or `none`: of batches, when they expire.")
     window: None = Field(None, description="Not available in this version.")
 
     @field_validator("window", mode="before")
@@ -46,13 +46,6 @@ class JobPatch(NativeBody):
     def _comes_later(cls, value: object) -> None:
         if value is not None:
             raise ValueError("is not available in this version")
-
-    @field_validator("deadline")
-    @classmethod
-    def _is_a_time(cls, deadline: str | None) -> str | None:
-        if deadline is not None:
-            parse_deadline(deadline)
-        return deadline
 
 
 class KeyCreate(NativeBody):

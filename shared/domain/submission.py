@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from shared.domain.payloads import BATCH_ENDPOINTS
 
@@ -25,6 +25,15 @@ def parse_deadline(deadline: str) -> datetime | None:
     return moment
 
 
+def _as_written(deadline: str) -> str:
+    parse_deadline(deadline)
+    return deadline
+
+
+Deadline = Annotated[str, AfterValidator(_as_written)]
+"""An RFC 3339 time with its zone, or `none`; kept as it was written."""
+
+
 class ExpiresAfter(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -43,7 +52,7 @@ class BatchCreate(BaseModel):
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     priority: int = Field(5, ge=0, le=9)
-    deadline: str | None = None
+    deadline: Deadline | None = None
     window: dict[str, Any] | None = None
     after: list[str] | None = None
     resume_from: str | None = None
@@ -61,13 +70,6 @@ class BatchCreate(BaseModel):
         if value:
             raise ValueError("is not available in this version")
         return value
-
-    @field_validator("deadline")
-    @classmethod
-    def _is_a_time(cls, deadline: str | None) -> str | None:
-        if deadline is not None:
-            parse_deadline(deadline)
-        return deadline
 
     @property
     def deadline_at(self) -> datetime | None:

@@ -5,12 +5,13 @@ import signal
 import time
 
 import httpx
+import psutil
 import pytest
 
 from services.local.stack import Stack, StackOptions
 from tests.chaos import scenarios
 from tests.support.batches import chat_lines, jsonl
-from tests.support.servers import wait_until
+from tests.support.servers import ROOT, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
@@ -89,3 +90,27 @@ def test_a_drained_worker_flushes_and_gives_back_at_no_cost(scratch):
     assert (outcome.lost, outcome.twice, outcome.failed, outcome.findings) == (0, 0, 0, 0)
     assert outcome.kills["SIGTERM"] == 2 and attempts["preempted"] > 0
     assert attempts["lost"] == 0 and losses == 0
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_work_done(scratch):
+    """Stopped for good: its lease runs out, and its device must not stand idle until somebody comes."""
+    timers = {"HEARTBEAT_SECONDS": "1", "LEASE_SECONDS": "4", "REAP_SECONDS": "1"}
+    options = StackOptions(
+        scratch / "hanging", device="cpu", environment={f"LAMPLIGHTER_{k}": v for k, v in timers.items()}
+    )
+    options.modules = {"launcher": "tests.chaos.impatient_launcher"}
+    options.environment["PYTHONPATH"] = str(ROOT)
+    stack = Stack(options)
+    try:
+        stack.start()
+        key = (stack.directory / "admin.key").read_text().strip()
+        with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as http:
+            batch = http.post("/v1/batches", json=new_batch(http, 60)).json()["id"]
+            launcher = psutil.Process(stack.processes["launcher"].running.pid)
+            (worker,) = [child for child in launcher.children() if "services.worker.worker" in child.cmdline()]
+            worker.suspend()
+            wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 40, "it is killed")
+            wait_until(lambda: http.get(f"/v1/batches/{batch}").json()["status"] == "completed", 40)
+            assert http.get(f"/v1/batches/{batch}").json()["request_counts"]["completed"] == 60
+    finally:
+        stack.shut_down()

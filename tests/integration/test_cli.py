@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -39,6 +40,28 @@ def test_submit_wait_and_download(cli, tmp_path):
     out = cli("submit", "in.jsonl", "--endpoint", "/v1/chat/completions", "-o", "out.jsonl")
     assert "succeeded: 20 of 20 lines" in out
     assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 20
+
+
+@pytest.mark.parametrize("output", ["nowhere/out.jsonl", "."], ids=["no directory", "a directory"])
+def test_a_path_that_cannot_be_written_is_found_out_before_anything_is_sent(cli, tmp_path, output):
+    (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(2)))
+    before = json.loads(cli("jobs", "--json"))
+    cli("submit", "in.jsonl", "--endpoint", "/v1/chat/completions", "-o", output, code=2)
+    assert json.loads(cli("jobs", "--json"))[:1] == before[:1]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_up_on_a_port_that_is_taken_says_so_and_leaves_nothing(scratch):
+    """It said `ready` for whoever answered there, with a key that this one did not know."""
+    data = scratch / "taken"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        command = [*CLI, "up", "--data", str(data), "--port", port, "--device", "cpu"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"Port {port}" in done.stderr and "ready" not in done.stdout
+    assert not (data / "stack.json").exists() and not (data / "postgres").exists()
 
 
 def test_a_file_submitted_twice_under_one_key_is_one_batch(cli, tmp_path):

@@ -393,6 +393,15 @@ def test_readiness_is_asked_once_and_no_is_an_answer(is_async):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+def test_a_wait_goes_on_while_others_use_up_the_rate(is_async):
+    """Four refusals in a row ended a wait that was to last all night."""
+    busy = [(429, {"Retry-After": "0"}, error("rate_limit_exceeded"))] * 6
+    with scripted([*busy, (200, {}, '{"id": "batch_1", "status": "succeeded"}')]) as (url, requests):
+        assert waited(url, is_async=is_async)["status"] == "succeeded"
+    assert len(requests) == 7
+
+
+@pytest.mark.parametrize("is_async", [False, True])
 def test_who_is_told_to_come_much_later_hears_so_at_once(is_async):
     """It came again after a minute all the same, three times, and was refused each time."""
     started = time.monotonic()

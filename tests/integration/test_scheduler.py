@@ -480,3 +480,54 @@ def answers(client):
         return client.ping()
     except RedisError:
         return False
+
+
+class Refusal(Exception):
+    """What psycopg raises, as far as anybody looks at it."""
+
+    def __init__(self, sqlstate):
+        super().__init__(sqlstate)
+        self.sqlstate = sqlstate
+
+
+def refused(sqlstate):
+    return OperationalError("SELECT", {}, Refusal(sqlstate))
+
+
+def test_a_statement_that_takes_too_long_for_one_job_keeps_no_other_from_its_end(database, store, monkeypatch):
+    """57014 is Postgres refusing a statement: taken for an outage, the same job was tried at every tick, and none behind."""
+    slow, other = (planned(database, store, 40, slice_lines=20) for _ in range(2))
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET expires_at = now() - interval '1 second'"))
+    finalizer = Finalizer(database.engine("scheduler"), store)
+    record = finalizer._record_unrun
+
+    def record_some(connection, job):
+        if job.job_id == slow:
+            raise refused("57014")
+        return record(connection, job)
+
+    monkeypatch.setattr(finalizer, "_record_unrun", record_some)
+    finalizer.tick()
+    assert rows(database.engine("scheduler"), "SELECT state FROM job WHERE job_id = :j", j=other) == [("expired",)]
+    monkeypatch.setattr(finalizer, "_record_unrun", lambda *_: (_ for _ in ()).throw(refused("57P01")))
+    finalizer._troubled._failures.clear()
+    with pytest.raises(OperationalError):
+        finalizer.tick()
+    assert finalizer._troubled.failures(slow) == 0, "no job is to blame for an outage"
+
+
+@pytest.mark.parametrize(("sqlstate", "rests"), [("40P01", False), ("55P03", False), ("57P01", True), (None, True)])
+def test_the_reaper_rests_after_an_outage_and_not_after_a_conflict(database, store, monkeypatch, sqlstate, rests):
+    planned(database, store, slice_lines=50)
+    engine = database.engine("scheduler")
+    register(database)
+    reaper = Reaper(engine, database.settings("scheduler", heartbeat_seconds=30, lease_seconds=60))
+    taken_back = reaper._take_back
+    monkeypatch.setattr(reaper, "_take_back", lambda: (_ for _ in ()).throw(refused(sqlstate)))
+    with pytest.raises(OperationalError):
+        reaper.tick()
+    looked = []
+    monkeypatch.setattr(reaper, "_take_back", lambda: looked.append(1) or taken_back())
+    reaper.tick()
+    assert bool(looked) is not rests
