@@ -7,6 +7,7 @@ from a speed that somebody measured.
 import math
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import orjson
 
 from shared.domain.errors import ModelRefused
-from shared.domain.fine_tuning import Hyperparameters
+from shared.domain.fine_tuning import Hyperparameters, Parallelism
 from shared.domain.prepared_data import Manifest
 
 # OpenAI's rules, as its cookbook gives them: three epochs, more for few examples, fewer for very many.
@@ -96,6 +97,7 @@ def estimate(
     asked: Hyperparameters,
     model: Path,
     dtype: str,
+    together: Parallelism | None = None,
     *,
     gradient_checkpointing: bool = False,
     tokens_per_second: float | None = None,
@@ -103,16 +105,19 @@ def estimate(
     """Return what training the model in directory `model` on a prepared file will take. Raises ModelRefused.
 
     dtype: The number type in which the model is served, and its products are computed.
+    together: Among how many devices it is divided; memory is each one's.
     """
+    together = together or Parallelism()
     chosen = choose(asked, manifest.examples)
     at_a_time = max(manifest.longest, min(MICRO_BATCH_TOKENS, chosen.batch_size * manifest.longest))
     shapes = _weight_shapes(model)
     width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
     elements = sum(map(math.prod, shapes.values()))
     # Weights that are trained are held in float32, whatever the number type of the products.
-    trained = elements if asked.full else _adapter_elements(shapes, asked.lora_rank)
+    held = _held_elements(shapes, together)
+    trained = math.ceil(elements / _shares(together)) if asked.full else _adapter_elements(shapes, asked.lora_rank)
     memory = Memory(
-        weights_bytes=elements * (_FLOAT32_BYTES if asked.full else width),
+        weights_bytes=held * (_FLOAT32_BYTES if asked.full else width),
         optimizer_bytes=trained * (_FLOAT32_BYTES + _ADAM_BYTES + (0 if asked.full else _FLOAT32_BYTES)),
         activations_bytes=_activation_bytes(_config(model), manifest, at_a_time, width, gradient_checkpointing),
     )
@@ -125,6 +130,28 @@ def estimate(
         memory=memory,
         seconds=tokens / tokens_per_second if tokens_per_second else None,
     )
+
+
+def _shares(together: Parallelism) -> int:
+    """Return among how many devices the weights are divided."""
+    return together.devices if together.sharding != "none" else 1
+
+
+def _held_elements(shapes: dict[str, list[int]], together: Parallelism) -> int:
+    """Return how many weights a device holds at most: its share, and what FSDP has gathered meanwhile.
+
+    That is what belongs to no layer (embeddings, head), one layer, and the next, which is gathered ahead.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    share = math.ceil(sum(sizes.values()) / _shares(together))
+    if together.sharding != "fsdp":
+        return share
+    layers: Counter[str] = Counter()
+    for name, size in sizes.items():
+        found = _IN_A_LAYER.search(name)
+        layers[found[0] if found else ""] += size
+    gathered = layers.pop("", 0) + sum(size for _, size in layers.most_common(2))
+    return share + gathered
 
 
 def _adapter_elements(shapes: dict[str, list[int]], rank: int) -> int:

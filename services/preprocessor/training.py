@@ -17,7 +17,7 @@ from shared.db import model_registry, training
 from shared.db.session import tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
 from shared.domain.errors import ModelRefused, NotFound
-from shared.domain.fine_tuning import Hyperparameters
+from shared.domain.fine_tuning import Hyperparameters, Parallelism
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
 from shared.store import prepared_path
@@ -70,8 +70,9 @@ class Preparations:
         try:
             base = self._base(job)
             asked = Hyperparameters.model_validate(job.spec["hyperparameters"])
+            together = Parallelism.model_validate(job.spec.get("parallelism") or {})
             made = self._make(job, Path(base.source), asked)
-            plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype)
+            plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype, together)
         except TrainingFileRefused as error:
             return self._refuse(job, error.job_error(), [line.as_dict() for line in error.errors])
         except ModelRefused as error:
@@ -89,7 +90,7 @@ class Preparations:
                 steps=plan.steps,
                 tokens=plan.tokens,
                 outcome=outcome,
-                devices=job.spec.get("parallelism", {}).get("data", 1),
+                devices=together.devices,
             )
 
     def _base(self, job: UnpreparedJob) -> model_registry.ModelView:

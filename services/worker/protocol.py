@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared.domain.fine_tuning import Sharding
+
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
 
@@ -284,6 +286,7 @@ class Place(msgspec.Struct, frozen=True):
     size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    sharding: Sharding = "none"
 
 
 class Train(msgspec.Struct, tag="train"):
@@ -291,7 +294,7 @@ class Train(msgspec.Struct, tag="train"):
 
     `base`, `data` and `validation` are directories: a model, and prepared data sets (`trainer.data`). Under `output`,
     the job's own directory, `checkpoints/TOKEN/step-N` and `model` are written. `base_name` is what the product calls
-    its base. `memory_bytes`: what the child may take. `place`: among the processes that share each step's examples.
+    its base. `memory_bytes`: what the child may take. `place`: among the processes that train it together.
     """
 
     base: str

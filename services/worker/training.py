@@ -42,7 +42,7 @@ from shared.db.model_registry import ModelView
 from shared.db.training import NewCheckpoint, Product, TrainingRun
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, Conflict, NotFound
-from shared.domain.fine_tuning import checkpoint_model_name, tuned_model_name
+from shared.domain.fine_tuning import Parallelism, checkpoint_model_name, tuned_model_name
 from shared.domain.job import StopReason
 from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
 from shared.ingest import write_object
@@ -255,12 +255,13 @@ class _Work:
         self._report = _Report()
         self._is_in_the_way = False
         self._peers: list[Peer] = []
+        self._parallelism = Parallelism.model_validate(run.spec.get("parallelism") or {})
         self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
 
     def take_devices(self) -> bool:
         """Take the other devices that the job needs, all of them or none. Raises LeaseLost."""
-        count, worker = self._job.spec.get("parallelism", {}).get("data", 1) - 1, self._parts.worker
+        count, worker = self._parallelism.devices - 1, self._parts.worker
         if not count:
             return True
         any_host = self._parts.settings.trainer_address is not None
@@ -294,7 +295,7 @@ class _Work:
     def _place(self) -> Place:
         is_one_host = all(peer.host == self._parts.worker.host for peer in self._peers)
         address = None if is_one_host else self._parts.settings.trainer_address
-        return Place(size=1 + len(self._peers), address=address or LOOPBACK)
+        return Place(size=1 + len(self._peers), address=address or LOOPBACK, sharding=self._parallelism.sharding)
 
     @property
     def needed_bytes(self) -> int:

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from shared.domain.job import JobState
 from shared.domain.submission import Metadata
@@ -62,10 +62,15 @@ class Method(BaseModel):
         return value
 
 
+Sharding = Literal["none", "fsdp", "tensor"]
+"""How a model's weights are divided among the processes of a job; `none`: each has all of them."""
+
+
 class Parallelism(BaseModel):
     """Processes that train a job together, each on a device of its own; all devices are taken at once.
 
-    `data`: each computes a share of every step's examples. `fsdp`, `tensor`: known by name, to be refused by name.
+    `data`: each computes a share of every step's examples. `fsdp`: these hold a share of the weights each. `tensor`:
+    each computes every example with its share of every matrix.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -74,12 +79,29 @@ class Parallelism(BaseModel):
     fsdp: bool = False
     tensor: int = Field(1, ge=1, le=64)
 
-    @field_validator("fsdp", "tensor")
+    @field_validator("fsdp")
     @classmethod
-    def _comes_later(cls, value: int) -> int:
-        if value > 1 or value is True:
-            raise ValueError("is not available in this version; only 'data' is")
+    def _divides_among_several(cls, value: bool, known: ValidationInfo) -> bool:
+        if value and known.data.get("data", 2) == 1:
+            raise ValueError("divides weights among the processes of 'data', of which there must be two or more")
         return value
+
+    @field_validator("tensor")
+    @classmethod
+    def _stands_alone(cls, value: int, known: ValidationInfo) -> int:
+        if value > 1 and (known.data.get("data", 1) > 1 or known.data.get("fsdp")):
+            raise ValueError("is not available together with 'data' or 'fsdp'")
+        return value
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.tensor
+
+    @property
+    def sharding(self) -> Sharding:
+        if self.tensor > 1:
+            return "tensor"
+        return "fsdp" if self.fsdp else "none"
 
 
 class FineTuningCreate(BaseModel):
@@ -108,6 +130,16 @@ class FineTuningCreate(BaseModel):
     def _comes_later(cls, value: Any) -> Any:
         if value:
             raise ValueError("is not available in this version")
+        return value
+
+    @field_validator("parallelism")
+    @classmethod
+    def _works_with_what_is_trained(cls, value: Parallelism, known: ValidationInfo) -> Parallelism:
+        method, plain = known.data.get("method"), known.data.get("hyperparameters")
+        asked = method.supervised.hyperparameters if method is not None and method.supervised is not None else plain
+        if value.tensor > 1 and not (asked is not None and asked.full):
+            # peft gives its matrices the whole layer's shape, transformers' plan the share's (peft issues 3614, 3628).
+            raise ValueError("tensor: is for full fine-tuning ('full': true); with LoRA, divide by 'data' and 'fsdp'")
         return value
 
     @model_validator(mode="after")

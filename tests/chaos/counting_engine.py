@@ -1,4 +1,5 @@
-"""The engine child with a tally: every computed line is appended to a file, so that recomputation can be counted.
+"""The engine child with a tally: every computed line is appended to a file with the engine's pid, so that what is
+computed again can be counted, and laid to the kill that ended that engine.
 
 Run as the engine's module by `tests.chaos.worker`; the tally's path is the first argument after the engine's own.
 CHAOS_LANES lines are computed at a time, as by a device that is full (by default all at once, as `echo` does): slices
@@ -57,7 +58,7 @@ class CountingEcho(echo.EchoEngine):
         response = super()._answer(request)
         if response.choices[0][0] == os.environ.get("CHAOS_POISON"):
             os.kill(os.getpid(), signal.SIGKILL)
-        os.write(self.tally, response.choices[0][0].encode() + b"\n")
+        os.write(self.tally, f"{response.choices[0][0]} {os.getpid()}\n".encode())
         return response
 
 

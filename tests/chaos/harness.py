@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import openai
@@ -22,8 +21,6 @@ from shared.queueing.wake import connect_redis
 from tests.support.batches import chat_line, jsonl
 from tests.support.servers import ROOT, wait_until
 
-SETTLED_SECONDS = 5.0
-"""After a kill: by then what it cost is computed again."""
 FAST = {
     "LAMPLIGHTER_LEASE_SECONDS": "6",
     "LAMPLIGHTER_HEARTBEAT_SECONDS": "1",
@@ -48,8 +45,7 @@ WORKERS = 2
 class Outcome:
     """What a chaos run came to.
 
-    `wanted` is how many kills were to hit work under way; `recomputable` how many lines they may have cost when each
-    lost at most one flush of each slice that ran in what was killed.
+    `wanted` is how many kills were to hit work under way.
     """
 
     name: str
@@ -61,9 +57,10 @@ class Outcome:
     twice: int = 0
     failed: int = 0
     recomputed: int = 0
-    recomputable: int = 0
-    after_kills: list = field(default_factory=list)
-    """(when, lines recomputed by then, what this kill may cost) of each kill."""
+    costs: dict = field(default_factory=dict)
+    """Lines computed again, by the number of the kill that ended the engine which had computed them; None: by no kill."""
+    flushes: dict = field(default_factory=dict)
+    """How many lines each kill may cost, by its number."""
     stale_writes: int = 0
     findings: int = 0
     seconds: float = 0.0
@@ -75,16 +72,8 @@ class Outcome:
 
     @property
     def worst_excess(self) -> int:
-        """Lines recomputed from one kill to the next beyond what that kill and those just before it may cost, at most.
-
-        What a kill costs is computed again within seconds: another worker takes it, and holds each line for a while.
-        """
-        counts = [count for _, count, _ in self.after_kills] + [self.recomputed]
-        worst = 0
-        for (at, _, _), (before, after) in zip(self.after_kills, pairwise(counts), strict=True):
-            allowed = sum(cost for when, _, cost in self.after_kills if at - SETTLED_SECONDS <= when <= at)
-            worst = max(worst, after - before - allowed)
-        return worst
+        """Lines that one kill had computed again beyond a flush of what it ended, at most; no kill, no line."""
+        return max((cost - self.flushes.get(kill, 0) for kill, cost in self.costs.items()), default=0)
 
     @property
     def is_complete(self) -> bool:
@@ -133,6 +122,8 @@ class Chaos:
         self.stack = Stack(options)
         self.longest_ms = longest_ms
         self.batch_id = ""
+        self._ended: dict[int, int] = {}
+        """Engines' pids, and the number of the kill that ended each."""
 
     def hurry(self) -> None:
         """Let the rest of the batch run without delay: the kills are done."""
@@ -230,37 +221,38 @@ class Chaos:
         if not busy:
             return False
         what = self.random.choices(["celery", "engine", "launcher"], weights=[5, 4, 1])[0]
-        if what == "launcher":
-            if not self.kill_service("launcher"):
-                return False
-        else:
-            victim = self.random.choice(busy)
-            try:
-                victim = victim if what == "celery" else victim.children()[0]
+        try:
+            victims = self.workers() if what == "launcher" else [self.random.choice(busy)]
+            engines = [child for victim in victims for child in victim.children()]
+            if what == "launcher":
+                if not self.kill_service("launcher"):
+                    return False
+            else:
+                victim = victims[0] if what == "celery" else engines[0]
                 if victim.status() == psutil.STATUS_ZOMBIE:
                     return False
                 victim.send_signal(signal.SIGKILL)
                 victim.wait(10)
-            except (psutil.NoSuchProcess, IndexError):
-                return False
-            self.outcome.kills[what] += 1
-        self.outcome.recomputable += self._may_cost(what)
-        self.outcome.after_kills.append((time.monotonic(), self._recomputed(), self._may_cost(what)))
+                self.outcome.kills[what] += 1
+        except (psutil.NoSuchProcess, IndexError):
+            return False
+        self._ended |= dict.fromkeys((engine.pid for engine in engines), self.outcome.killed)
+        self.outcome.flushes[self.outcome.killed] = self._flush_of(what)
         return True
 
-    def _recomputed(self) -> int:
-        """Return how many lines were computed that had been computed before."""
-        computed = self.tally.read_bytes().splitlines() if self.tally.exists() else []
-        return len(computed) - len(set(computed))
+    def _costs(self) -> dict[int | None, int]:
+        """Return how many lines each kill had computed again, by its number."""
+        if not self.tally.exists():
+            return {}
+        computed: dict[str, list[int]] = {}
+        for entry in self.tally.read_text().splitlines():
+            line, pid = entry.split()
+            computed.setdefault(line, []).append(int(pid))
+        return dict(Counter(self._ended.get(pid) for pids in computed.values() for pid in pids[:-1]))
 
-    def _may_cost(self, what: str) -> int:
-        """Return how many lines a kill may have computed again: a flush of each slice that ran in what died.
-
-        An engine's answers are kept by its worker, so its death costs only lines that were on their way there.
-        """
+    def _flush_of(self, what: str) -> int:
+        """Return how many lines a kill may have computed again: a flush of each slice that ran in what died."""
         settings = self.stack.settings("worker")
-        if what == "engine":
-            return settings.slots
         return settings.slots * settings.flush_lines * (WORKERS if what == "launcher" else 1)
 
     def kill_service(self, name: str) -> bool:
@@ -377,6 +369,7 @@ class Chaos:
         self.outcome.twice = rows - lines
         self.outcome.failed = failed
         self.outcome.findings = self.query("SELECT count(*) FROM audit_finding")[0][0]
-        self.outcome.recomputed = len(self.tally.read_bytes().splitlines()) - self.outcome.lines
+        self.outcome.costs = self._costs()
+        self.outcome.recomputed = sum(self.outcome.costs.values())
         logs = (self.stack.log_directory / "launcher.log").read_text(errors="replace")
         self.outcome.stale_writes = logs.count("stale write rejected")

@@ -101,12 +101,11 @@ def _add_rows(table: Table, name: str, outcome) -> None:
         what = f"{outcome.size}: stale writes seen and rejected"
         table.add(f"chaos-{name}-seen", what, outcome.stale_writes, "writes", "> 0", outcome.stale_writes > 0)
     if name == "workers":
-        what = f"{outcome.size}: lines recomputed a kill ({outcome.recomputed} in all)"
-        bar = f"≤ one flush of each slice ({outcome.recomputable} in all)"
-        few = outcome.recomputed <= outcome.recomputable
-        table.add(f"chaos-{name}-recomputed", what, outcome.recomputed / max(1, outcome.killed), "lines", bar, few)
-        what = f"{outcome.size}: lines recomputed after one kill beyond a flush of what died, the worst"
-        table.add(f"chaos-{name}-worst", what, outcome.worst_excess, "lines", "≤ 0", outcome.worst_excess <= 0)
+        mean = outcome.recomputed / max(1, outcome.killed)
+        what = f"{outcome.size}: lines that one kill had recomputed, at most ({mean:.2f} on average)"
+        bar = f"≤ a flush of each slice it ended ({max(outcome.flushes.values(), default=0)} at most)"
+        most = max(outcome.costs.values(), default=0)
+        table.add(f"chaos-{name}-recomputed", what, most, "lines", bar, outcome.worst_excess <= 0)
     for what, seconds in outcome.slowest.items():
         bar = BARS.get(what, OTHER_BAR)
         text = f"{outcome.size}: {what}, slowest"

@@ -17,7 +17,7 @@ from services.worker.trainer.errors import BaseRefused, LossNotFinite
 from services.worker.trainer.language_model import load_language_model
 from services.worker.trainer.lora import LoraLinear
 from services.worker.trainer.trainer import Trainer
-from tests.support.models import make_tiny_llama, tiny_tokenizer
+from tests.support.models import KINDS, make_tiny, make_tiny_llama, tiny_tokenizer
 from tests.support.trainer_oracle import (
     CPU,
     STEPS,
@@ -36,19 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-SHAPE = dict(
-    vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, pad_token_id=0,
-)  # fmt: skip
-GPT2 = dict(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1,
-            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)  # fmt: skip
-KINDS = {
-    "llama": ("LlamaConfig", SHAPE),
-    "qwen3": ("Qwen3Config", SHAPE | {"head_dim": 8}),
-    "mistral": ("MistralConfig", SHAPE | {"sliding_window": 6, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", SHAPE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
-    "gpt2": ("GPT2Config", GPT2),
-}
 PADDED = {"gemma2"}
 """Kinds whose attention does what packed attention does not: their examples are padded."""
 
@@ -58,15 +45,8 @@ def bases(tmp_path_factory):
     """Return a function that makes the directory of a tiny model of a kind."""
 
     def make(kind):
-        import transformers
-
         directory = tmp_path_factory.getbasetemp() / f"base-{kind}"
-        if not directory.exists():
-            torch.manual_seed(0)
-            name, shape = KINDS[kind]
-            AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape)).save_pretrained(directory)
-            tiny_tokenizer().save_pretrained(directory)
-        return directory
+        return directory if directory.exists() else make_tiny(kind, directory)
 
     return make
 

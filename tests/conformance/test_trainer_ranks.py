@@ -1,6 +1,10 @@
 """Two processes that train one job together end with the weights of one process; one that is lost costs nothing."""
 
+import contextlib
+import json
+import queue
 import time
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -22,7 +26,7 @@ from services.worker.protocol import (
     Stopped,
 )
 from services.worker.trainer.data import share
-from tests.support.models import make_tiny_llama
+from tests.support.models import make_tiny, make_tiny_llama
 from tests.support.servers import wait_until
 from tests.support.trainer_runs import (
     TrainerChild,
@@ -55,27 +59,43 @@ def validation(scratch):
     return str(write_prepared(scratch / "ranks-validation", *random_examples(7, seed=9)))
 
 
-@pytest.fixture
-def child():
-    running = TrainerChild()
+@pytest.fixture(scope="module")
+def children():
+    """The trainer children of two workers; one that died comes back with its next job."""
+    running = [TrainerChild(), TrainerChild()]
     yield running
-    running.close()
+    for child in running:
+        child.close()
+
+
+def one_job(child):
+    """Yield a child; what is left of its job afterwards goes with it."""
+    yield child
+    if not child.said or not isinstance(child.said[-1], Finished | Failed):
+        child.kill()
+        wait_until(lambda: is_gone(child), 20)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            child.inbox.get(timeout=0.3)
+    child.said.clear()
 
 
 @pytest.fixture
-def second():
-    """The trainer child of another worker."""
-    running = TrainerChild()
-    yield running
-    running.close()
+def child(children):
+    yield from one_job(children[0])
 
 
-def together(first, second, *arguments, **fields):
+@pytest.fixture
+def second(children):
+    yield from one_job(children[1])
+
+
+def together(first, second, *arguments, sharding="none", memory_bytes=(None, None), **fields):
     """Have two children begin a job together, as their workers do."""
-    wanted = spec(*arguments, place=Place(0, 2), **(RUN | fields))
+    wanted = spec(*arguments, place=Place(0, 2, sharding=sharding), memory_bytes=memory_bytes[0], **(RUN | fields))
     first.train(wanted)
-    port = first.next(Listening).port
-    second.train(msgspec.structs.replace(wanted, place=Place(1, 2, port=port)))
+    place = Place(1, 2, port=first.next(Listening).port, sharding=sharding)
+    second.train(msgspec.structs.replace(wanted, place=place, memory_bytes=memory_bytes[1]))
 
 
 def run(child, *arguments, second=None, **fields):
@@ -88,29 +108,67 @@ def run(child, *arguments, second=None, **fields):
     return child.said[said:]
 
 
+def data_bytes(pid):
+    """Return what the kernel counts of a process against RLIMIT_DATA."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmData")]
+    return int(line.split()[1]) * 1024
+
+
 def is_gone(child):
     return child.pid is None
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_two_processes_are_one(base, data, validation, tmp_path, child, second, full):
+@pytest.mark.parametrize(
+    ("kind", "full", "sharding"),
+    [
+        ("llama", False, "none"),
+        ("llama", True, "none"),
+        ("llama", False, "fsdp"),
+        ("llama", True, "fsdp"),
+        ("gpt2", False, "fsdp"),
+        ("gemma2", True, "fsdp"),
+        ("llama", True, "tensor"),
+        ("qwen3", True, "tensor"),
+    ],
+)
+def test_two_processes_are_one(data, validation, tmp_path, child, second, kind, full, sharding):
+    base = make_tiny(kind, tmp_path / "base")
     asked = {"validation": validation, "full": full, "dtype": "float64"}
     alone = run(child, base, data, tmp_path / "one", **asked)
-    both = run(child, base, data, tmp_path / "two", second=second, **asked)
+    both = run(child, base, data, tmp_path / "two", second=second, sharding=sharding, **asked)
     one, two = (weights_of(tmp_path / name / "model") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(one[name].shape == two[name].shape for name in one)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-8
     for step, expected in metrics_of(alone).items():
-        assert metrics_of(both)[step] == pytest.approx(expected, abs=1e-9), step
+        assert metrics_of(both)[step] == pytest.approx(expected, rel=1e-7, abs=1e-8), step
     evaluated = [[(m.step, m.loss, m.accuracy) for m in said if isinstance(m, Evaluated)] for said in (alone, both)]
     assert evaluated[1] == [pytest.approx(values, abs=1e-9) for values in evaluated[0]]
     said = [message for message in second.said if not isinstance(message, Finished)]
     assert isinstance(second.finish(), Finished) and said == []  # the first speaks for both
+    configurations = [list((tmp_path / name / "model").glob("*config.json")) for name in ("one", "two")]
+    for ours, theirs in zip(*map(sorted, configurations), strict=True):
+        assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
+def test_a_model_that_cannot_be_divided_is_refused(base, data, tmp_path, child, second):
+    """Three heads, of which two processes can have no equal share; and a model for which there is no plan."""
+    odd = make_tiny_llama(tmp_path / "odd", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    together(child, second, odd, data, tmp_path / "out", sharding="tensor", full=True)
+    failed = child.next(Failed)
+    assert failed.code == "base_refused" and "num_attention_heads = 3" in failed.message
+    assert second.next(Failed).code == "base_refused"
+    together(child, second, make_tiny("gpt2", tmp_path / "gpt2"), data, tmp_path / "out", sharding="tensor", full=True)
+    failed = child.next(Failed)
+    assert failed.code == "base_refused" and "tp_plan" in failed.message
+    assert second.next(Failed).code == "base_refused"
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp", "tensor"])
 def test_a_lost_process_ends_its_fellows_and_the_job_goes_on_with_the_same_bits(
-    base, data, validation, tmp_path, child, second
+    base, data, validation, tmp_path, child, second, sharding
 ):
-    asked = {"validation": validation, "lora_dropout": 0.1}
+    kind = {"lora_dropout": 0.1} if sharding == "none" else {"full": True}
+    asked = {"validation": validation, "sharding": sharding} | kind
     expected = run(child, base, data, tmp_path / "undisturbed", second=second, **asked)
     said = len(child.said)
     together(child, second, base, data, tmp_path / "lost", checkpoints=EVERY_STEP, **asked)
@@ -126,6 +184,28 @@ def test_a_lost_process_ends_its_fellows_and_the_job_goes_on_with_the_same_bits(
     weights = weights_of(tmp_path / "lost" / "model")
     undisturbed = weights_of(tmp_path / "undisturbed" / "model")
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_a_rank_short_of_memory_has_the_next_try_compute_less(scratch, tmp_path, child, second):
+    """Which of two ranks in step runs out in the midst of a pass, the other cannot go on, and neither does it again."""
+    base = make_tiny_llama(scratch / "wide-ranks-base", vocab_size=16_384)
+    data = write_prepared(tmp_path / "data", *random_examples(64, longest=120), vocabulary=16_384)
+    run = {"batch_size": 64, "max_steps": 3, "dtype": "float64", "sharding": "fsdp"}
+    together(child, second, base, data, tmp_path / "free", **run)
+    child.next(Started)
+    loaded = data_bytes(child.pid)
+    assert isinstance(child.finish(), Finished)
+    second.kill()
+    tries = 0
+    while tries == 0 or child.next(Finished, Failed) is None:
+        tries += 1
+        wait_until(lambda: is_gone(second), 20)
+        together(child, second, base, data, tmp_path / "tight", memory_bytes=(None, loaded + (100 << 20)), **run)
+    assert isinstance(child.said[-1], Finished), child.said[-1]
+    assert tries >= 2 and 64 <= int((tmp_path / "tight/micro_batch_tokens").read_text()) < 4096
+    free, tight = (weights_of(tmp_path / name / "model") for name in ("free", "tight"))
+    for name, weight in free.items():
+        torch.testing.assert_close(tight[name], weight, rtol=1e-7, atol=1e-9)
 
 
 def test_the_first_ones_loss_ends_the_second(base, data, tmp_path, child, second):

@@ -20,7 +20,7 @@ from services.preprocessor.preparation import Options, prepare
 from services.preprocessor.shards import PARTIAL_PREFIX, STALE_SECONDS, find_shards
 from services.preprocessor.tokenization import Encoded, ExampleEncoder, TokenizerFiles
 from shared.domain.errors import ModelRefused
-from shared.domain.fine_tuning import Hyperparameters
+from shared.domain.fine_tuning import Hyperparameters, Parallelism
 from shared.domain.training_file import MAX_ERRORS, Faults, TrainingFileChecker, TrainingFileRefused
 from tests.support.chat_models import (
     ALPACA,
@@ -798,6 +798,13 @@ def test_steps_tokens_and_trained_weights_are_exact(llama, tmp_path):
     assert told.memory.optimizer_bytes == 16 * trained
     full = estimate(made.manifest, Hyperparameters(full=True), llama, "bfloat16")
     assert full.memory.weights_bytes + full.memory.optimizer_bytes == 16 * elements and full.seconds is None
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    rest = elements - model.config.num_hidden_layers * layer
+    for parallelism, gathered in (({"tensor": 2}, 0), ({"data": 2, "fsdp": True}, rest + 2 * layer)):
+        together = Parallelism(**parallelism)
+        divided = estimate(made.manifest, Hyperparameters(full=True), llama, "bfloat16", together)
+        assert divided.memory.fixed_bytes == 16 * elements // 2 + 4 * gathered, parallelism
 
 
 def test_activations_are_near_what_a_backward_pass_keeps(llama, tmp_path):

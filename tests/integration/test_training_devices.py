@@ -104,6 +104,25 @@ def test_both_devices_train_and_the_result_is_that_of_one(sdk, native, stack, al
     assert answer.usage.completion_tokens > 0
 
 
+@pytest.mark.parametrize(
+    ("parallelism", "more"),
+    [({"data": 2, "fsdp": True}, {}), ({"tensor": 2}, {"full": True})],
+    ids=["fsdp", "tensor"],
+)
+def test_a_model_divided_between_two_devices_is_trained_and_served(sdk, stack, lent, parallelism, more):
+    hyper = {"n_epochs": 4, "batch_size": 4} | more
+    job = create(sdk, "tunable", hyper=hyper, extra_body={"parallelism": parallelism})
+    job = wait_for(sdk, job.id)
+    assert job.status == "succeeded", job.error
+    expected = wait_for(sdk, create(sdk, "tunable", hyper=hyper).id)
+    assert losses(sdk, job.id) == pytest.approx(losses(sdk, expected.id), abs=2e-3)
+    wait_until(lambda: lent() == 0 and not trainers(stack), 20, "the device is its worker's again")
+    answer = sdk.chat.completions.create(
+        model=job.fine_tuned_model, messages=[{"role": "user", "content": "say red"}], max_tokens=3
+    )
+    assert answer.usage.completion_tokens > 0
+
+
 @pytest.mark.parametrize("who", ["leader", "follower", "follower's worker"])
 def test_a_lost_process_costs_a_few_steps_and_no_result(sdk, native, stack, alone, lent, who):
     job = start(sdk)
@@ -149,7 +168,9 @@ def test_a_paused_or_cancelled_job_gives_both_devices_back(sdk, stack, lent):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"data": 0}, {"data": 65}, {"fsdp": True}, {"data": 2, "tensor": 2}, {"pipeline": 2}], ids=json.dumps
+    "asked",
+    [{"data": 0}, {"data": 65}, {"fsdp": True}, {"data": 2, "tensor": 2}, {"tensor": 2}, {"pipeline": 2}],
+    ids=json.dumps,
 )
 def test_what_cannot_be_is_refused_when_it_is_asked_for(sdk, native, asked):
     with pytest.raises(openai.BadRequestError) as refused:

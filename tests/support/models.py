@@ -2,6 +2,21 @@
 
 from pathlib import Path
 
+SHAPE = dict(
+    vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, pad_token_id=0,
+)  # fmt: skip
+GPT2 = dict(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1,
+            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)  # fmt: skip
+KINDS = {
+    "llama": ("LlamaConfig", SHAPE),
+    "qwen3": ("Qwen3Config", SHAPE | {"head_dim": 8}),
+    "mistral": ("MistralConfig", SHAPE | {"sliding_window": 6, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", SHAPE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "gpt2": ("GPT2Config", GPT2),
+}
+"""Small shapes of decoders, by kind."""
+
 
 def tiny_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,5 +48,18 @@ def make_tiny_llama(directory: Path, **config) -> Path:
         initializer_range=0.3,
     )
     LlamaForCausalLM(LlamaConfig(**(shape | config))).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_tiny(kind: str, directory: Path) -> Path:
+    """Write a model of one of KINDS, with a tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    name, shape = KINDS[kind]
+    config = getattr(transformers, name)(**shape)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

@@ -188,6 +188,13 @@ def micro_batches(data: PreparedData, examples: Indices, budget_tokens: int, *, 
         yield _pack(data, chosen) if packed else _pad(data, chosen)
 
 
+def idle_batch(*, packed: bool) -> MicroBatch:
+    """Return a micro-batch of one token of which nothing is learnt."""
+    nothing = torch.zeros((1, 1), dtype=torch.int64)
+    lengths = [1] if packed else None
+    return MicroBatch(nothing, nothing, lengths, nothing.bool(), nothing.new_zeros(0), tokens=0, examples=0)
+
+
 def _pack(data: PreparedData, examples: Sequence[int]) -> MicroBatch:
     lengths = [int(data.lengths[example]) for example in examples]
     tokens = np.concatenate([data.tokens(example) for example in examples]).astype(np.int64)

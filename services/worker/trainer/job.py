@@ -16,8 +16,8 @@ from services.worker.trainer.errors import BaseRefused, StopRequested
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.language_model import load_language_model
 from services.worker.trainer.memory import limit_memory
-from services.worker.trainer.ranks import Ranks, SharedGate
-from services.worker.trainer.trainer import StepMetrics, Trainer
+from services.worker.trainer.ranks import Ranks, RanksLost, SharedGate
+from services.worker.trainer.trainer import SHORT_OF_MEMORY, StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ BITS_DEPEND_ON = ("torch", "transformers", "peft", "numpy", "safetensors")
 """Libraries whose versions stand in every checkpoint."""
 CHANGE_NO_RESULT = ("micro_batch_tokens", "gradient_checkpointing")
 """Hyperparameters that only say how a step is computed: a run may go on with others."""
+SHORTAGE_FILE = "micro_batch_tokens"
+"""In the job's directory: how many tokens at a time are still to be tried, after ranks in step ran out of memory."""
 TRAINING_BYTES_PER_WEIGHT = 12
 """A float32 weight and two moments, as they are written."""
 
@@ -72,7 +74,9 @@ class FineTuningJob:
         is_full = spec.hyperparameters.full
         source = checkpoint / "model" if checkpoint and is_full else Path(spec.base)
         with self._pulse.uncounted():
-            self._model = load_language_model(source, spec.base_name, spec.hyperparameters, device, spec.seed)
+            self._model = load_language_model(
+                source, spec.base_name, spec.hyperparameters, device, spec.seed, self._ranks
+            )
         self._require_vocabulary()
         self._model.watch(self._pulse.advance)
         between = self._gate.pass_through
@@ -81,6 +85,7 @@ class FineTuningJob:
             if not is_full:
                 self._model.load_adapter(checkpoint / "model")
             self.trainer.load(checkpoint)
+        self._remember_shortage()
 
     def _started(self, skipped: list[str]) -> Started:
         trainer = self.trainer
@@ -103,8 +108,22 @@ class FineTuningJob:
                 known = self._model.vocabulary
                 raise BaseRefused(f"The data has {data.manifest.vocabulary} tokens to choose from, its base {known}.")
 
+    def _remember_shortage(self) -> None:
+        """Compute no more at a time than fitted when a rank last ran out of memory in the midst of a pass."""
+        if self._ranks.is_in_step:
+            path, state = self._output / SHORTAGE_FILE, self.trainer.state
+            found = path.read_text() if self._ranks.is_first and path.exists() else ""
+            told = self._ranks.tell("micro-batch", found)
+            state.micro_batch_tokens = min(state.micro_batch_tokens, int(told or state.micro_batch_tokens))
+
+    def _note_shortage(self) -> None:
+        """Once a rank has left for lack of memory: have the next try compute less at a time. Raises OutOfMemory."""
+        if self._ranks.is_first and self._ranks.is_in_step and self._ranks.was_abandoned(SHORT_OF_MEMORY):
+            self.trainer.shrink()
+            (self._output / SHORTAGE_FILE).write_text(str(self.trainer.state.micro_batch_tokens))
+
     def run(self) -> Finished:
-        """Train to the end. Raises TrainingFailed, and StopRequested once a checkpoint is written."""
+        """Train to the end. Raises TrainingFailed, RanksLost, and StopRequested once a checkpoint is written."""
         trainer = self.trainer
         try:
             while True:
@@ -117,6 +136,9 @@ class FineTuningJob:
                 self._tell(trainer.train_step(), time.monotonic() - started)
         except StopRequested:
             self._save()
+            raise
+        except RanksLost:
+            self._note_shortage()
             raise
 
     def _tell(self, metrics: StepMetrics, seconds: float) -> None:
@@ -151,22 +173,31 @@ class FineTuningJob:
             or (policy.every_steps is not None and step % policy.every_steps == 0)
             or (policy.every_seconds is not None and time.monotonic() - self._saved_at >= policy.every_seconds)
         )
+        if self._ranks.is_in_step:
+            # All give their shares, when the first one's clock says so.
+            is_due = self._ranks.any(is_due and self._ranks.is_first)
         if is_due:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint, if there is anything new and this is the rank that writes."""
+        """Write a checkpoint, if there is anything new; ranks that do not write give what they have of it."""
         step = self.trainer.state.step
-        if self._store is None or step == self._saved_step:
+        if step == self._saved_step:
             return
-
-        def write(directory: Path) -> None:
-            self._model.save(directory / "model")
-            self.trainer.save(directory)
-
-        with self._pulse.uncounted():
-            checkpoint = self._store.save(step, write, self._expected_bytes)
+        if self._store is not None:
+            self._write_checkpoint(self._store, step)
+        elif self._ranks.is_in_step:
+            with self._pulse.waiting():
+                self._write_state(None)
         self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _write_state(self, directory: Path | None) -> None:
+        self._model.save(directory / "model" if directory else None)
+        self.trainer.save(directory)
+
+    def _write_checkpoint(self, store: CheckpointStore, step: int) -> None:
+        with self._pulse.uncounted():
+            checkpoint = store.save(step, self._write_state, self._expected_bytes)
         self._report(
             CheckpointWritten(
                 str(checkpoint.path), str(checkpoint.model), step, checkpoint.sha256, dict(self.trainer.state.metrics)
@@ -184,6 +215,9 @@ class FineTuningJob:
             with self._pulse.uncounted(), as_disk_full():
                 require_room(self._output, self._expected_bytes)
                 write_directory(model, self._model.save_product)
+        elif self._ranks.is_in_step:
+            with self._pulse.waiting():
+                self._model.save_product(None)
         return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics))
 
 

@@ -1,6 +1,7 @@
 """A causal language model in training: loaded, laid out, computed, saved."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from services.worker.protocol import Hyperparameters
@@ -19,11 +20,14 @@ from services.worker.trainer.cross_entropy import summed_cross_entropy
 from services.worker.trainer.data import MicroBatch
 from services.worker.trainer.errors import BaseRefused
 from services.worker.trainer.lora import ADAPTER, attach_lora
+from services.worker.trainer.ranks import Ranks
+from services.worker.trainer.sharding import is_divided, loading_arguments, require_divisible, shard_layers, whole
 
 log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALIGNMENT_BYTES = 64
+NOTHING = torch.empty(0)
 PROBE_LENGTHS = (5, 9)
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far packed logits may be from those of an example alone, as a share of the largest."""
@@ -32,11 +36,11 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-
 class CausalLanguageModel:
     """What a trainer needs of its model. Other things to train, such as several heads, have the same methods."""
 
-    def __init__(self, model: Any, tokenizer: Any, asked: Hyperparameters) -> None:
+    def __init__(self, model: Any, tokenizer: Any, asked: Hyperparameters, is_packed: bool) -> None:
         """Take a model with its adapter, if it has one; `full` trains all of its weights."""
         self._model, self._tokenizer, self._asked = model, tokenizer, asked
         self._plain = model.get_base_model() if not asked.full else model
-        self.is_packed = pack_if_possible(self._plain)
+        self.is_packed = is_packed
         if asked.gradient_checkpointing:
             self._plain.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -94,16 +98,45 @@ class CausalLanguageModel:
             if isinstance(module, GradientCheckpointingLayer):
                 module.register_forward_hook(note)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | None) -> None:
         """Write a directory that peft or transformers load: an adapter, or a model with its tokenizer.
 
-        A model is written in the number type of its training weights, so that training can go on from it.
+        A model is written in the number type of its training weights, so that training can go on from it. Without a
+        directory, only give this rank's shares of the weights to the one that writes.
         """
-        directory.mkdir(parents=True, exist_ok=True)
         if self._asked.full:
-            self._model.save_pretrained(directory)
+            self._save_model(directory, self._model.dtype)
+        elif directory is not None:
+            self._save_adapter(directory)
+
+    def save_product(self, directory: Path | None) -> None:
+        """Write what `save` does, in the number type that was asked for."""
+        if self._asked.full:
+            self._save_model(directory, getattr(torch, self._asked.dtype))
+        else:
+            self.save(directory)
+
+    def _save_model(self, directory: Path | None, dtype: torch.dtype) -> None:
+        weights: dict[str, torch.Tensor] = {}
+        names: dict[torch.Tensor, str] = {}
+        for name, weight in self._model.state_dict(keep_vars=True).items():
+            known = names.setdefault(weight, name)  # tied weights are one tensor by several names
+            if known != name:
+                weights[name] = weights[known]
+                continue
+            full = whole(weight.detach())
+            is_kept = directory is not None
+            weights[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype) if is_kept else NOTHING
+        if directory is not None:
+            self._model.save_pretrained(directory, state_dict=weights)
+            # Written again: transformers has put in the number type of the training weights.
+            config = copy.copy(self._model.config)
+            config.dtype = dtype
+            config.save_pretrained(directory)
             self._tokenizer.save_pretrained(directory)
-            return
+
+    def _save_adapter(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         # The embeddings never change size; asked whether they did, peft would look for the base on the hub.
         weights = get_peft_model_state_dict(self._model, adapter_name=ADAPTER, save_embedding_layers=False)
         weights = {name: weight.contiguous() for name, weight in weights.items()}
@@ -113,44 +146,51 @@ class CausalLanguageModel:
         config.save_pretrained(str(directory))
         config.inference_mode = False
 
-    def save_product(self, directory: Path) -> None:
-        """Write what `save` does, in the number type that was asked for; the training is over with it."""
-        if self._asked.full:
-            self._model.to(getattr(torch, self._asked.dtype))
-        self.save(directory)
-
     def load_adapter(self, directory: Path) -> None:
         """Take an adapter's weights as `save` wrote them."""
         set_peft_model_state_dict(self._model, load_file(directory / ADAPTER_WEIGHTS), adapter_name=ADAPTER)
 
 
 def load_language_model(
-    source: Path, base_name: str, asked: Hyperparameters, device: torch.device, seed: int
+    source: Path,
+    base_name: str,
+    asked: Hyperparameters,
+    device: torch.device,
+    seed: int,
+    ranks: Ranks | None = None,
 ) -> CausalLanguageModel:
     """Load a model to train; `source` is the base, or the model of a checkpoint of full fine-tuning.
 
-    Raises BaseRefused.
+    What is divided among ranks, this one holds its share of. Raises BaseRefused.
     """
+    ranks = ranks or Ranks()
     trained_type = torch.float32 if asked.full and asked.dtype == "bfloat16" else getattr(torch, asked.dtype)
+    known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        require_divisible(AutoConfig.from_pretrained(source, **known), ranks)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=trained_type, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            source, dtype=trained_type, use_safetensors=True, **known, **loading_arguments(ranks)
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        align(model.to(device))
+        tokenizer = AutoTokenizer.from_pretrained(source, **known)
+        # What is saved is whole, so its configuration must not speak of a division.
+        model.config.__dict__.pop("distributed_config", None)
+        align(model if ranks.is_fully_sharded else model.to(device))
+        is_packed = pack_if_possible(model)
+        if ranks.is_fully_sharded:
+            shard_layers(model, device)
         # Before the adapter's first weights are drawn.
         torch.manual_seed(seed)
         model = model if asked.full else attach_lora(model, asked, base_name)
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise BaseRefused(f"The base model {base_name!r} cannot be trained: {first_line[:300]}") from error
-    return CausalLanguageModel(model, tokenizer, asked)
+    return CausalLanguageModel(model, tokenizer, asked, is_packed)
 
 
 def align(model: torch.nn.Module) -> None:
     """Move weights that lie as a file has them to where vectors begin: products' last bits depend on it."""
     for weight in model.parameters():
-        if weight.data_ptr() % ALIGNMENT_BYTES:
+        if not is_divided(weight) and weight.data_ptr() % ALIGNMENT_BYTES:
             weight.data = weight.data.clone()
 
 

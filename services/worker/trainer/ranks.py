@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Never, TypeVar
 
 import torch
 from torch import distributed
@@ -19,6 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from services.worker.protocol import FromChild, Listening, Place
 from services.worker.trainer.errors import StopRequested
 from services.worker.trainer.gate import Gate, Pulse
+from shared.domain.fine_tuning import Sharding
 
 LOOPBACK_INTERFACE = "lo"
 PATIENCE = timedelta(days=7)
@@ -29,28 +30,49 @@ RENDEZVOUS = timedelta(seconds=300)
 """How long they wait for each other at the start."""
 
 
+Result = TypeVar("Result")
+
+
 class RanksLost(Exception):
     """Another process of the job is gone."""
 
 
 class Ranks:
-    """This process's place among those of its job; by default, it trains alone."""
+    """This process's place among those of its job; by default, it trains alone.
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    `share` of `shares`: which part of every step's examples is this process's. Under tensor parallelism all have the
+    same examples, so there is one share.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, sharding: Sharding = "none") -> None:
+        self.rank, self.size, self._store, self._sharding = rank, size, store, sharding
+        self.share, self.shares = (0, 1) if self.is_tensor_parallel else (rank, size)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_fully_sharded(self) -> bool:
+        return self._sharding == "fsdp" and self.size > 1
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        return self._sharding == "tensor" and self.size > 1
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether every pass of one rank needs a pass of each other, as weights are divided among them."""
+        return self.is_fully_sharded or self.is_tensor_parallel
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Give every rank the sum of all ranks' gradients; one that had nothing to learn adds nothing."""
-        if self.size == 1:
+        """Give every rank the sum of all shares' gradients; one that had nothing to learn adds nothing."""
+        if self.shares == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         # One message, and not one for each of an adapter's hundreds of small matrices.
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        _collective(lambda: distributed.all_reduce(flat))
+        collective(lambda: distributed.all_reduce(flat))
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         for parameter, summed in zip(parameters, parts, strict=True):
             parameter.grad = summed.view_as(parameter)
@@ -60,13 +82,33 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64)
-        _collective(lambda: distributed.all_reduce(values))
+        collective(lambda: distributed.all_reduce(values))
         summed: list[float] = values.tolist()
         return summed
+
+    def sum_shares(self, *numbers: float) -> list[float]:
+        """Return the sums over all examples, of numbers over each rank's share of them."""
+        return list(numbers) if self.shares == 1 else self.sum(*numbers)
 
     def any(self, is_so: bool) -> bool:
         """Say whether it is so in any rank."""
         return self.sum(float(is_so))[0] > 0
+
+    def most(self, number: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        value = torch.tensor(number)
+        collective(lambda: distributed.all_reduce(value, distributed.ReduceOp.MAX))
+        return int(value)
+
+    def abandon(self, reason: str) -> Never:
+        """Leave the others in the midst of a pass, and the reason with the first. Raises RanksLost."""
+        self._store.set(reason, "")
+        raise RanksLost(reason)
+
+    def was_abandoned(self, reason: str) -> bool:
+        """Say to the first whether any has left for this reason."""
+        left: bool = self._store.check([reason])
+        return left
 
     def tell(self, name: str, text: str) -> str:
         """Return the first rank's text to all; once for each name."""
@@ -78,9 +120,10 @@ class Ranks:
         return told.decode()
 
 
-def _collective(operation: Callable[[], object]) -> None:
+def collective(operation: Callable[[], Result]) -> Result:
+    """Do what takes all ranks. Raises RanksLost when one of them is gone."""
     try:
-        operation()
+        return operation()
     except RuntimeError as error:
         raise RanksLost(str(error)) from error
 
@@ -128,13 +171,13 @@ def _join(place: Place, report: Callable[[FromChild], None]) -> Ranks:
         os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK_INTERFACE
     store = _listen(place, report) if place.rank == 0 else _connect(place)
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    _collective(
+    collective(
         lambda: distributed.init_process_group(
             backends, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE
         )
     )
     store.set_timeout(PATIENCE)
-    return Ranks(place.rank, place.size, store)
+    return Ranks(place.rank, place.size, store, place.sharding)
 
 
 def _listen(place: Place, report: Callable[[FromChild], None]) -> TCPStore:

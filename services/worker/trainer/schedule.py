@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from services.worker.protocol import Hyperparameters
+from services.worker.trainer.sharding import is_divided
 
 LORA_LEARNING_RATE = 2e-4
 FULL_LEARNING_RATE = 2e-5
@@ -40,13 +41,14 @@ class Schedule:
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], asked: Hyperparameters) -> torch.optim.AdamW:
     """Return AdamW over `parameters`; biases and the weights of norms are not decayed, as is usual."""
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [
-        {"params": chosen, "weight_decay": decay}
-        for chosen, decay in ((matrices, asked.weight_decay), (vectors, 0.0))
-        if chosen
-    ]
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        # Weights that are divided among ranks and such that are not cannot be updated in one call.
+        groups.setdefault((parameter.ndim >= 2, is_divided(parameter)), []).append(parameter)
+    # Matrices first, as ever: the order is that of the optimizer's state.
+    ordered = sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    chosen = [{"params": group, "weight_decay": asked.weight_decay * is_matrix} for (is_matrix, _), group in ordered]
+    # torch's fused kernel for a CPU does not know divided weights.
+    is_fused = not any(divided for _, divided in groups)
     betas = (asked.adam_beta1, asked.adam_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=asked.adam_epsilon, fused=True)
+    return torch.optim.AdamW(chosen, lr=0.0, betas=betas, eps=asked.adam_epsilon, fused=is_fused)

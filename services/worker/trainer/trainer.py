@@ -19,16 +19,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.worker.protocol import Hyperparameters
-from services.worker.trainer.data import Indices, MicroBatch, PreparedData, StepSampler, micro_batches, plan, share
+from services.worker.trainer.data import (
+    Indices,
+    MicroBatch,
+    PreparedData,
+    StepSampler,
+    idle_batch,
+    micro_batches,
+    plan,
+    share,
+)
 from services.worker.trainer.errors import LossNotFinite, OutOfMemory
 from services.worker.trainer.memory import free_cached, is_out_of_memory
-from services.worker.trainer.ranks import Ranks
+from services.worker.trainer.ranks import Ranks, RanksLost
 from services.worker.trainer.schedule import Schedule, build_optimizer
+from services.worker.trainer.sharding import clip_gradients, is_divided, share_of, whole
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+IDLE_PASS = -1
+"""The number of a pass that computes nothing."""
+SHORT_OF_MEMORY = "short of memory"
 EVALUATED_AT_A_TIME = 32
 """Examples whose micro-batches are planned together in an evaluation; a pause waits for no more."""
 
@@ -137,8 +150,8 @@ class Trainer:
         step = self.state.step
         examples = self._sampler.batch(step)
         means = self._means(self._within_memory(self._data, examples, self._accumulate))
-        self._ranks.sum_gradients(list(self._parameters.values()))
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._asked.max_grad_norm))
+        self._ranks.sum_gradients([p for p in self._parameters.values() if not is_divided(p)])
+        norm = self._clip()
         if not np.isfinite(means.loss) or not np.isfinite(norm):
             raise LossNotFinite(f"Step {step + 1}: the loss is {means.loss}, the norm of its gradient {norm}.")
         rate = self._schedule.learning_rate(step)
@@ -149,6 +162,13 @@ class Trainer:
         tokens = int(self._data.lengths[examples].sum())
         self._note(means, tokens)
         return StepMetrics(means, rate, norm, tokens)
+
+    def _clip(self) -> float:
+        """Bound the norm of the gradient; return what it was."""
+        parameters, bound = self._parameters.values(), self._asked.max_grad_norm
+        if self._ranks.is_in_step:
+            return clip_gradients(parameters, bound)
+        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
     def _accumulate(self, data: PreparedData, examples: Indices) -> Sums:
         """Add up this rank's part of the gradient of the mean loss over all targets, in as many passes as it takes."""
@@ -183,19 +203,27 @@ class Trainer:
         return Sums.of([(*self._model.losses(batch), len(batch.targets)) for batch in passes])
 
     def _share(self, data: PreparedData, examples: Indices) -> Indices:
-        return examples[share(data.lengths[examples], self._ranks.rank, self._ranks.size)]
+        return examples[share(data.lengths[examples], self._ranks.share, self._ranks.shares)]
 
     def _passes(self, data: PreparedData, examples: Indices) -> Iterator[MicroBatch]:
         """Yield the micro-batches that have anything to learn, each with random numbers of its own."""
-        budget_tokens = self.state.micro_batch_tokens
-        for number, batch in enumerate(micro_batches(data, examples, budget_tokens, packed=self._model.is_packed)):
-            if len(batch.targets):
-                seed_everything(self._seed, self.state.step, self._ranks.rank, number)
-                yield batch.to(self._model.device)
+        budget_tokens, is_packed = self.state.micro_batch_tokens, self._model.is_packed
+        passes = [
+            (number, batch)
+            for number, batch in enumerate(micro_batches(data, examples, budget_tokens, packed=is_packed))
+            if len(batch.targets)
+        ]
+        if self._ranks.is_fully_sharded:
+            # Every layer is gathered from all: one that has less to do computes nothing along with the others.
+            idle = self._ranks.most(len(passes)) - len(passes)
+            passes += [(IDLE_PASS, idle_batch(packed=is_packed))] * idle
+        for number, batch in passes:
+            seed_everything(self._seed, self.state.step, self._ranks.share, number)
+            yield batch.to(self._model.device)
 
     def _means(self, sums: Sums) -> Means:
         """Return the means over what all ranks have computed."""
-        loss, correct, targets = self._ranks.sum(sums.loss, sums.correct, sums.targets)
+        loss, correct, targets = self._ranks.sum_shares(sums.loss, sums.correct, sums.targets)
         return Means(loss / max(1, targets), correct / max(1, targets), int(targets))
 
     def _within_memory(
@@ -217,8 +245,17 @@ class Trainer:
             return work(data, examples)
         except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
+                if self._ranks.is_in_step and isinstance(error, RuntimeError):
+                    raise RanksLost(str(error)) from error  # what a collective within a layer says
                 raise
+            if self._ranks.is_in_step:
+                # The others wait in the midst of this pass: nothing can be agreed upon any more.
+                self._ranks.abandon(SHORT_OF_MEMORY)
             return None
+
+    def shrink(self) -> None:
+        """Take half as many tokens at a time from this step on. Raises OutOfMemory when it cannot be divided."""
+        self._halve(self._data.lengths[self._sampler.batch(self.state.step)])
 
     def _halve(self, lengths: Indices) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -238,15 +275,19 @@ class Trainer:
         state.trained_tokens += means.targets
         state.metrics |= {"train_loss": means.loss, "train_mean_token_accuracy": means.accuracy}
 
-    def save(self, directory: Path) -> None:
-        """Write optimizer and state; the weights are the model's to save. Raises OSError."""
+    def save(self, directory: Path | None) -> None:
+        """Write optimizer and state; the weights are the model's to save. Raises OSError.
+
+        Without a directory, only give what this rank has of them to the one that writes.
+        """
         moments = {
-            f"{name}:{key}": value.detach().contiguous()
+            f"{name}:{key}": whole(value.detach()).contiguous()
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state[parameter].items()
         }
-        save_file(moments, directory / OPTIMIZER_FILE)
-        (directory / STATE_FILE).write_bytes(msgspec.json.encode(self.state))
+        if directory is not None:
+            save_file(moments, directory / OPTIMIZER_FILE)
+            (directory / STATE_FILE).write_bytes(msgspec.json.encode(self.state))
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote, with the model's weights already in place."""
@@ -254,7 +295,9 @@ class Trainer:
         moments = load_file(directory / OPTIMIZER_FILE, device=str(self._model.device))
         for key, value in moments.items():
             name, _, moment = key.rpartition(":")
-            self._optimizer.state[self._parameters[name]][moment] = value.clone()
+            parameter = self._parameters[name]
+            kept = value.clone() if value.ndim == 0 else share_of(value.clone(), parameter)
+            self._optimizer.state[parameter][moment] = kept
 
 
 def seed_everything(*place: int) -> None:
