@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-finetune peers chaos test-compose lock
+.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune peers chaos test-compose lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench-surface: setup ## Online calls, overload, fairness, schema
 
 bench-engine: setup ## The generation engine beside what users have; `make peers` first
 	$(BIN)/python -m tests.benchmarks.bench_engine
+
+bench-gpu: setup ## Generation on a GPU beside transformers' continuous batching and the bandwidth limit
+	$(BIN)/python -m tests.benchmarks.gpu.bench_generation
 
 bench-finetune: setup ## Training beside transformers' Trainer: right, exact after kills, fast, served at once
 	$(BIN)/python -m tests.benchmarks.bench_finetune

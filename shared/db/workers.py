@@ -180,6 +180,12 @@ def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), 0, r.state in ("idle", "busy")) for r in rows]
 
 
+def living(connection: Connection) -> int:
+    """Return how many workers have not been declared lost."""
+    count: int = connection.execute(text("SELECT count(*) FROM worker WHERE state <> 'lost'")).scalar_one()
+    return count
+
+
 LISTING = """
     SELECT worker_id, name, host, device, models, stats, now() - heartbeat_at AS silent_for,
         CASE WHEN heartbeat_at > now() - make_interval(secs => :silent_seconds) THEN state ELSE 'lost' END AS state

@@ -1,5 +1,6 @@
 """What a producer asks for with `POST /v1/fine_tuning/jobs`, and how it is shown again: OpenAI's shapes."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
@@ -102,6 +103,11 @@ class Parallelism(BaseModel):
         if self.tensor > 1:
             return "tensor"
         return "fsdp" if self.fsdp else "none"
+
+
+def devices_of(spec: Mapping[str, Any]) -> int:
+    """Return how many devices a job with this spec takes at once."""
+    return Parallelism.model_validate(spec.get("parallelism") or {}).devices
 
 
 class FineTuningCreate(BaseModel):

@@ -63,7 +63,7 @@ def run_part(part: str, table: Table, arguments: argparse.Namespace) -> None:
 
 def add_gpu_row(table: Table) -> None:
     """Say of the GPU's rows that this benchmark does not measure them."""
-    what = "Llama-8B's shape on a GPU: unmeasured here (python -m tests.benchmarks.gpu.bench_generation where there is one)"
+    what = "Llama-8B's shape on a GPU: unmeasured here (make bench-gpu where there is one)"
     table.add("engine-11", what, NOT_MEASURED, "", "≥ 1.5 × transformers', ≥ 0.5 of the bandwidth limit", None)
 
 
@@ -78,7 +78,6 @@ def main() -> int:
     for part in arguments.only:
         began = time.monotonic()
         run_part(part, table, arguments)
-        table.write()
         table.write()
         print(f"  ({part}: {time.monotonic() - began:.0f} s)", flush=True)
     if tuple(arguments.only) == PARTS:

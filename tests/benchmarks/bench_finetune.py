@@ -28,6 +28,7 @@ from tests.support.trainer_runs import (
     metrics_of,
     random_examples,
     spec,
+    train_together,
     weights_of,
     write_prepared,
 )
@@ -108,6 +109,32 @@ def bench_correctness(table: Table, directory: Path) -> None:
         share = 100 * share_of_movement(ours, theirs, first)
         what = f"{method}, float32: difference as a share of how far the weights moved"
         table.add(f"finetune-1{next(rows)}", what, share, "%", "≤ 0.5 %", share <= 0.5)
+
+
+def bench_ranks(table: Table, directory: Path) -> None:
+    """Rows 1e to 1i: two processes that train one job against one, in every way to divide it."""
+    base = make_tiny_llama(directory / "ranks", initializer_range=0.1)
+    data = write_prepared(directory / "ranks-data", *random_examples(21))
+    run = {"batch_size": 5, "max_steps": 12, "learning_rate": 1e-3, "dtype": "float64"}
+    with ExitStack() as stack:
+        first, second = TrainerChild(), TrainerChild()
+        stack.callback(first.close)
+        stack.callback(second.close)
+        rows = iter("efghi")
+        for full, sharding in ((False, "none"), (True, "none"), (False, "fsdp"), (True, "fsdp"), (True, "tensor")):
+            places = [directory / f"{name}-{full}-{sharding}" for name in ("one", "two")]
+            first.train(spec(base, data, places[0], full=full, **run))
+            assert isinstance(first.finish(), Finished)
+            train_together(first, second, spec(base, data, places[1], full=full, **run), sharding=sharding)
+            assert isinstance(first.finish(), Finished)
+            assert isinstance(second.finish(), Finished)
+            one, two = (weights_of(place / "model") for place in places)
+            apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+            how = {"none": "data", "fsdp": "data and fsdp", "tensor": "tensor"}[sharding]
+            what = (
+                f"two processes ({how}), {'full' if full else 'LoRA'}, float64: largest difference from one's weights"
+            )
+            table.add(f"finetune-1{next(rows)}", what, apart, "", "≤ 1e-8", apart <= 1e-8)
 
 
 def bench_resume(table: Table, directory: Path, kills: int) -> None:
@@ -225,7 +252,7 @@ def bench_child(table: Table, directory: Path) -> None:
     assert not checkpoints_of(child.said)
 
 
-PARTS = ("correctness", "resume", "child", "speed", "preprocessing", "serving", "learning")
+PARTS = ("correctness", "ranks", "resume", "child", "speed", "preprocessing", "serving", "learning")
 
 
 def main() -> int:
@@ -241,6 +268,7 @@ def main() -> int:
         directory.chmod(0o711)  # the embedded Postgres has an account of its own
         run = {
             "correctness": lambda: bench_correctness(table, directory),
+            "ranks": lambda: bench_ranks(table, directory),
             "resume": lambda: bench_resume(table, directory, scale.kills),
             "child": lambda: bench_child(table, directory),
             "speed": lambda: bench_speed(table, directory, scale),

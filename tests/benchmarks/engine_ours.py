@@ -1,4 +1,4 @@
-"""Our engine with nothing around it, as one side of a comparison: `MODEL DTYPE`; see `peers.rounds`.
+"""Our engine with nothing around it, as one side of a comparison: `MODEL DTYPE [DEVICE BYTES]`; see `peers.rounds`.
 
 The model's tokenizer writes tokens as numbers (`engine_workloads.number_tokenizer`), so that a text says which they were.
 """
@@ -13,8 +13,9 @@ CONTEXT = 2048
 
 
 def main() -> None:
-    directory, dtype = sys.argv[1:3]
-    engine = load_model(ModelSpec("ours", "causal_lm", directory, dtype=dtype, context_length=CONTEXT), "cpu:0")
+    directory, dtype, *place = sys.argv[1:]
+    device, budget = (place[0], int(place[1])) if place else ("cpu:0", 0)
+    engine = load_model(ModelSpec("ours", "causal_lm", directory, dtype=dtype, context_length=CONTEXT), device, budget)
 
     def run(jobs: list[dict]) -> Answers:
         for number, job in enumerate(jobs):

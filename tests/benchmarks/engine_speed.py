@@ -26,7 +26,7 @@ OTHER_BARS = {dtype: {"continuous": 1.5} for dtype in DTYPES}
 """For architectures that run through transformers' own modules."""
 ONCE = ("threads", "alone", "static", "sorted")
 """What takes minutes for a round has the first one only, all of it."""
-SAID = {"float32": ("alone", "static", "sorted"), "bfloat16": ("sorted",)}
+SAID = {"float32": ("alone", "static", "sorted", "prototype"), "bfloat16": ("sorted", "prototype")}
 """Ways that have no bar: they are measured on the first shape's mixed workload, to say where the field stands."""
 SAME_TOKENS = {"float32": 0.95, "bfloat16": 0.5}
 """Share of requests whose first token all sides draw alike: random weights leave many near ties, in bfloat16 above all."""
@@ -93,11 +93,9 @@ def _bench_plan(table: Table, plan: Plan, model: Path, settings: dict | None, *,
         commands = _commands(plan, model, settings)
         sides = {name: stack.enter_context(side(*command)) for name, command in commands.items()}
         others = SAID[plan.dtype] if plan.shape == "llama" else ()
-        said = {name: stack.enter_context(side(*_transformers(name, model, plan.dtype))) for name in others}
-        for running in (
-            *sides.values(),
-            *said.values(),
-        ):  # code is loaded and threads are started in the first pass of each
+        said = {name: stack.enter_context(side(*_said(name, model, plan.dtype))) for name in others}
+        # Code is loaded and threads are started in the first pass of each.
+        for running in (*sides.values(), *said.values()):
             running.run([Job(list(range(5, 25)), 4)])
         for name, rounds in plan.rounds.items():
             is_first = (plan.shape, name) == ("llama", "mixed")
@@ -121,6 +119,12 @@ def _commands(plan: Plan, model: Path, settings: dict | None) -> dict[str, tuple
 
 def _transformers(kind: str, model: Path, dtype: str) -> tuple[str, ...]:
     return ("tests.benchmarks.peers.transformers_engines", kind, str(model), dtype)
+
+
+def _said(name: str, model: Path, dtype: str) -> tuple[str, ...]:
+    if name == "prototype":
+        return ("tests.benchmarks.peers.torch_prototype", str(model), dtype)
+    return _transformers(name, model, dtype)
 
 
 def _llama_cpp_command(model: Path, dtype: str, settings: dict) -> tuple[str, ...]:

@@ -112,12 +112,12 @@ def make_model(name: str, directory, dtype: str, *, is_quick: bool = False) -> P
     return Path(directory)
 
 
-def number_tokenizer():
+def number_tokenizer(vocabulary: int = VOCABULARY):
     """Return a tokenizer that writes token 17 as `17`: an answer's text says which tokens were drawn."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0")
+    words = models.WordLevel({str(token): token for token in range(vocabulary)}, unk_token="0")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -95,6 +95,13 @@ class Outcome:
         )
 
 
+def wipe_redis(stack: Stack) -> None:
+    """Delete all that Redis has on disk, but for how it is set up."""
+    for path in sorted((stack.directory / "valkey").rglob("*"), reverse=True):
+        if path.name not in ("valkey.conf", "password"):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
 class Chaos:
     """A stack of two CPU workers with a batch on it, and the means to hurt it."""
 
@@ -276,10 +283,7 @@ class Chaos:
             os.kill(running.pid, signal.SIGKILL)
             running.wait()
             stranded = self._dispatched()
-            directory = self.stack.directory / "valkey"
-            for path in sorted(directory.rglob("*"), reverse=True):
-                if path.name not in ("valkey.conf", "password"):
-                    path.rmdir() if path.is_dir() else path.unlink()
+            wipe_redis(self.stack)
         wait_until(self._redis_answers, 30, "Redis is back")
         back = time.monotonic()
         # Marked as sent while Redis was away is not sent: only a number drawn from here on says so.

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from tests.benchmarks.table import Table
-from tests.chaos import scenarios
+from tests.chaos import scenarios, training
 from tests.support.servers import ROOT
 
 LINES = 10_000
@@ -43,6 +43,9 @@ def main() -> int:
         ),
         "poison": lambda d: scenarios.poison(d, seed=seed, lines=lines),
         "hung": lambda d: scenarios.hung_child(d, seed=seed, lines=lines // 10),
+        "training": lambda d: training.trainer_kills(
+            d, seed=seed, examples=600 // share, times=24 if share == 1 else 6
+        ),
         "machine": lambda _: machine(seed=seed, steps=10_000 // share),
     }
     table = Table("chaos")
@@ -87,6 +90,13 @@ def _add_rows(table: Table, name: str, outcome) -> None:
     if name == "gateway":
         holds = outcome.bad == 0 and outcome.is_complete
         table.add(f"chaos-{name}", str(outcome), outcome.bad, "jobs", "= 0, every kill done", holds)
+        return
+    if name == "training":
+        bar = "= 0, every kill done"
+        table.add("chaos-training", str(outcome), outcome.bad, "faults", bar, outcome.bad == 0 and outcome.is_complete)
+        few = outcome.worst <= outcome.interval
+        what = "steps of a training job computed again after one kill, at most"
+        table.add("chaos-training-again", what, outcome.worst, "steps", f"≤ {outcome.interval}, a checkpoint's", few)
         return
     if name == "control":
         holds = outcome.twice > 0 and outcome.is_complete

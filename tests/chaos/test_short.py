@@ -3,6 +3,7 @@
 import pytest
 
 from tests.chaos import scenarios
+from tests.chaos.training import trainer_kills
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
@@ -73,3 +74,11 @@ def test_a_hung_child_is_killed_and_replaced(directory):
     outcome = scenarios.hung_child(directory, seed=7, lines=600)
     nothing_lost(outcome)
     assert outcome.slowest["hung child killed"] <= 15
+
+
+def test_a_training_job_ends_as_if_nobody_had_been_killed(directory):
+    outcome = trainer_kills(directory, seed=5, examples=160, times=4)
+    print(outcome)
+    assert outcome.is_complete, str(outcome)
+    assert (outcome.different, outcome.doubled, outcome.missing) == (0, 0, 0), str(outcome)
+    assert outcome.worst <= outcome.interval

@@ -33,6 +33,7 @@ from tests.support.trainer_runs import (
     metrics_of,
     random_examples,
     spec,
+    train_together,
     weights_of,
     write_prepared,
 )
@@ -91,11 +92,8 @@ def second(children):
 
 
 def together(first, second, *arguments, sharding="none", memory_bytes=(None, None), **fields):
-    """Have two children begin a job together, as their workers do."""
-    wanted = spec(*arguments, place=Place(0, 2, sharding=sharding), memory_bytes=memory_bytes[0], **(RUN | fields))
-    first.train(wanted)
-    place = Place(1, 2, port=first.next(Listening).port, sharding=sharding)
-    second.train(msgspec.structs.replace(wanted, place=place, memory_bytes=memory_bytes[1]))
+    wanted = spec(*arguments, **(RUN | fields))
+    train_together(first, second, wanted, sharding=sharding, memory_bytes=memory_bytes)
 
 
 def run(child, *arguments, second=None, **fields):

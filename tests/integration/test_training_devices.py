@@ -156,6 +156,14 @@ def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, st
     assert wait_for(sdk, second.id).status == "succeeded"
 
 
+def test_a_job_for_more_devices_than_there_are_says_so(sdk, native):
+    job = create(sdk, "tunable", extra_body={"parallelism": {"data": 3}})
+    wait_for(sdk, job.id, ("queued",), seconds=60)
+    waiting = wait_until(lambda: native.request("GET", f"/v1/jobs/{job.id}")["waiting"], 30, "it waits")
+    assert waiting["reason"] == "capacity" and waiting["detail"] == "It needs 3 devices at once; 2 are there."
+    sdk.fine_tuning.jobs.cancel(job.id)
+
+
 def test_a_paused_or_cancelled_job_gives_both_devices_back(sdk, stack, lent):
     job = start(sdk)
     wait_until(lambda: is_training(sdk, job.id), 60)

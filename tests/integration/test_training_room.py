@@ -20,7 +20,7 @@ BASE = "cramped"
 @pytest.fixture(scope="module")
 def cramped(scratch, tiny_llama):
     """A stack whose cache has room for the model, a small adapter and nothing beside them."""
-    size = estimate_bytes(ModelSpec(BASE, "causal_lm", str(tiny_llama), dtype="float32", context_length=256))
+    size = estimate_bytes(ModelSpec(BASE, "causal_lm", str(tiny_llama), dtype="float32", context_length=256), "cpu", 0)
     environment = {"LAMPLIGHTER_CACHE_BYTES": str(size + (256 << 10)), "LAMPLIGHTER_HEARTBEAT_SECONDS": "1"}
     stack = Stack(StackOptions(scratch / "cramped", device="cpu", environment=environment))
     try:

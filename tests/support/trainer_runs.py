@@ -6,6 +6,7 @@ import queue
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from services.worker.children import ChildSupervisor
@@ -14,7 +15,9 @@ from services.worker.protocol import (
     Failed,
     Finished,
     Hyperparameters,
+    Listening,
     Pause,
+    Place,
     Progress,
     Resume,
     Stop,
@@ -145,3 +148,10 @@ def spec(base, data, output, *, token="lease-1", base_name="tiny", seed=0, **fie
         seed=seed,
         **fields,
     )
+
+
+def train_together(first, second, wanted: Train, *, sharding="none", memory_bytes=(None, None)) -> None:
+    """Have two children begin a job together, as their workers do."""
+    first.train(msgspec.structs.replace(wanted, place=Place(0, 2, sharding=sharding), memory_bytes=memory_bytes[0]))
+    place = Place(1, 2, port=first.next(Listening).port, sharding=sharding)
+    second.train(msgspec.structs.replace(wanted, place=place, memory_bytes=memory_bytes[1]))

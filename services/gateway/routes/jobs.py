@@ -22,11 +22,12 @@ from services.gateway.dependencies import (
 )
 from services.gateway.schemas import JobPatch, NoFields, job_object, list_page
 from shared.api_objects import unix
-from shared.db import events, jobs
+from shared.db import events, jobs, workers
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
+from shared.domain.fine_tuning import devices_of
 from shared.domain.job import JobKind, JobState, parse_job_id
 
 router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
@@ -81,16 +82,19 @@ def _find(connection: Connection, job_id: str) -> JobView:
 def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
     """Return jobs as the API shows them, each with why it waits."""
     places = jobs.queue_places(connection, [job.job_id for job in found if job.state is JobState.QUEUED])
-    return [job_object(job, _waiting(job, places.get(job.job_id))) for job in found]
+    return [job_object(job, _waiting(connection, job, places.get(job.job_id))) for job in found]
 
 
-def _waiting(job: JobView, place: int | None) -> dict[str, Any] | None:
+def _waiting(connection: Connection, job: JobView, place: int | None) -> dict[str, Any] | None:
     """Return why a job waits; None when it does not."""
     if job.state is JobState.PAUSED:
         return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
     if job.state is not JobState.QUEUED:
         return None
     detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
+    if (needed := devices_of(job.spec)) > 1:
+        there = workers.living(connection)
+        detail = f"It needs {needed} devices at once; {there} {'is' if there == 1 else 'are'} there."
     return {"reason": "capacity", "detail": detail, "place": place, "until": None}
 
 

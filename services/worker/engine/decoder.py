@@ -22,7 +22,6 @@ from services.worker.engine.kernels.kernels import (
     Layout,
     Norm,
     Rotary,
-    new_pool,
 )
 from services.worker.engine.linear import Linear
 
@@ -99,7 +98,7 @@ class FusedDecoder:
         self._weights, self._kernels = weights, kernels
         self.vocabulary = weights.head.out_features
         table = weights.embedding.weight
-        self._pool = [new_pool(blocks, layer.shape, table.dtype, table.device) for layer in weights.layers]
+        self._pool = [kernels.new_pool(blocks, layer.shape, table.dtype, table.device) for layer in weights.layers]
         self._products = numbered(weights.products)
 
     @property

@@ -11,6 +11,7 @@ from services.worker.engine.kernels.compile import NoCompilerError
 from services.worker.engine.kernels.cpu import CpuKernels
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, HeadShape, Kernels, Span, plan_layout
 from services.worker.engine.kernels.reference import TorchKernels
+from services.worker.engine.kernels.varlen import VarlenKernels, torch_attention
 from services.worker.engine.transformers_decoder import TransformersDecoder
 from shared.domain.errors import ModelRefused
 
@@ -42,6 +43,11 @@ def build_decoder(model: Any, context: int, blocks: int) -> Decoder:
 
 def pick_kernels(shape: HeadShape, like: torch.Tensor) -> Kernels:
     """Return the kernels for attention of this shape; `like` is a weight of one row's length."""
+    if like.device.type == "cuda":
+        attention = torch_attention() if VarlenKernels.supports(shape, like.dtype) else None
+        if attention is None:
+            log.warning("slow kernels: FlashAttention does not know this shape or number type")
+        return TorchKernels() if attention is None else VarlenKernels(attention)
     if like.device.type != "cpu" or not CpuKernels.supports(shape, like.shape[-1], like.dtype):
         return TorchKernels()
     try:

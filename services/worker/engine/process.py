@@ -197,7 +197,7 @@ class EngineProcess:
         return by_name
 
 
-def load_engine(spec: ModelSpec, device: str, wake: Callable[[], None]) -> Engine:
+def load_engine(spec: ModelSpec, device: str, budget_bytes: int, wake: Callable[[], None]) -> Engine:
     """Load a model; torch comes in here, and only here. `wake` is for engines to which things come from elsewhere."""
     if spec.kind == "echo":
         return EchoEngine()
@@ -208,16 +208,16 @@ def load_engine(spec: ModelSpec, device: str, wake: Callable[[], None]) -> Engin
         return load_remote(spec, load_remote_settings(), wake)
     from services.worker.engine.loading import load_model
 
-    return load_model(spec, device)
+    return load_model(spec, device, budget_bytes)
 
 
-def estimate_bytes(spec: ModelSpec) -> int:
+def estimate_bytes(spec: ModelSpec, device: str, budget_bytes: int) -> int:
     """Return what a model will take in memory, from its files alone; raises ModelRefused."""
     if spec.kind in ("echo", "remote"):
         return 0
     from services.worker.engine.loading import model_bytes
 
-    return model_bytes(spec)
+    return model_bytes(spec, budget_bytes if device.startswith("cuda") else 0)
 
 
 def main() -> None:
@@ -228,8 +228,11 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_logging("engine")
     channel = Channel(socket.socket(fileno=arguments.channel))
+    device, budget = arguments.device, arguments.cache_bytes
     cache = ModelCache(
-        arguments.cache_bytes, lambda spec: load_engine(spec, arguments.device, process.wake), estimate_bytes
+        budget,
+        lambda spec: load_engine(spec, device, budget, process.wake),
+        lambda spec: estimate_bytes(spec, device, budget),
     )
     process = EngineProcess(channel, cache)
     process.run()

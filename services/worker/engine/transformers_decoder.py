@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from services.worker.engine.adapters import Adapter, read_adapter
 from services.worker.engine.decoder import numbered
-from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout, new_pool
+from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout
 from services.worker.engine.linear import FEWEST_ROWS, Linear, Part
 from services.worker.engine.stable import SameInAnyCompany
 from shared.domain.errors import ModelRefused
@@ -118,7 +118,8 @@ class TransformersDecoder:
         self._shapes = looked.shapes
         self._kernels = pick_kernels(self._shapes[0], model.get_input_embeddings().weight)
         self._pools = {
-            number: new_pool(blocks, shape, model.dtype, model.device) for number, shape in self._shapes.items()
+            number: self._kernels.new_pool(blocks, shape, model.dtype, model.device)
+            for number, shape in self._shapes.items()
         }
         # Only what sees every row of a step can be adapted: neither the head nor one expert of several.
         self._products = numbered(

@@ -1,4 +1,4 @@
-"""What users have today: `KIND MODEL DTYPE`. Greedy, no end token, token ids in and out. Kinds:
+"""What users have today: `KIND MODEL DTYPE [DEVICE]`. Greedy, no end token, token ids in and out. Kinds:
 
 `continuous` (transformers' own batching), `threads` (a pool of eight around `generate()`, as tutorials show), `alone`
 (`generate()`, one after another), `static` (batches of 16 in the order of their coming), `sorted` (one batch of all).
@@ -18,17 +18,21 @@ NO_EOS = -1
 POOL = 8
 
 
+CPU_SETTINGS = {
+    "page_size": 32,
+    "num_blocks": 1024,
+    "max_batch_tokens": 512,
+    "use_async_batching": False,
+    "use_cuda_graph": False,
+    "auto_switch_to_flash": False,
+}
+"""On a GPU it has its own."""
+
+
 def continuous(model):
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=NO_EOS, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=32,
-            num_blocks=1024,
-            max_batch_tokens=512,
-            use_async_batching=False,
-            use_cuda_graph=False,
-            auto_switch_to_flash=False,
-        ),
+        continuous_batching_config=ContinuousBatchingConfig(**(CPU_SETTINGS if model.device.type == "cpu" else {})),
     )
     manager.start()
     rounds = 0
@@ -105,9 +109,10 @@ KINDS = {
 
 
 def main() -> None:
-    kind, directory, dtype = sys.argv[1:4]
+    kind, directory, dtype, *device = sys.argv[1:]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    model = model.to(device[0] if device else "cpu")
     serve_rounds(KINDS[kind](model))
 
 

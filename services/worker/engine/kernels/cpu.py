@@ -19,6 +19,7 @@ from services.worker.engine.kernels.kernels import (
     LoraPart,
     Norm,
     Rotary,
+    new_pool,
 )
 from services.worker.engine.kernels.panels import LANES, MAX_ROWS, PanelAdapter, StepItems
 
@@ -77,6 +78,9 @@ class CpuKernels:
         """Whether a model of these shapes can be computed here; `width` is that of its rows."""
         heads_fit = shape.size % LANES == 0 and shape.size <= MAX_HEAD_SIZE and shape.group <= MAX_ROWS
         return heads_fit and width % LANES == 0 and dtype in DTYPES
+
+    def new_pool(self, blocks: int, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> LayerPool:
+        return new_pool(blocks, shape, dtype, device)
 
     def prepare_heads(
         self,

@@ -3,9 +3,9 @@
 Legend of shapes: T tokens of one step, S sequences, H heads, K kv heads, D head size, B tokens of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -69,14 +69,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerPool:
-    """One layer's keys [blocks, K, D, B] and values [blocks, K, B, D] of all sequences."""
+    """One layer's keys and values of all sequences: [blocks, K, D, B] and [blocks, K, B, D], or as its kernels say."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 def new_pool(blocks: int, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> LayerPool:
-    """Return one layer's empty pool."""
+    """Return one layer's empty pool, in the form of the kernels in C."""
     keys = torch.zeros(blocks, shape.kv_heads, shape.size, BLOCK_TOKENS, dtype=dtype, device=device)
     values = torch.zeros(blocks, shape.kv_heads, BLOCK_TOKENS, shape.size, dtype=dtype, device=device)
     return LayerPool(keys, values)
@@ -167,6 +167,17 @@ def plan_layout(spans: list[Span]) -> Layout:
     return Layout(spans, positions.astype(np.int32), slots, tables, longest)
 
 
+Made = TypeVar("Made")
+
+
+def cached(layout: Layout, name: str, make: Callable[[], Made]) -> Made:
+    """Return what `make` makes of a layout: once a step, and not once a layer."""
+    if name not in layout.cache:
+        layout.cache[name] = make()
+    made: Made = layout.cache[name]
+    return made
+
+
 class Kernels(Protocol):
     """Every row of every result depends on that row's own inputs alone, whatever else the step computes."""
 
@@ -183,6 +194,10 @@ class Kernels(Protocol):
 
         Returns the queries, float32 [T, H, D].
         """
+        ...
+
+    def new_pool(self, blocks: int, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> LayerPool:
+        """Return one layer's empty pool, in the form that these kernels read."""
         ...
 
     def attend(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, layout: Layout) -> torch.Tensor:

@@ -19,6 +19,8 @@ from services.worker.engine.kernels.kernels import (
     Norm,
     Rotary,
     Span,
+    cached,
+    new_pool,
 )
 from services.worker.engine.linear import Linear
 from services.worker.engine.stable import elementwise
@@ -42,15 +44,24 @@ class TorchKernels:
             queries = _rms_norm(queries, norms.query, shape.epsilon)
             keys = _rms_norm(keys, norms.key, shape.epsilon)
         if rotary is not None:
-            positions = torch.as_tensor(layout.positions, device=qkv.device, dtype=torch.long)
+            positions = cached(
+                layout, "positions", lambda: torch.as_tensor(layout.positions, device=qkv.device, dtype=torch.long)
+            )
             cosines, sines = rotary.cosines[positions, None], rotary.sines[positions, None]
             queries = _rotate(queries, cosines, sines, shape.rotated)
             keys = _rotate(keys, cosines, sines, shape.rotated)
-        slots = torch.as_tensor(layout.slots, device=qkv.device)
+        self._write(pool, layout, keys, values)
+        return queries.to(qkv.dtype).float()
+
+    def new_pool(self, blocks: int, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> LayerPool:
+        return new_pool(blocks, shape, dtype, device)
+
+    def _write(self, pool: LayerPool, layout: Layout, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put a step's keys and values [T, K, D] into the pool."""
+        slots = cached(layout, "slots", lambda: torch.as_tensor(layout.slots, device=keys.device))
         blocks, places = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
         pool.keys[blocks, :, :, places] = keys.to(pool.keys.dtype)
         pool.values[blocks, :, places] = values
-        return queries.to(qkv.dtype).float()
 
     def attend(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, layout: Layout) -> torch.Tensor:
         out = torch.empty(layout.tokens, shape.heads * shape.size, dtype=pool.keys.dtype, device=queries.device)
