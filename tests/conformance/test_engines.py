@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from services.worker.protocol import ModelSpec, Request, SamplingParams
 from tests.support.servers import wait_until
@@ -234,3 +236,33 @@ def test_streamed_text_holds_back_what_may_change():
     assert "".join(pieces) == "Grüße 雪 " and text.finish("Grüße 雪 ") == ""
     late = StreamedText(lambda tokens: bytes(tokens).decode(errors="replace"), ("END",))
     assert [late.grow(list(b"an EN")), late.finish("an EN")] == ["an ", "EN"]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """Return a tokenizer of SentencePiece's kind, as Llama's first two have it: spaces are ▁, unknown characters bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ab z é世🎉👩‍🚒\u0301")))
+def test_a_stream_of_byte_tokens_never_breaks_a_character(sentencepiece, text):
+    from services.worker.engine.streaming import StreamedText
+
+    tokens = sentencepiece.encode(text).ids
+    whole = sentencepiece.decode(tokens)
+    assert whole == text
+    streamed, sent = StreamedText(sentencepiece.decode, ()), ""
+    for count in range(1, len(tokens) + 1):
+        sent += streamed.grow(tokens[:count])
+        assert whole.startswith(sent)
+    assert sent + streamed.finish(whole) == whole

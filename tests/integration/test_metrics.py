@@ -191,6 +191,28 @@ def test_engines_count_what_was_really_done(sdk, scrape, tiny):
     assert found.sum("worker_memory_used_bytes") >= kv.value
 
 
+def test_clients_that_leave_give_an_engines_blocks_back(http, scrape, tiny):
+    """Not `echo`'s: streams of a real model, whose readers go after the first piece."""
+    before = scrape()
+    body = {"model": tiny, "prompt": "a lamp", "max_tokens": 230, "ignore_eos": True, "stream": True}
+
+    def leave(_):
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200
+            next(line for line in answer.iter_lines() if line.startswith("data:"))
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(leave, range(48)))
+    found = scrape()
+    aborted = found.sum("engine_aborted_requests_total", model=tiny) - before.sum(
+        "engine_aborted_requests_total", model=tiny
+    )
+    generated = found.sum("engine_tokens_total", model=tiny) - before.sum("engine_tokens_total", model=tiny)
+    assert aborted > 0 and generated < 48 * 230
+    assert found.by("engine_kv_blocks", "state", model=tiny)["in_use"] == 0
+    assert found.by("engine_sequences", "state", model=tiny) == {"running": 0, "waiting": 0}
+
+
 def test_echo_and_the_model_cache_are_counted(sdk, scrape):
     sdk.chat.completions.create(model="echo", messages=[{"role": "user", "content": "warm it"}])
     before = scrape()
