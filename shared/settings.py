@@ -25,6 +25,10 @@ def _names(value: Any) -> Any:
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
 
 
+DEFAULT_KV_TOKENS = 32_768
+"""Of a model's KV cache. On a large GPU, more are faster: 256 requests of 1,024 tokens take 262,144."""
+
+
 class RemoteSettings(BaseSettings):
     """How other servers are asked for models that these serve: all that an engine child needs to know of settings."""
 
@@ -115,6 +119,9 @@ class Settings(RemoteSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: str = Field("auto", description="Number of worker processes on this host, or auto: one for each device")
     cache_bytes: int | None = Field(None, description="Byte budget of the model cache; by default 80 % of the device")
+    kv_tokens: int = Field(
+        DEFAULT_KV_TOKENS, ge=16, description="Tokens in a model's KV cache, or one full context if that is more"
+    )
     torch_threads: int | None = Field(None, description="CPU threads of an engine child; by default cores / workers")
     log_level: str = "INFO"
 

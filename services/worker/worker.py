@@ -164,7 +164,7 @@ def build_runner(settings: Settings, identity: WorkerIdentity, cache_bytes: int,
     """Return the slice runner with its engine child, as this worker uses it."""
     child = EngineChild(
         "services.worker.engine.process",
-        ["--device", identity.device, "--cache-bytes", str(cache_bytes)],
+        ["--device", identity.device, "--cache-bytes", str(cache_bytes), "--kv-tokens", str(settings.kv_tokens)],
         hang_seconds=settings.hang_seconds,
         environment=CHILD_ENVIRONMENT,
     )

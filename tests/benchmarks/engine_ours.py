@@ -1,4 +1,4 @@
-"""Our engine with nothing around it, as one side of a comparison: `MODEL DTYPE [DEVICE BYTES]`; see `peers.rounds`.
+"""Our engine with nothing around it, as one side of a comparison: `MODEL DTYPE [DEVICE KV_TOKENS]`; see `peers.rounds`.
 
 The model's tokenizer writes tokens as numbers (`engine_workloads.number_tokenizer`), so that a text says which they were.
 """
@@ -7,6 +7,7 @@ import sys
 
 from services.worker.engine.loading import load_model
 from services.worker.protocol import ModelSpec, Request, SamplingParams
+from shared.settings import DEFAULT_KV_TOKENS
 from tests.benchmarks.peers.rounds import Answers, serve_rounds
 
 CONTEXT = 2048
@@ -14,8 +15,10 @@ CONTEXT = 2048
 
 def main() -> None:
     directory, dtype, *place = sys.argv[1:]
-    device, budget = (place[0], int(place[1])) if place else ("cpu:0", 0)
-    engine = load_model(ModelSpec("ours", "causal_lm", directory, dtype=dtype, context_length=CONTEXT), device, budget)
+    device, kv_tokens = (place[0], int(place[1])) if place else ("cpu:0", DEFAULT_KV_TOKENS)
+    engine = load_model(
+        ModelSpec("ours", "causal_lm", directory, dtype=dtype, context_length=CONTEXT), device, kv_tokens
+    )
 
     def run(jobs: list[dict]) -> Answers:
         for number, job in enumerate(jobs):

@@ -249,17 +249,21 @@ class Chaos:
 
     def _costs(self) -> dict[int | None, int]:
         """Return how many lines each kill had computed again, by its number."""
-        if not self.tally.exists():
-            return {}
         computed: dict[str, list[int]] = {}
         for entry in self.tally.read_text().splitlines():
             line, pid = entry.split()
             computed.setdefault(line, []).append(int(pid))
+        assert len(computed) >= self.outcome.lines - self.outcome.failed, "the tally does not name every line"
         return dict(Counter(self._ended.get(pid) for pids in computed.values() for pid in pids[:-1]))
 
     def _flush_of(self, what: str) -> int:
-        """Return how many lines a kill may have computed again: a flush of each slice that ran in what died."""
+        """Return how many lines a kill may have computed again: a flush of each slice that ran in what died.
+
+        An engine's answers are kept by its worker, so its death costs only lines that were on their way there.
+        """
         settings = self.stack.settings("worker")
+        if what == "engine":
+            return settings.slots
         return settings.slots * settings.flush_lines * (WORKERS if what == "launcher" else 1)
 
     def kill_service(self, name: str) -> bool:

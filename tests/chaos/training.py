@@ -34,6 +34,8 @@ VICTIMS = ("trainer", "celery", "launcher", "scheduler", "postgres", "redis wipe
 """In turn. The scheduler and Redis are not needed while a job trains: killing them must cost nothing at all."""
 BATCH, EPOCHS = 4, 50
 ENDED = ("succeeded", "failed", "cancelled")
+GOES_ON, FROM_THE_START = "Training goes on after step", "Fine-tuning job started."
+"""What the first messages of an attempt say."""
 
 
 @dataclass
@@ -184,8 +186,9 @@ def _wait(sdk, job_id: str, seconds: float = 900):
 
 def _kill_while_it_trains(chaos: TrainingChaos, sdk, job_id: str, what: str, outcome: TrainingOutcome) -> None:
     """Kill one of a kind once the job has moved on; where it ends first, nothing is killed and the outcome says so."""
+    wait_until(lambda: chaos.last_step(job_id) >= 0, 60, "Postgres answers")
     before = chaos.last_step(job_id)
-    moved = lambda: chaos.last_step(job_id) > max(0, before)  # noqa: E731
+    moved = lambda: chaos.last_step(job_id) > before  # noqa: E731
     wait_until(lambda: moved() or sdk.fine_tuning.jobs.retrieve(job_id).status in ENDED, 120, "it trains")
     time.sleep(chaos.random.uniform(0.0, 0.8))
     if sdk.fine_tuning.jobs.retrieve(job_id).status == "running":
@@ -208,8 +211,10 @@ def _worst_repeat(sdk, job_id: str) -> int:
     for event in reversed(list(sdk.fine_tuning.jobs.list_events(job_id, limit=100))):
         if event.type == "metrics":
             last = max(last, event.data["step"])
-        elif event.message.startswith("Training goes on after step"):
+        elif event.message.startswith(GOES_ON):
             worst = max(worst, last - int(event.message.rstrip(".").split()[-1]))
+        elif event.message == FROM_THE_START:
+            worst = max(worst, last)
     return worst
 
 

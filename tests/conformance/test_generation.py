@@ -294,10 +294,10 @@ def test_kernels_are_those_in_c_where_they_fit():
     from services.worker.engine.kernels.kernels import HeadShape
 
     row = torch.zeros(64)
-    assert isinstance(pick_kernels(HeadShape(4, 2, 32), row), CpuKernels)
-    assert not isinstance(pick_kernels(HeadShape(4, 2, 20), row), CpuKernels)
-    assert not isinstance(pick_kernels(HeadShape(32, 1, 32), row), CpuKernels)
-    assert not isinstance(pick_kernels(HeadShape(4, 2, 32), row.half()), CpuKernels)
+    assert isinstance(pick_kernels([HeadShape(4, 2, 32)], row), CpuKernels)
+    assert not isinstance(pick_kernels([HeadShape(4, 2, 20)], row), CpuKernels)
+    assert not isinstance(pick_kernels([HeadShape(32, 1, 32)], row), CpuKernels)
+    assert not isinstance(pick_kernels([HeadShape(4, 2, 32)], row.half()), CpuKernels)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from services.worker.engine.kernels.kernels import (
     plan_layout,
 )
 from services.worker.engine.kernels.reference import TorchKernels
-from services.worker.engine.kernels.varlen import VarlenKernels
+from services.worker.engine.kernels.varlen import VarlenKernels, plan_sequences
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [
@@ -108,8 +108,18 @@ def test_a_gpus_way_to_attention_is_the_references(shape):
         for layout, qkv in zip((first, second), rows):
             queries = kernels.prepare_heads(qkv, shape, None, rotary(shape), pool, layout)
             outs.append(kernels.attend(queries, shape, pool, layout))
+        if isinstance(kernels, VarlenKernels):
+            kernels_again, pool_again, again = kernels, pool, queries
     torch.testing.assert_close(outs[0], outs[2], **close(torch.bfloat16))
     torch.testing.assert_close(outs[1], outs[3], **close(torch.bfloat16))
+    # In groups of few keys: the same rows, none left out.
+    groups = plan_sequences(second, CPU, most_keys=120)
+    assert [(rows.start, rows.stop, len(where.slots)) for rows, where in groups] == [
+        (0, 38, 38), (38, 39, 101), (39, 40, 251), (40, 82, 73),
+    ]  # fmt: skip
+    second.cache["sequences"] = groups
+    grouped = kernels_again.attend(again, shape, pool_again, second)
+    assert torch.equal(grouped, outs[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

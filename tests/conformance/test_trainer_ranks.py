@@ -129,9 +129,10 @@ def is_gone(child):
         ("qwen3", True, "tensor"),
     ],
 )
-def test_two_processes_are_one(data, validation, tmp_path, child, second, kind, full, sharding):
+@pytest.mark.parametrize("budget", [4096, 40], ids=["one pass", "several passes"])
+def test_two_processes_are_one(data, validation, tmp_path, child, second, kind, full, sharding, budget):
     base = make_tiny(kind, tmp_path / "base")
-    asked = {"validation": validation, "full": full, "dtype": "float64"}
+    asked = {"validation": validation, "full": full, "dtype": "float64", "micro_batch_tokens": budget}
     alone = run(child, base, data, tmp_path / "one", **asked)
     both = run(child, base, data, tmp_path / "two", second=second, sharding=sharding, **asked)
     one, two = (weights_of(tmp_path / name / "model") for name in ("one", "two"))
@@ -146,6 +147,15 @@ def test_two_processes_are_one(data, validation, tmp_path, child, second, kind, 
     configurations = [list((tmp_path / name / "model").glob("*config.json")) for name in ("one", "two")]
     for ours, theirs in zip(*map(sorted, configurations), strict=True):
         assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+
+
+def test_bfloat16_products_of_divided_float32_weights(base, data, tmp_path, child, second):
+    asked = {"full": True, "dtype": "bfloat16"}
+    alone = metrics_of(run(child, base, data, tmp_path / "one", **asked))
+    both = metrics_of(run(child, base, data, tmp_path / "two", second=second, sharding="fsdp", **asked))
+    assert [both[step]["loss"] for step in alone] == pytest.approx([alone[step]["loss"] for step in alone], rel=0.02)
+    (one, two) = (weights_of(tmp_path / name / "model") for name in ("one", "two"))
+    assert {weight.dtype for weight in two.values()} == {torch.bfloat16} == {weight.dtype for weight in one.values()}
 
 
 def test_a_model_that_cannot_be_divided_is_refused(base, data, tmp_path, child, second):

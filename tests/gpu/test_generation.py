@@ -74,7 +74,7 @@ def test_a_tokens_attention_is_the_same_in_any_company(shape, size):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_tokens_do_not_depend_on_the_batch(tmp_path, kind):
     directory = make_tiny(kind, tmp_path / kind)
-    engine = load_model(ModelSpec(kind, "causal_lm", str(directory), dtype="bfloat16"), "cuda:0", 4 << 30)
+    engine = load_model(ModelSpec(kind, "causal_lm", str(directory), dtype="bfloat16"), "cuda:0")
 
     def run(numbers):
         for number in numbers:

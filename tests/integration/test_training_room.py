@@ -8,6 +8,7 @@ from lamplighter import Client
 
 from services.local.stack import Stack, StackOptions
 from services.worker.engine.process import estimate_bytes
+from shared.settings import DEFAULT_KV_TOKENS
 from services.worker.protocol import ModelSpec
 from services.worker.room import STARVED_SECONDS
 from tests.integration.test_fine_tuning import create, wait_for
@@ -20,7 +21,9 @@ BASE = "cramped"
 @pytest.fixture(scope="module")
 def cramped(scratch, tiny_llama):
     """A stack whose cache has room for the model, a small adapter and nothing beside them."""
-    size = estimate_bytes(ModelSpec(BASE, "causal_lm", str(tiny_llama), dtype="float32", context_length=256), "cpu", 0)
+    size = estimate_bytes(
+        ModelSpec(BASE, "causal_lm", str(tiny_llama), dtype="float32", context_length=256), DEFAULT_KV_TOKENS
+    )
     environment = {"LAMPLIGHTER_CACHE_BYTES": str(size + (256 << 10)), "LAMPLIGHTER_HEARTBEAT_SECONDS": "1"}
     stack = Stack(StackOptions(scratch / "cramped", device="cpu", environment=environment))
     try:

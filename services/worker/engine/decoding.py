@@ -1,6 +1,7 @@
 """Chooses how a model is computed, and makes sure that the choice computes what transformers does."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from shared.domain.errors import ModelRefused
 
 log = logging.getLogger(__name__)
 
+FLASH_CAPABILITY = (8, 0)
+"""Of the oldest GPUs that FlashAttention runs on (Ampere)."""
 PROBE_TOKENS = 40
 TOLERANCE = {torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -33,7 +36,7 @@ def build_decoder(model: Any, context: int, blocks: int) -> Decoder:
     weights = fused_weights(model, context)
     decoder: Decoder
     if weights is not None:
-        kernels = pick_kernels(weights.layers[0].shape, weights.norm.weight)
+        kernels = pick_kernels([layer.shape for layer in weights.layers], weights.norm.weight)
         decoder = FusedDecoder(weights, kernels, blocks)
     else:
         decoder = TransformersDecoder(model, pick_kernels, blocks)
@@ -41,14 +44,16 @@ def build_decoder(model: Any, context: int, blocks: int) -> Decoder:
     return decoder
 
 
-def pick_kernels(shape: HeadShape, like: torch.Tensor) -> Kernels:
-    """Return the kernels for attention of this shape; `like` is a weight of one row's length."""
+def pick_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
+    """Return the kernels for attention of all layers' shapes; `like` is a weight of one row's length."""
     if like.device.type == "cuda":
-        attention = torch_attention() if VarlenKernels.supports(shape, like.dtype) else None
+        can_flash = torch.cuda.get_device_capability(like.device) >= FLASH_CAPABILITY
+        is_known = can_flash and all(VarlenKernels.supports(shape, like.dtype) for shape in shapes)
+        attention = torch_attention() if is_known else None
         if attention is None:
-            log.warning("slow kernels: FlashAttention does not know this shape or number type")
+            log.warning("slow kernels: FlashAttention does not know this device, shape or number type")
         return TorchKernels() if attention is None else VarlenKernels(attention)
-    if like.device.type != "cpu" or not CpuKernels.supports(shape, like.shape[-1], like.dtype):
+    if like.device.type != "cpu" or not all(CpuKernels.supports(shape, like.shape[-1], like.dtype) for shape in shapes):
         return TorchKernels()
     try:
         return CpuKernels()

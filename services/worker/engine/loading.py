@@ -21,28 +21,22 @@ from services.worker.engine.prompts import Prompts, eos_tokens
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
 from shared.model_files import context_of
+from shared.settings import DEFAULT_KV_TOKENS
 
-KV_TOKENS = 32_768
-"""Tokens that a model's KV cache holds, or one sequence of full length if that is more."""
-MOST_KV_TOKENS = 262_144
-"""On a GPU more at once is faster: as many as GPU_SHARE has room for beside the weights, so many at most."""
-GPU_SHARE = 0.75
-"""Of a GPU's budget: what one model takes at most for the sake of speed."""
 DEFAULT_CONTEXT = 2048
 _WRONG_WEIGHTS = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues")
 """How transformers says that weights do not fit the model of their config.json."""
 
 
-def kv_blocks(context: int, spare_bytes: int = 0, token_bytes: int = 1) -> int:
-    """Return how many blocks a model's KV cache has; `spare_bytes` are a GPU's, `token_bytes` what a token takes."""
-    tokens = max(KV_TOKENS, context, min(MOST_KV_TOKENS, spare_bytes // token_bytes))
-    return -(-tokens // BLOCK_TOKENS)
+def kv_blocks(context: int, kv_tokens: int = DEFAULT_KV_TOKENS) -> int:
+    """Return how many blocks a model's KV cache has: for so many tokens, or for one sequence of full length."""
+    return -(-max(kv_tokens, context) // BLOCK_TOKENS)
 
 
-def model_bytes(spec: ModelSpec, gpu_bytes: int = 0) -> int:
+def model_bytes(spec: ModelSpec, kv_tokens: int = DEFAULT_KV_TOKENS) -> int:
     """Return what a model will hold in memory: its weights in the served number type, and its KV cache.
 
-    For an adapter, what it takes beside its base. `gpu_bytes`: the budget of a GPU; 0 on a CPU.
+    For an adapter, what it takes beside its base.
     """
     if spec.adapter:
         return adapter_bytes(Path(spec.adapter), _width(spec.dtype))
@@ -50,7 +44,8 @@ def model_bytes(spec: ModelSpec, gpu_bytes: int = 0) -> int:
     weights = _weight_bytes(spec, config)
     if spec.kind == "encoder":
         return weights
-    return weights + _kv_blocks(spec, config, gpu_bytes) * BLOCK_TOKENS * _token_bytes(spec, config)
+    blocks = kv_blocks(_context(spec, config), kv_tokens)
+    return weights + blocks * BLOCK_TOKENS * kv_bytes_per_token(config, _width(spec.dtype))
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
@@ -77,16 +72,6 @@ def _weight_bytes(spec: ModelSpec, config: dict[str, Any]) -> int:
     return weights
 
 
-def _token_bytes(spec: ModelSpec, config: dict[str, Any]) -> int:
-    return max(1, kv_bytes_per_token(config, _width(spec.dtype)))
-
-
-def _kv_blocks(spec: ModelSpec, config: dict[str, Any], gpu_bytes: int) -> int:
-    """Return how many blocks a model gets: on a GPU, as many as fit beside its weights into its share of the budget."""
-    spare = max(0, int(GPU_SHARE * gpu_bytes) - _weight_bytes(spec, config))
-    return kv_blocks(_context(spec, config), spare, _token_bytes(spec, config))
-
-
 def _context(spec: ModelSpec, config: dict[str, Any]) -> int:
     """Return how many tokens a sequence may have: what was registered, or what the model was made for."""
     own = context_of(config) or DEFAULT_CONTEXT
@@ -97,15 +82,14 @@ def _width(dtype: str) -> int:
     return 2 if dtype in ("bfloat16", "float16") else 4
 
 
-def load_model(spec: ModelSpec, device: str, budget_bytes: int = 0) -> Engine:
-    """Load a model onto `device` (`cpu:N` or `cuda:N`), which has so many bytes for models; return its engine.
+def load_model(spec: ModelSpec, device: str, kv_tokens: int = DEFAULT_KV_TOKENS) -> Engine:
+    """Load a model onto `device` (`cpu:N` or `cuda:N`) and return its engine, with a KV cache of so many tokens.
 
     `CUDA_VISIBLE_DEVICES` shows this process one GPU, so that is always `cuda:0` here.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
-        is_gpu = device.startswith("cuda")
-        return _load(spec, torch.device("cuda:0" if is_gpu else "cpu"), budget_bytes if is_gpu else 0)
+        return _load(spec, torch.device("cuda:0" if device.startswith("cuda") else "cpu"), kv_tokens)
     except RuntimeError as error:
         if is_out_of_memory(error) or not str(error).startswith(_WRONG_WEIGHTS):
             raise
@@ -116,7 +100,7 @@ def load_model(spec: ModelSpec, device: str, budget_bytes: int = 0) -> Engine:
         raise ModelRefused(f"Its files cannot be loaded: {first_line[:300]}") from error
 
 
-def _load(spec: ModelSpec, torch_device: torch.device, gpu_bytes: int) -> Engine:
+def _load(spec: ModelSpec, torch_device: torch.device, kv_tokens: int) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     auto_class = AutoModel if spec.kind == "encoder" else AutoModelForCausalLM
     model: Any
@@ -132,7 +116,7 @@ def _load(spec: ModelSpec, torch_device: torch.device, gpu_bytes: int) -> Engine
     model = model.to(torch_device).eval()
     if spec.kind == "encoder":
         return EncoderEngine(model, tokenizer, _encoder_settings(spec))
-    return _generation_engine(model, tokenizer, spec, gpu_bytes)
+    return _generation_engine(model, tokenizer, spec, kv_tokens)
 
 
 def _refuse_missing(names: Collection[str], kind: str) -> None:
@@ -144,11 +128,11 @@ def _refuse_missing(names: Collection[str], kind: str) -> None:
         raise ModelRefused(f"Its files lack weights that its config.json tells of: {named}.")
 
 
-def _generation_engine(model: Any, tokenizer: Any, spec: ModelSpec, gpu_bytes: int) -> GenerationEngine:
+def _generation_engine(model: Any, tokenizer: Any, spec: ModelSpec, kv_tokens: int) -> GenerationEngine:
     config = model.config.get_text_config()
     context = _context(spec, config.to_dict())
     prompts = Prompts(tokenizer, config.vocab_size, context, eos_tokens(model, tokenizer))
-    blocks = max(kv_blocks(context), _kv_blocks(spec, _config(spec), gpu_bytes))
+    blocks = kv_blocks(context, kv_tokens)
     return GenerationEngine(build_decoder(model, context, blocks), prompts, blocks)
 
 

@@ -34,6 +34,7 @@ from services.worker.protocol import (
 )
 from shared.domain.errors import ModelRefused
 from shared.logging import configure_logging
+from shared.settings import DEFAULT_KV_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class EngineProcess:
         return by_name
 
 
-def load_engine(spec: ModelSpec, device: str, budget_bytes: int, wake: Callable[[], None]) -> Engine:
+def load_engine(spec: ModelSpec, device: str, kv_tokens: int, wake: Callable[[], None]) -> Engine:
     """Load a model; torch comes in here, and only here. `wake` is for engines to which things come from elsewhere."""
     if spec.kind == "echo":
         return EchoEngine()
@@ -208,16 +209,16 @@ def load_engine(spec: ModelSpec, device: str, budget_bytes: int, wake: Callable[
         return load_remote(spec, load_remote_settings(), wake)
     from services.worker.engine.loading import load_model
 
-    return load_model(spec, device, budget_bytes)
+    return load_model(spec, device, kv_tokens)
 
 
-def estimate_bytes(spec: ModelSpec, device: str, budget_bytes: int) -> int:
+def estimate_bytes(spec: ModelSpec, kv_tokens: int) -> int:
     """Return what a model will take in memory, from its files alone; raises ModelRefused."""
     if spec.kind in ("echo", "remote"):
         return 0
     from services.worker.engine.loading import model_bytes
 
-    return model_bytes(spec, budget_bytes if device.startswith("cuda") else 0)
+    return model_bytes(spec, kv_tokens)
 
 
 def main() -> None:
@@ -225,14 +226,15 @@ def main() -> None:
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--cache-bytes", type=int, required=True)
+    parser.add_argument("--kv-tokens", type=int, default=DEFAULT_KV_TOKENS)
     arguments = parser.parse_args()
     configure_logging("engine")
     channel = Channel(socket.socket(fileno=arguments.channel))
-    device, budget = arguments.device, arguments.cache_bytes
+    kv_tokens = arguments.kv_tokens
     cache = ModelCache(
-        budget,
-        lambda spec: load_engine(spec, device, budget, process.wake),
-        lambda spec: estimate_bytes(spec, device, budget),
+        arguments.cache_bytes,
+        lambda spec: load_engine(spec, arguments.device, kv_tokens, process.wake),
+        lambda spec: estimate_bytes(spec, kv_tokens),
     )
     process = EngineProcess(channel, cache)
     process.run()

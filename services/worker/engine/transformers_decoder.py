@@ -1,6 +1,6 @@
 """Any other causal model of transformers: its own modules, with our attention and our matrix products in them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from services.worker.engine.linear import FEWEST_ROWS, Linear, Part
 from services.worker.engine.stable import SameInAnyCompany
 from shared.domain.errors import ModelRefused
 
-KernelPicker = Callable[[HeadShape, torch.Tensor], Kernels]
+KernelPicker = Callable[[Sequence[HeadShape], torch.Tensor], Kernels]
 
 ATTENTION = "lamplighter"
 EXPERTS_DIMENSIONS = 3
@@ -116,7 +116,7 @@ class TransformersDecoder:
             model.set_experts_implementation("eager")
         looked = self._look(int(config.num_hidden_layers))
         self._shapes = looked.shapes
-        self._kernels = pick_kernels(self._shapes[0], model.get_input_embeddings().weight)
+        self._kernels = pick_kernels(list(self._shapes.values()), model.get_input_embeddings().weight)
         self._pools = {
             number: self._kernels.new_pool(blocks, shape, model.dtype, model.device)
             for number, shape in self._shapes.items()

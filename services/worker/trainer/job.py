@@ -54,9 +54,11 @@ class FineTuningJob:
         newest, skipped = "", list[str]()
         if ranks.is_first:
             self._store = self._open_store(device)
-            found, skipped = self._store.newest()
+            with pulse.uncounted():
+                found, skipped = self._store.newest()
             newest = str(found.path) if found else ""
-        newest = ranks.tell("checkpoint", newest)
+        with pulse.waiting():
+            newest = ranks.tell("checkpoint", newest)
         self._load(Path(newest) if newest else None, device)
         self._saved_step = self.trainer.state.step
         self._saved_at = time.monotonic()
@@ -84,7 +86,8 @@ class FineTuningJob:
         if checkpoint:
             if not is_full:
                 self._model.load_adapter(checkpoint / "model")
-            self.trainer.load(checkpoint)
+            with self._pulse.uncounted():
+                self.trainer.load(checkpoint)
         self._remember_shortage()
 
     def _started(self, skipped: list[str]) -> Started:
@@ -117,10 +120,16 @@ class FineTuningJob:
             state.micro_batch_tokens = min(state.micro_batch_tokens, int(told or state.micro_batch_tokens))
 
     def _note_shortage(self) -> None:
-        """Once a rank has left for lack of memory: have the next try compute less at a time. Raises OutOfMemory."""
-        if self._ranks.is_first and self._ranks.is_in_step and self._ranks.was_abandoned(SHORT_OF_MEMORY):
+        """Once a rank has left for lack of memory: have the next try compute less at a time. Raises OutOfMemory.
+
+        That rank and the first both write the same: on a GPU the first may never learn why the other is gone.
+        """
+        if self._ranks.is_in_step and self._ranks.was_abandoned(SHORT_OF_MEMORY):
             self.trainer.shrink()
-            (self._output / SHORTAGE_FILE).write_text(str(self.trainer.state.micro_batch_tokens))
+            path = self._output / SHORTAGE_FILE
+            new = path.with_name(f".{path.name}-{self._ranks.rank}")
+            new.write_text(str(self.trainer.state.micro_batch_tokens))
+            new.replace(path)
 
     def run(self) -> Finished:
         """Train to the end. Raises TrainingFailed, RanksLost, and StopRequested once a checkpoint is written."""

@@ -36,11 +36,16 @@ PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-
 class CausalLanguageModel:
     """What a trainer needs of its model. Other things to train, such as several heads, have the same methods."""
 
-    def __init__(self, model: Any, tokenizer: Any, asked: Hyperparameters, is_packed: bool) -> None:
-        """Take a model with its adapter, if it has one; `full` trains all of its weights."""
+    def __init__(
+        self, model: Any, tokenizer: Any, asked: Hyperparameters, *, is_packed: bool, is_autocast: bool
+    ) -> None:
+        """Take a model with its adapter, if it has one; `full` trains all of its weights.
+
+        `is_autocast`: weights are float32, and products are computed in the number type that was asked for.
+        """
         self._model, self._tokenizer, self._asked = model, tokenizer, asked
         self._plain = model.get_base_model() if not asked.full else model
-        self.is_packed = is_packed
+        self.is_packed, self._is_autocast = is_packed, is_autocast
         if asked.gradient_checkpointing:
             self._plain.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -70,8 +75,7 @@ class CausalLanguageModel:
         return summed_cross_entropy(logits, batch.targets)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        # Weights that are trained are float32; with them, products alone are bfloat16. An adapter casts by itself.
-        if self._asked.full and self._asked.dtype == "bfloat16":
+        if self._is_autocast:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -176,15 +180,18 @@ def load_language_model(
         model.config.__dict__.pop("distributed_config", None)
         align(model if ranks.is_fully_sharded else model.to(device))
         is_packed = pack_if_possible(model)
+        # Weights that are trained are float32; with them, products alone are bfloat16. An adapter casts by itself.
+        is_mixed = asked.full and asked.dtype == "bfloat16"
         if ranks.is_fully_sharded:
-            shard_layers(model, device)
+            shard_layers(model, device, torch.bfloat16 if is_mixed else None)
         # Before the adapter's first weights are drawn.
         torch.manual_seed(seed)
         model = model if asked.full else attach_lora(model, asked, base_name)
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise BaseRefused(f"The base model {base_name!r} cannot be trained: {first_line[:300]}") from error
-    return CausalLanguageModel(model, tokenizer, asked, is_packed)
+    is_autocast = is_mixed and not ranks.is_fully_sharded
+    return CausalLanguageModel(model, tokenizer, asked, is_packed=is_packed, is_autocast=is_autocast)
 
 
 def align(model: torch.nn.Module) -> None:

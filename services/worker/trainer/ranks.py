@@ -46,6 +46,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, sharding: Sharding = "none") -> None:
         self.rank, self.size, self._store, self._sharding = rank, size, store, sharding
+        self._left_for = ""
         self.share, self.shares = (0, 1) if self.is_tensor_parallel else (rank, size)
 
     @property
@@ -102,13 +103,15 @@ class Ranks:
 
     def abandon(self, reason: str) -> Never:
         """Leave the others in the midst of a pass, and the reason with the first. Raises RanksLost."""
+        self._left_for = reason
         self._store.set(reason, "")
         raise RanksLost(reason)
 
     def was_abandoned(self, reason: str) -> bool:
-        """Say to the first whether any has left for this reason."""
-        left: bool = self._store.check([reason])
-        return left
+        """Say whether this rank has left for this reason, or to the first, any."""
+        if self._left_for == reason:
+            return True
+        return self.is_first and bool(self._store.check([reason]))
 
     def tell(self, name: str, text: str) -> str:
         """Return the first rank's text to all; once for each name."""
@@ -124,6 +127,8 @@ def collective(operation: Callable[[], Result]) -> Result:
     """Do what takes all ranks. Raises RanksLost when one of them is gone."""
     try:
         return operation()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RanksLost(str(error)) from error
 

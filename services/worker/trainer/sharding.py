@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.distributed import DistributedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,16 +37,19 @@ def require_divisible(config: Any, ranks: Ranks) -> None:
             raise BaseRefused(f"Its {name} = {heads} cannot be divided by parallelism.tensor = {ranks.size}.")
 
 
-def shard_layers(model: torch.nn.Module, device: torch.device) -> None:
+def shard_layers(model: torch.nn.Module, device: torch.device, computed_in: torch.dtype | None = None) -> None:
     """Divide every layer's weights, one layer at a time, and then the rest; they move to `device` by it.
 
-    Weights must be those of the file: what is added later, such as an adapter, stays whole.
+    Weights must be those of the file: what is added later, such as an adapter, stays whole. `computed_in`: the number
+    type in which weights are gathered and products computed, their own by default. (Autocast would keep its copy of
+    every gathered weight for the backward pass, and with them the whole model.)
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32 if computed_in else None)
     for module in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     # Else what is gathered for a pass without gradients stays in the places of the shares, which the optimizer has.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Each rank's loss is divided by the targets of all, so gradients add up to what one process computes.

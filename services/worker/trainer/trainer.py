@@ -16,7 +16,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from services.worker.protocol import Hyperparameters
 from services.worker.trainer.data import (
@@ -136,6 +137,8 @@ class Trainer:
         self._schedule = Schedule.of(asked, self.total_steps)
         self._optimizer = build_optimizer(self._parameters.values(), asked)
         self.state = TrainerState(asked.micro_batch_tokens)
+        self._computing: Indices = data.lengths[:1]
+        """Lengths of the examples that are computed now."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -175,11 +178,27 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         targets = max(1, sum(int(data.targets(int(example)).sum()) for example in examples))
         outcomes = []
+        aside: dict[torch.nn.Parameter, torch.Tensor] = {}
         for batch in self._passes(data, self._share(data, examples)):
             loss, correct = self._model.losses(batch)
             (loss / targets).backward()  # type: ignore[no-untyped-call]
             outcomes.append((loss.detach(), correct, len(batch.targets)))
+            if self._ranks.is_tensor_parallel:
+                self._put_aside(aside)
+        for parameter, gradient in aside.items():
+            parameter.grad = gradient
         return Sums.of(outcomes)
+
+    def _put_aside(self, aside: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Move the gradients of what every rank has whole out of the next pass's way.
+
+        transformers adds up some of them over the ranks after each pass, all that has been accumulated until then.
+        """
+        for parameter in self._parameters.values():
+            if not is_divided(parameter) and parameter.grad is not None:
+                known = aside.get(parameter)
+                aside[parameter] = parameter.grad if known is None else known + parameter.grad
+                parameter.grad = None
 
     def evaluate(self, data: PreparedData) -> Means:
         """Return the means over a whole data set, without dropout. Raises OutOfMemory, and what `between` raises."""
@@ -230,12 +249,13 @@ class Trainer:
         self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
     ) -> Sums:
         """Do work on examples; with half as many tokens at a time, again, whenever memory runs out in any rank."""
+        self._computing = data.lengths[examples]
         while True:
             sums = self._attempt(data, examples, work)
             if not self._ranks.any(sums is None):
                 assert sums is not None
                 return sums
-            self._halve(data.lengths[examples])
+            self.shrink()
 
     def _attempt(
         self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
@@ -254,18 +274,20 @@ class Trainer:
             return None
 
     def shrink(self) -> None:
-        """Take half as many tokens at a time from this step on. Raises OutOfMemory when it cannot be divided."""
-        self._halve(self._data.lengths[self._sampler.batch(self.state.step)])
+        """Take half as many tokens at a time as the largest pass of what was computed just now had.
 
-    def _halve(self, lengths: Indices) -> None:
+        Raises OutOfMemory when that was one example.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         gc.collect()
         free_cached(self._model.device)
-        groups = plan(lengths, self.state.micro_batch_tokens, packed=self._model.is_packed)
+        lengths, is_packed = self._computing, self._model.is_packed
+        groups = plan(lengths, self.state.micro_batch_tokens, packed=is_packed)
         if max(len(group) for group in groups) == 1:
             longest = int(lengths.max())
             raise OutOfMemory(f"Step {self.state.step + 1}: an example of {longest} tokens does not fit into memory.")
-        self.state.micro_batch_tokens //= 2
+        sizes = [int(lengths[group].sum() if is_packed else lengths[group].max() * len(group)) for group in groups]
+        self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(sizes)) // 2
         log.warning("out of memory: fewer tokens at a time", extra={"tokens": self.state.micro_batch_tokens})
 
     def _note(self, means: Means, tokens: int) -> None:
@@ -280,11 +302,12 @@ class Trainer:
 
         Without a directory, only give what this rank has of them to the one that writes.
         """
-        moments = {
-            f"{name}:{key}": whole(value.detach()).contiguous()
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state[parameter].items()
-        }
+        moments = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state[parameter].items():
+                full = whole(value.detach())  # one at a time: together they are twice the weights
+                if directory is not None:
+                    moments[f"{name}:{key}"] = full.cpu().contiguous()
         if directory is not None:
             save_file(moments, directory / OPTIMIZER_FILE)
             (directory / STATE_FILE).write_bytes(msgspec.json.encode(self.state))
@@ -292,12 +315,11 @@ class Trainer:
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote, with the model's weights already in place."""
         self.state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=TrainerState)
-        moments = load_file(directory / OPTIMIZER_FILE, device=str(self._model.device))
-        for key, value in moments.items():
-            name, _, moment = key.rpartition(":")
-            parameter = self._parameters[name]
-            kept = value.clone() if value.ndim == 0 else share_of(value.clone(), parameter)
-            self._optimizer.state[parameter][moment] = kept
+        with safe_open(directory / OPTIMIZER_FILE, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                name, _, moment = key.rpartition(":")
+                parameter, value = self._parameters[name], file.get_tensor(key).to(self._model.device, copy=True)
+                self._optimizer.state[parameter][moment] = value if value.ndim == 0 else share_of(value, parameter)
 
 
 def seed_everything(*place: int) -> None:

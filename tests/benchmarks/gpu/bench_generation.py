@@ -20,8 +20,6 @@ from tests.benchmarks.engine_sides import Side, side
 from tests.benchmarks.engine_workloads import FIRST_TOKEN, Job, number_tokenizer
 from tests.benchmarks.table import Table
 
-BUDGET_SHARE = 0.9
-"""Of a GPU's memory: what the engine may take."""
 COPIED_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 TRIALS = 5
 BARS = {"continuous": 1.5, "bandwidth": 0.5}
@@ -112,9 +110,9 @@ def bandwidth_limit(setting: Setting, weight_bytes: int, bytes_a_second: float) 
 
 def run_sides(setting: Setting, model: Path, device: str, rounds: int) -> dict[str, list[float]]:
     """Return tokens a second of each side, round by round. They take turns, as both fill the GPU's memory."""
-    budget = int(BUDGET_SHARE * torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 0
+    kv_tokens = setting.requests * (setting.prompt + setting.answer)
     commands = {
-        "ours": ("tests.benchmarks.engine_ours", str(model), "bfloat16", f"{device}:0", str(budget)),
+        "ours": ("tests.benchmarks.engine_ours", str(model), "bfloat16", f"{device}:0", str(kv_tokens)),
         "continuous": (
             "tests.benchmarks.peers.transformers_engines",
             "continuous",

@@ -17,6 +17,8 @@ from services.worker.engine.kernels.reference import TorchKernels
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_SIZE = 256
+KEYS_AT_ONCE = 262_144
+"""Of one layer that are copied together: of an 8B Llama, one gigabyte of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,44 @@ class VarlenKernels(TorchKernels):
         pool.values[slots] = values
 
     def attend(self, queries: torch.Tensor, shape: HeadShape, pool: LayerPool, layout: Layout) -> torch.Tensor:
-        where = cached(layout, "sequences", lambda: plan_sequences(layout, queries.device))
-        keys, values = (half.index_select(0, where.slots) for half in (pool.keys, pool.values))
-        out = self._attention(queries.to(keys.dtype), keys, values, where, shape)
-        return out.reshape(layout.tokens, -1)
+        groups = cached(layout, "sequences", lambda: plan_sequences(layout, queries.device))
+        queries = queries.to(pool.keys.dtype)
+        outs = []
+        for rows, where in groups:
+            keys, values = (half.index_select(0, where.slots) for half in (pool.keys, pool.values))
+            outs.append(self._attention(queries[rows], keys, values, where, shape))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(layout.tokens, -1)
 
 
-def plan_sequences(layout: Layout, device: torch.device) -> Sequences:
-    """Return where a step's sequences lie; made once a step, used by every layer."""
-    counts = np.array([span.count for span in layout.spans])
-    ends = np.array([span.position + span.count for span in layout.spans])
-    places = layout.tables.astype(np.int64)[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)
+def plan_sequences(
+    layout: Layout, device: torch.device, most_keys: int = KEYS_AT_ONCE
+) -> list[tuple[slice, Sequences]]:
+    """Return where a step's sequences lie, with their rows; made once a step, used by every layer.
+
+    In groups of `most_keys` keys, or of one sequence with more: sequences that share blocks have copies of their own.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for number, span in enumerate(layout.spans):
+        needed = span.position + span.count
+        if not groups or needed > room:
+            groups.append([])
+            room = most_keys
+        groups[-1].append(number)
+        room -= needed
+    return [_plan_group(layout, group, device) for group in groups]
+
+
+def _plan_group(layout: Layout, group: list[int], device: torch.device) -> tuple[slice, Sequences]:
+    spans = [layout.spans[number] for number in group]
+    counts = np.array([span.count for span in spans])
+    ends = np.array([span.position + span.count for span in spans])
+    places = layout.tables[group].astype(np.int64)[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)
     places = places.reshape(len(ends), -1)
     slots = places[np.arange(places.shape[1]) < ends[:, None]]
     queries, keys = (np.cumsum([0, *each], dtype=np.int32) for each in (counts, ends))
-    return Sequences(
+    rows = slice(spans[0].row, spans[-1].row + spans[-1].count)
+    return rows, Sequences(
         slots=torch.from_numpy(slots).to(device),
         queries=torch.from_numpy(queries).to(device),
         keys=torch.from_numpy(keys).to(device),
