@@ -42,6 +42,8 @@ pytestmark = pytest.mark.engine
 
 RUN = {"batch_size": 5, "max_steps": 12, "learning_rate": 1e-3, "warmup_ratio": 0.2}
 EVERY_STEP = CheckpointPolicy(every_steps=1)
+IN_ONE_PASS, IN_SEVERAL = 4096, 40
+"""Tokens at a time."""
 
 
 @pytest.fixture(scope="module")
@@ -117,19 +119,18 @@ def is_gone(child):
 
 
 @pytest.mark.parametrize(
-    ("kind", "full", "sharding"),
+    ("kind", "full", "sharding", "budget"),
     [
-        ("llama", False, "none"),
-        ("llama", True, "none"),
-        ("llama", False, "fsdp"),
-        ("llama", True, "fsdp"),
-        ("gpt2", False, "fsdp"),
-        ("gemma2", True, "fsdp"),
-        ("llama", True, "tensor"),
-        ("qwen3", True, "tensor"),
+        ("llama", False, "none", IN_ONE_PASS),
+        ("llama", True, "none", IN_SEVERAL),
+        ("llama", False, "fsdp", IN_SEVERAL),
+        ("llama", True, "fsdp", IN_ONE_PASS),
+        ("gpt2", False, "fsdp", IN_ONE_PASS),
+        ("gemma2", True, "fsdp", IN_SEVERAL),
+        ("llama", True, "tensor", IN_ONE_PASS),
+        ("qwen3", True, "tensor", IN_SEVERAL),
     ],
 )
-@pytest.mark.parametrize("budget", [4096, 40], ids=["one pass", "several passes"])
 def test_two_processes_are_one(data, validation, tmp_path, child, second, kind, full, sharding, budget):
     base = make_tiny(kind, tmp_path / "base")
     asked = {"validation": validation, "full": full, "dtype": "float64", "micro_batch_tokens": budget}

@@ -51,6 +51,8 @@ STOP_REASON = {JobState.PAUSED: "pause", JobState.CANCELLING: "cancel", JobState
 OLD = st.sampled_from([False, False, False, True])
 """Whether a message or a holder is taken that may be stale."""
 END = {"cancel": JobState.CANCELLED, "expire": JobState.EXPIRED, None: JobState.SUCCEEDED}
+MOST_ROUNDS = 3
+"""A few hundred steps may well leave something out that is to be seen: then there are more, from the next seed on."""
 SEEN_SOON = (
     *("claimed", "refused a claim", "recorded", "refused a stale write", "released", "child died", "dispatched"),
     *("cancelled", "paused", "resumed", "expired", "finalized", "refused a change", "retired", "new epoch"),
@@ -459,8 +461,10 @@ def test_any_order_of_events_keeps_every_line_once(database, store, redis_server
     )
     engine = database.engine("superuser").execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as LeaseMachine.outside:
-        run_state_machine_as_test(seed(SEED)(LeaseMachine), settings=wanted)
+        for number in range(MOST_ROUNDS):
+            run_state_machine_as_test(seed(SEED + number)(LeaseMachine), settings=wanted)
+            expected = SEEN if LeaseMachine.steps >= 5000 else SEEN_SOON
+            if not (missing := [what for what in expected if not LeaseMachine.seen[what]]):
+                break
     print(f"{LeaseMachine.steps} steps of the lease machine: {dict(LeaseMachine.seen)}")
-    wanted = SEEN if LeaseMachine.steps >= 5000 else SEEN_SOON
-    missing = [what for what in wanted if not LeaseMachine.seen[what]]
     assert not missing or LeaseMachine.steps < 900, f"never happened: {missing}"
