@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,6 +221,14 @@ class Chaos:
             )
         }
         return [process for process in self.workers() if process.pid in pids]
+
+    def busy_engine(self) -> psutil.Process | None:
+        """Return the engine child of a Celery process that runs a slice now, if there is one."""
+        for process in self.busy_workers():
+            with suppress(psutil.Error):
+                if engines := process.children():
+                    return engines[0]
+        return None
 
     def kill_worker_process(self) -> bool:
         """SIGKILL a Celery process, an engine child or the launcher, while a slice runs on it."""

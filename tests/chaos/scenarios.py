@@ -290,8 +290,7 @@ def hung_child(directory: Path, *, seed: int, lines: int) -> Outcome:
     chaos.outcome.name, chaos.outcome.wanted = "hung engine child", 1
     with chaos.running():
         chaos.wait_for_work()
-        wait_until(lambda: chaos.busy_workers() and chaos.busy_workers()[0].children(), 20)
-        victim = chaos.busy_workers()[0].children()[0]
+        victim = wait_until(chaos.busy_engine, 20, "an engine is at work")
         victim.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         wait_until(lambda: not _is_alive(victim.pid), 45, "the hung child is killed")
