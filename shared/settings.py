@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shared.model_files import DEFAULT_KV_TOKENS
+
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # nothing is bound here: what is bound to these has no name of its own
 
@@ -23,10 +25,6 @@ def _names(value: Any) -> Any:
 
 # No scheme and no port: such a name would be compared with hosts that have none, and match nothing.
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
-
-
-DEFAULT_KV_TOKENS = 32_768
-"""Of a model's KV cache. On a large GPU, more are faster: 256 requests of 1,024 tokens take 262,144."""
 
 
 class RemoteSettings(BaseSettings):

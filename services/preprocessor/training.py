@@ -17,7 +17,7 @@ from shared.db import model_registry, training
 from shared.db.session import tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
 from shared.domain.errors import ModelRefused, NotFound
-from shared.domain.fine_tuning import Hyperparameters, Parallelism
+from shared.domain.fine_tuning import Hyperparameters, parallelism_of
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
 from shared.store import prepared_path
@@ -70,7 +70,7 @@ class Preparations:
         try:
             base = self._base(job)
             asked = Hyperparameters.model_validate(job.spec["hyperparameters"])
-            together = Parallelism.model_validate(job.spec.get("parallelism") or {})
+            together = parallelism_of(job.spec)
             made = self._make(job, Path(base.source), asked)
             plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype, together)
         except TrainingFileRefused as error:

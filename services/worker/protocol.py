@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shared.domain.fine_tuning import Sharding
+from shared.domain.sharding import Sharding
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30

@@ -42,7 +42,7 @@ from shared.db.model_registry import ModelView
 from shared.db.training import NewCheckpoint, Product, TrainingRun
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, Conflict, NotFound
-from shared.domain.fine_tuning import Parallelism, checkpoint_model_name, tuned_model_name
+from shared.domain.fine_tuning import checkpoint_model_name, parallelism_of, tuned_model_name
 from shared.domain.job import StopReason
 from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
 from shared.ingest import write_object
@@ -255,7 +255,7 @@ class _Work:
         self._report = _Report()
         self._is_in_the_way = False
         self._peers: list[Peer] = []
-        self._parallelism = Parallelism.model_validate(run.spec.get("parallelism") or {})
+        self._parallelism = parallelism_of(run.spec)
         self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
 

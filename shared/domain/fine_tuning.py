@@ -8,6 +8,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from shared.domain.job import JobState
+from shared.domain.sharding import Sharding
 from shared.domain.submission import Metadata
 
 AUTO: Literal["auto"] = "auto"
@@ -63,10 +64,6 @@ class Method(BaseModel):
         return value
 
 
-Sharding = Literal["none", "fsdp", "tensor"]
-"""How a model's weights are divided among the processes of a job; `none`: each has all of them."""
-
-
 class Parallelism(BaseModel):
     """Processes that train a job together, each on a device of its own; all devices are taken at once.
 
@@ -105,9 +102,9 @@ class Parallelism(BaseModel):
         return "fsdp" if self.fsdp else "none"
 
 
-def devices_of(spec: Mapping[str, Any]) -> int:
-    """Return how many devices a job with this spec takes at once."""
-    return Parallelism.model_validate(spec.get("parallelism") or {}).devices
+def parallelism_of(spec: Mapping[str, Any]) -> Parallelism:
+    """Return how a job with this spec is divided; jobs that say nothing of it are not."""
+    return Parallelism.model_validate(spec.get("parallelism") or {})
 
 
 class FineTuningCreate(BaseModel):

@@ -7,7 +7,7 @@ import sys
 
 from services.worker.engine.loading import load_model
 from services.worker.protocol import ModelSpec, Request, SamplingParams
-from shared.settings import DEFAULT_KV_TOKENS
+from shared.model_files import DEFAULT_KV_TOKENS
 from tests.benchmarks.peers.rounds import Answers, serve_rounds
 
 CONTEXT = 2048

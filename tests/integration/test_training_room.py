@@ -8,7 +8,7 @@ from lamplighter import Client
 
 from services.local.stack import Stack, StackOptions
 from services.worker.engine.process import estimate_bytes
-from shared.settings import DEFAULT_KV_TOKENS
+from shared.model_files import DEFAULT_KV_TOKENS
 from services.worker.protocol import ModelSpec
 from services.worker.room import STARVED_SECONDS
 from tests.integration.test_fine_tuning import create, wait_for

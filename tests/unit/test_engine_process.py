@@ -1,6 +1,8 @@
 """The child's loop: what one request brings about stays with that request."""
 
 import socket
+import subprocess
+import sys
 
 from services.worker.engine.echo import EchoEngine
 from services.worker.engine.process import EngineProcess
@@ -36,3 +38,11 @@ def test_a_message_that_the_template_refuses_is_that_requests_fault_alone():
     assert list(process._owner) == [2]
     for end in (ours, theirs):
         end.close()
+
+
+def test_a_child_that_starts_imports_little():
+    """It is started again after each death: what only services need, and torch before there is a model, costs time."""
+    code = "import sys, services.worker.engine.process; print(*(name for name in sys.argv[1:] if name in sys.modules))"
+    heavy = ("torch", "transformers", "numpy", "pydantic", "sqlalchemy", "celery", "redis", "fastapi")
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -27,7 +27,7 @@ from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
-from shared.domain.fine_tuning import devices_of
+from shared.domain.fine_tuning import parallelism_of
 from shared.domain.job import JobKind, JobState, parse_job_id
 
 router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
@@ -81,19 +81,21 @@ def _find(connection: Connection, job_id: str) -> JobView:
 
 def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
     """Return jobs as the API shows them, each with why it waits."""
-    places = jobs.queue_places(connection, [job.job_id for job in found if job.state is JobState.QUEUED])
-    return [job_object(job, _waiting(connection, job, places.get(job.job_id))) for job in found]
+    queued = [job for job in found if job.state is JobState.QUEUED]
+    places = jobs.queue_places(connection, [job.job_id for job in queued])
+    needed = {job.job_id: parallelism_of(job.spec).devices for job in queued}
+    there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
+    return [job_object(job, _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there)) for job in found]
 
 
-def _waiting(connection: Connection, job: JobView, place: int | None) -> dict[str, Any] | None:
-    """Return why a job waits; None when it does not."""
+def _waiting(job: JobView, place: int | None, needed: int, there: int) -> dict[str, Any] | None:
+    """Return why a job waits; None when it does not. `needed`: devices at once; `there`: those of all workers."""
     if job.state is JobState.PAUSED:
         return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
     if job.state is not JobState.QUEUED:
         return None
     detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
-    if (needed := devices_of(job.spec)) > 1:
-        there = workers.living(connection)
+    if needed > 1:
         detail = f"It needs {needed} devices at once; {there} {'is' if there == 1 else 'are'} there."
     return {"reason": "capacity", "detail": detail, "place": place, "until": None}
 

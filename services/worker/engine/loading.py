@@ -20,8 +20,7 @@ from services.worker.engine.kernels.kernels import BLOCK_TOKENS
 from services.worker.engine.prompts import Prompts, eos_tokens
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
-from shared.model_files import context_of
-from shared.settings import DEFAULT_KV_TOKENS
+from shared.model_files import DEFAULT_KV_TOKENS, context_of
 
 DEFAULT_CONTEXT = 2048
 _WRONG_WEIGHTS = ("Error(s) in loading state_dict", "You set `ignore_mismatched_sizes`", "We encountered some issues")

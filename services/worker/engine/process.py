@@ -34,7 +34,7 @@ from services.worker.protocol import (
 )
 from shared.domain.errors import ModelRefused
 from shared.logging import configure_logging
-from shared.settings import DEFAULT_KV_TOKENS
+from shared.model_files import DEFAULT_KV_TOKENS
 
 log = logging.getLogger(__name__)
 

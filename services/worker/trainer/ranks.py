@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from services.worker.protocol import FromChild, Listening, Place
 from services.worker.trainer.errors import StopRequested
 from services.worker.trainer.gate import Gate, Pulse
-from shared.domain.fine_tuning import Sharding
+from shared.domain.sharding import Sharding
 
 LOOPBACK_INTERFACE = "lo"
 PATIENCE = timedelta(days=7)
