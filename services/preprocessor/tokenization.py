@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import accumulate, count, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
@@ -277,6 +277,64 @@ class ExampleEncoder:
             text = f"Token {max(tokens)} is beyond the model's vocabulary of {self._model_vocabulary}."
             return LineError("unknown_token", text)
         return Encoded(tokens, weights)
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row's tokens, with those that the tokenizer adds; for words, the number of the word that each token begins."""
+
+    tokens: "array[int]"
+    begins: list[int | None]
+
+
+class RowEncoder:
+    """Encodes texts, or lists of words, as the model's own tokenizer does when it serves: heads read all its tokens."""
+
+    def __init__(self, files: TokenizerFiles, max_length: int, *, truncate: bool) -> None:
+        """Build the tokenizer. Raises ModelRefused. `max_length`, `truncate`: as for examples."""
+        self._max_length, self._truncate = max_length, truncate
+        self._tokenizer = tokenizer = _load_tokenizer(files)
+        if truncate:
+            tokenizer.enable_truncation(max_length)
+        added = tokenizer.get_added_tokens_decoder()
+        self.vocabulary = max(tokenizer.get_vocab_size(), max(added, default=0) + 1)
+        self._model_vocabulary = files.model_vocabulary or self.vocabulary
+        self.pad_token = _id(tokenizer, files.named.get("pad_token"))
+
+    def texts(self, texts: list[str]) -> list[EncodedRow | LineError]:
+        """Return each text's tokens, or why it cannot be learned."""
+        return [self._row(encoding, []) for encoding in self._tokenizer.encode_batch(texts)]
+
+    def words(self, rows: list[list[str]]) -> list[EncodedRow | LineError]:
+        """Return each row's tokens. Words are joined by spaces: tokenizers treat a word by what stands before it."""
+        encodings = self._tokenizer.encode_batch([" ".join(words) for words in rows])
+        return [self._row(encoding, _begun(encoding, words)) for encoding, words in zip(encodings, rows, strict=True)]
+
+    def _row(self, encoding: Encoding, begins: list[int | None]) -> EncodedRow | LineError:
+        if len(encoding) > self._max_length:
+            text = f"This row has {len(encoding)} tokens; at most {self._max_length} are allowed."
+            return LineError("example_too_long", text)
+        tokens = array("I", encoding.ids)
+        if not tokens:
+            return LineError("nothing_to_train", "This row has no token.")
+        if self.vocabulary > self._model_vocabulary and max(tokens) >= self._model_vocabulary:
+            text = f"Token {max(tokens)} is beyond the model's vocabulary of {self._model_vocabulary}."
+            return LineError("unknown_token", text)
+        return EncodedRow(tokens, begins)
+
+
+def _begun(encoding: Encoding, words: list[str]) -> list[int | None]:
+    """Return for each token the word that it is the first of, by where words stand in their joined text."""
+    ends = list(accumulate(len(word) + 1 for word in words))
+    begins: list[int | None] = []
+    seen = -1
+    for (start, end), is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+        # A token may start with the space before its word.
+        word = bisect_right(ends, end - 1)
+        is_first = not is_special and end > start and word > seen and word < len(words)
+        seen = word if is_first else seen
+        begins.append(word if is_first else None)
+    return begins
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:

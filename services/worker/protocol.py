@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared.domain.prepared_tasks import Mode, Strategy, TaskKind
+from shared.domain.prepared_tasks import Sharing as TaskSharing
 from shared.domain.sharding import Sharding
 
 _LENGTH = struct.Struct("<I")
@@ -289,25 +291,70 @@ class Place(msgspec.Struct, frozen=True):
     sharding: Sharding = "none"
 
 
-class Train(msgspec.Struct, tag="train"):
-    """A fine-tuning job, from its newest valid checkpoint on if it has one.
+class TrainingSpec(msgspec.Struct, kw_only=True):
+    """What all training jobs have in common; each goes on from its newest valid checkpoint if it has one.
 
-    `base`, `data` and `validation` are directories: a model, and prepared data sets (`trainer.data`). Under `output`,
-    the job's own directory, `checkpoints/TOKEN/step-N` and `model` are written. `base_name` is what the product calls
-    its base. `memory_bytes`: what the child may take. `place`: among the processes that train it together.
+    `base` is a model's directory, and `base_name` what the product calls it. Under `output`, the job's own directory,
+    `checkpoints/TOKEN/step-N` and `model` are written. `memory_bytes`: what the child may take. `place`: among the
+    processes that train it together.
     """
 
     base: str
     base_name: str
-    data: str
     output: str
     lease_token: str
     hyperparameters: Hyperparameters
     seed: int
-    validation: str | None = None
     checkpoints: CheckpointPolicy = CheckpointPolicy()
     memory_bytes: int | None = None
     place: Place = Place()
+
+
+class Train(TrainingSpec, tag="train", kw_only=True):
+    """A fine-tuning job; `data` and `validation` are prepared data sets (`trainer.data`)."""
+
+    data: str
+    validation: str | None = None
+
+
+class TaskPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One task; its labels and scale stand in the manifest of its rows. `loss` is a regression's."""
+
+    name: str
+    kind: TaskKind
+    weight: float = 1.0
+    loss: Literal["mse", "huber"] = "mse"
+
+
+class SourcePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows that some tasks, by number, share; both are directories (`shared.domain.prepared_tasks`)."""
+
+    tasks: tuple[int, ...]
+    data: str
+    validation: str | None = None
+
+
+class TrainTasks(TrainingSpec, tag="train_tasks", kw_only=True):
+    """A multi-task job (`trainer.multi_task_trainer`): one model, a head a task.
+
+    `last_layers`: how many are trained of a trunk that is shared so. `temperature`, `cap`, `rehearsal`: the sampler's
+    (`trainer.task_sampler.TaskMix`). `balancing`: a method's name (`shared.domain.balancing`). `is_mixed`: the rows of
+    a step come from all sources, and not from one. `patience`: evaluations without a better loss until a task stops.
+    """
+
+    sharing: TaskSharing
+    tasks: list[TaskPlan]
+    sources: list[SourcePlan]
+    last_layers: int = 2
+    mode: Mode = "parallel"
+    strategy: Strategy = "uniform"
+    temperature: float = 1.0
+    cap: int | None = None
+    rehearsal: float = 0.0
+    is_mixed: bool = True
+    balancing: str = "sum"
+    patience: int | None = None
+    max_length: int | None = None
 
 
 class Budget(msgspec.Struct, tag="budget"):
@@ -340,6 +387,22 @@ class Started(msgspec.Struct, tag="started"):
     skipped: list[str] = []
 
 
+class TaskStep(msgspec.Struct, frozen=True):
+    """One task's part in a step: its mean loss over `targets` before the update, and its weight in it."""
+
+    loss: float
+    weight: float
+    targets: int
+
+
+class TaskValidation(msgspec.Struct, frozen=True):
+    """One task after an evaluation. `best_step`: that of its lowest loss so far. `is_stopped`: it learns no more."""
+
+    metrics: dict[str, float]
+    best_step: int
+    is_stopped: bool
+
+
 class Progress(msgspec.Struct, tag="progress"):
     """One optimizer step is done. Steps after the last checkpoint are told again, the same, after a loss of the child.
 
@@ -355,14 +418,18 @@ class Progress(msgspec.Struct, tag="progress"):
     tokens: int
     trained_tokens: int
     seconds: float
+    tasks: dict[str, TaskStep] = {}
 
 
 class Evaluated(msgspec.Struct, tag="evaluated"):
-    """Means over the whole validation set after `step`; step 0 is the base model."""
+    """Means over the whole validation set after `step`; step 0 is the base model. With several tasks, of each its own
+    metrics; `loss` and `accuracy` are then means over those that have them.
+    """
 
     step: int
     loss: float
     accuracy: float
+    tasks: dict[str, TaskValidation] = {}
 
 
 class CheckpointWritten(msgspec.Struct, tag="checkpoint"):
@@ -387,6 +454,8 @@ class Finished(msgspec.Struct, tag="finished"):
     tokens: int
     trained_tokens: int
     metrics: dict[str, float]
+    plots: list[str] = []
+    """Image files, within `model`."""
 
 
 class Stopped(msgspec.Struct, tag="stopped"):
@@ -403,7 +472,7 @@ class Failed(msgspec.Struct, tag="failed"):
     step: int
 
 
-ToChild = Submit | Abort | Ping | Stop | Budget | Train | Pause | Resume
+ToChild = Submit | Abort | Ping | Stop | Budget | Train | TrainTasks | Pause | Resume
 FromChild = Output | Pong | Listening | Started | Progress | Evaluated | CheckpointWritten | Finished | Stopped | Failed
 
 _TO_CHILD = msgspec.msgpack.Decoder(ToChild)

@@ -21,7 +21,8 @@ MAX_MESSAGES = 1000
 MAX_ERRORS = 100
 """Faulty lines that are told of one by one; the rest are counted."""
 
-Name = Literal["training_file", "validation_file"]
+Name = str
+"""A file by its parameter: `training_file`, `validation_file`, or one of a task's, `tasks[0].training_file`."""
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
@@ -151,18 +152,17 @@ class TrainingFileRefused(LamplighterError):
     `errors`: at most MAX_ERRORS, in the order of their lines; `count`: how many there are in all.
     """
 
-    def __init__(self, file: Name, errors: list[LineError], count: int) -> None:
+    def __init__(self, file: Name, errors: list[LineError], count: int, title: str | None = None) -> None:
         self.param, self.errors, self.count = file, errors, count
         self.code = errors[0].code
-        super().__init__(_summary(file, errors[0], count))
+        super().__init__(_summary(title or file.replace("_", " "), errors[0], count))
 
     def job_error(self) -> dict[str, str]:
         """Return OpenAI's `error` of a job: `code`, `message` and `param`, the last naming the file."""
         return {"code": self.code, "message": self.message, "param": self.param}
 
 
-def _summary(file: Name, first: LineError, count: int) -> str:
-    name = file.replace("_", " ")
+def _summary(name: str, first: LineError, count: int) -> str:
     if first.line is None:
         return f"The {name} cannot be used: {first.message}"
     lines = "1 faulty line" if count == 1 else f"{count} faulty lines"
@@ -177,6 +177,8 @@ class Faults:
     file: Name
     errors: list[LineError] = field(default_factory=list)
     count: int = 0
+    title: str | None = None
+    """What messages call it, where that is not its parameter."""
 
     @property
     def is_full(self) -> bool:
@@ -191,7 +193,7 @@ class Faults:
     def refuse(self) -> None:
         """Raise TrainingFileRefused if anything is wrong."""
         if self.count:
-            raise TrainingFileRefused(self.file, self.errors, self.count)
+            raise TrainingFileRefused(self.file, self.errors, self.count, self.title)
 
 
 class TrainingFileChecker:
@@ -239,13 +241,13 @@ class TrainingFileChecker:
         check_n_examples(self.faults.file, self.lines, least)
 
     def _recognize(self, line: bytes) -> type[Example] | None:
-        entry = _loads(line)
+        entry = loads(line)
         self.form = _form_of(entry) if isinstance(entry, dict) else None
         return self.form
 
     def _diagnose(self, line: bytes) -> LineError | None:
         """Return why a line is no example of this file's form; None when that cannot be said."""
-        entry = _loads(line)
+        entry = loads(line)
         if isinstance(entry, LineError):
             return entry
         if not isinstance(entry, dict):
@@ -280,7 +282,7 @@ def check_n_examples(file: Name, examples: int, least: int) -> None:
         raise TrainingFileRefused(file, [LineError("invalid_n_examples", text)], 1)
 
 
-def _loads(line: bytes) -> Any:
+def loads(line: bytes) -> Any:
     """Return a line's JSON value, or the LineError that says why it is none."""
     if not line.strip():
         return LineError("invalid_json_line", "This line is empty.")
@@ -324,9 +326,7 @@ def _message_fault(index: int, message: Any) -> LineError | None:
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
         text = (
-            f"The role must be one of {known}; it is {_shown(role)}."
-            if "role" in message
-            else "A message needs a role."
+            f"The role must be one of {known}; it is {shown(role)}." if "role" in message else "A message needs a role."
         )
         return LineError("invalid_role", text, param=_at(index, "role"))
     fault = _field_fault(message, _ROLES[role], f"{_at(index)}.") or _content_fault(index, message.get("content"))
@@ -338,7 +338,7 @@ def _message_fault(index: int, message: Any) -> LineError | None:
     weight = message.get("weight")
     if weight is not None and (type(weight) is not int or weight not in (0, 1)):
         return LineError(
-            "invalid_weight", f"A weight is 0 or 1; this one is {_shown(weight)}.", param=_at(index, "weight")
+            "invalid_weight", f"A weight is 0 or 1; this one is {shown(weight)}.", param=_at(index, "weight")
         )
     if message.get("refusal") is not None:
         return LineError("invalid_value", "Refusals are given as content.", param=_at(index, "refusal"))
@@ -380,7 +380,7 @@ def _field_fault(entry: dict[str, Any], kind: type[msgspec.Struct], where: str) 
         if name in _TOOL_FIELDS and value is not None:
             return LineError("tools_not_supported", _TOOLS_TEXT, param=where + name)
         if name not in kind.__struct_fields__ and name != kind.__struct_config__.tag_field:
-            return LineError("unknown_field", "There is no such field.", param=where + _shown(name))
+            return LineError("unknown_field", "There is no such field.", param=where + shown(name))
     return None
 
 
@@ -388,7 +388,7 @@ def _at(index: int, name: str | None = None) -> str:
     return f"messages[{index}].{name}" if name else f"messages[{index}]"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return the beginning of a value as errors show it: storable, whatever characters it holds."""
     if isinstance(value, str) and value.isidentifier() and value.isascii():
         return value[:80]

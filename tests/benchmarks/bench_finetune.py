@@ -246,10 +246,10 @@ def bench_child(table: Table, directory: Path) -> None:
         child.resume()
         while not child.status.in_flight:
             time.sleep(0.05)
+    assert not checkpoints_of(child.said)  # writing one would have made a step long; closing writes one
     child.close()
     what = "steps that end after a pause is sent in the middle of one"
     table.add("finetune-3d", what, max(more), "steps", "≤ 1", max(more) <= 1, more)
-    assert not checkpoints_of(child.said)
 
 
 PARTS = ("correctness", "ranks", "resume", "child", "speed", "preprocessing", "serving", "learning")

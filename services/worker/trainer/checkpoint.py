@@ -99,15 +99,18 @@ class CheckpointStore:
             for path in lease.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, write: Callable[[Path], None], expected_bytes: int = 0) -> Checkpoint:
-        """Have `write` fill a directory and keep it as the checkpoint of `step`; then remove what is not kept.
+    def save(
+        self, step: int, write: Callable[[Path], None], expected_bytes: int = 0, best_steps: tuple[int, ...] = ()
+    ) -> Checkpoint:
+        """Have `write` fill a directory and keep it as the checkpoint of `step`; then remove what is not kept, which
+        those of `best_steps` are too.
 
         Raises DiskFull, with every earlier checkpoint as it was.
         """
         with as_disk_full():
             require_room(self._own, expected_bytes)
             path = write_directory(self._own / f"step-{step:08d}", lambda new: self._fill(new, step, write))
-        self._prune()
+        self._prune(best_steps)
         return Checkpoint(path, step, _sha256(path / MANIFEST_FILE))
 
     def _fill(self, directory: Path, step: int, write: Callable[[Path], None]) -> None:
@@ -163,10 +166,10 @@ class CheckpointStore:
         if changed:
             log.warning("the run goes on elsewhere: its last bits may differ", extra={"changed": changed})
 
-    def _prune(self) -> None:
+    def _prune(self, best_steps: tuple[int, ...]) -> None:
         present = self._all()
         last = sorted({step for step, _ in present})[-self._policy.keep_last :]
-        kept = {*last, *self._policy.keep_steps}
+        kept = {*last, *self._policy.keep_steps, *best_steps}
         for step, path in present:
             if step not in kept:
                 remove_directory(path)

@@ -1,23 +1,23 @@
-"""One fine-tuning job from its first step, or its newest checkpoint, to its product."""
+"""One training job from its first step, or its newest checkpoint, to its product, whatever is trained."""
 
 import importlib.metadata
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import torch
 
-from services.worker.protocol import CheckpointWritten, Evaluated, Finished, FromChild, Progress, Started, Train
+from services.worker.protocol import CheckpointWritten, Evaluated, Finished, FromChild, Progress, Started, TrainingSpec
 from services.worker.trainer.checkpoint import CheckpointStore, as_disk_full, require_room, write_directory
-from services.worker.trainer.data import PreparedData
-from services.worker.trainer.errors import BaseRefused, StopRequested
+from services.worker.trainer.errors import StopRequested
 from services.worker.trainer.gate import Gate, Pulse
-from services.worker.trainer.language_model import load_language_model
 from services.worker.trainer.memory import limit_memory
 from services.worker.trainer.ranks import Ranks, RanksLost, SharedGate
-from services.worker.trainer.trainer import SHORT_OF_MEMORY, StepMetrics, Trainer
+from services.worker.trainer.stepper import SHORT_OF_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,64 @@ TRAINING_BYTES_PER_WEIGHT = 12
 """A float32 weight and two moments, as they are written."""
 
 
-class FineTuningJob:
+class RunState(Protocol):
+    """What a job asks of its trainer's state."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def trained_tokens(self) -> int: ...
+    @property
+    def evaluated_step(self) -> int | None: ...
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    micro_batch_tokens: int
+
+
+class AnyTrainer(Protocol):
+    """What a job asks of its trainer."""
+
+    total_steps: int
+
+    @property
+    def state(self) -> RunState: ...
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def trainable_parameters(self) -> int: ...
+    @property
+    def best_steps(self) -> tuple[int, ...]: ...
+
+    def shrink(self) -> None: ...
+    def save(self, directory: Path | None) -> None: ...
+    def load(self, directory: Path) -> None: ...
+
+
+class AnyModel(Protocol):
+    """What a job asks of its model."""
+
+    def watch(self, moved: Callable[[], None]) -> None: ...
+    def save(self, directory: Path | None) -> None: ...
+    def save_product(self, directory: Path | None) -> None: ...
+
+
+Spec = TypeVar("Spec", bound=TrainingSpec)
+
+
+class TrainingJob(ABC, Generic[Spec]):
     """Prepares, then runs: between any two steps the job is what its newest checkpoint and its spec say."""
+
+    trainer: AnyTrainer
+    _model: AnyModel
 
     def __init__(
         self,
-        spec: Train,
+        spec: Spec,
         device: torch.device,
         report: Callable[[FromChild], None],
         gate: Gate,
@@ -47,8 +99,7 @@ class FineTuningJob:
         self._spec, self._report, self._pulse, self._ranks = spec, report, pulse, ranks
         self._gate = SharedGate(gate, ranks, pulse)
         limit_memory(device, spec.memory_bytes)
-        self._data = PreparedData(Path(spec.data))
-        self._validation = PreparedData(Path(spec.validation)) if spec.validation else None
+        self._open_data()
         self._output = Path(spec.output)
         self._store: CheckpointStore | None = None
         newest, skipped = "", list[str]()
@@ -60,35 +111,41 @@ class FineTuningJob:
         with pulse.waiting():
             newest = ranks.tell("checkpoint", newest)
         self._load(Path(newest) if newest else None, device)
+        self._remember_shortage()
         self._saved_step = self.trainer.state.step
         self._saved_at = time.monotonic()
         report(self._started(skipped))
+
+    @abstractmethod
+    def _open_data(self) -> None:
+        """Map the prepared data. Raises DataDamaged."""
+
+    @property
+    @abstractmethod
+    def _digests(self) -> dict[str, str]:
+        """What the data was made from, and all else beside hyperparameters that a checkpoint must agree with."""
+
+    @abstractmethod
+    def _load(self, checkpoint: Path | None, device: torch.device) -> None:
+        """Load model and trainer, and what a checkpoint says if there is one. Raises TrainingFailed."""
+
+    @abstractmethod
+    def _step(self) -> Progress:
+        """Take a step and return how it went; the caller knows how long it took. Raises TrainingFailed."""
+
+    @abstractmethod
+    def _evaluate(self) -> Evaluated | None:
+        """Evaluate, if there is anything to evaluate on. Raises TrainingFailed."""
+
+    def _plots(self, directory: Path) -> list[str]:  # noqa: ARG002  # others have some
+        """Draw how it went into a directory; return the files' names."""
+        return []
 
     def _open_store(self, device: torch.device) -> CheckpointStore:
         spec = self._spec
         environment = _environment(device, self._ranks.size)
         root, moved = self._output / "checkpoints", self._pulse.advance
         return CheckpointStore(root, spec.lease_token, spec.checkpoints, self._fingerprint(), environment, moved)
-
-    def _load(self, checkpoint: Path | None, device: torch.device) -> None:
-        """Load the model, and what a checkpoint says if there is one."""
-        spec = self._spec
-        is_full = spec.hyperparameters.full
-        source = checkpoint / "model" if checkpoint and is_full else Path(spec.base)
-        with self._pulse.uncounted():
-            self._model = load_language_model(
-                source, spec.base_name, spec.hyperparameters, device, spec.seed, self._ranks
-            )
-        self._require_vocabulary()
-        self._model.watch(self._pulse.advance)
-        between = self._gate.pass_through
-        self.trainer = Trainer(self._model, self._data, spec.hyperparameters, spec.seed, self._ranks, between)
-        if checkpoint:
-            if not is_full:
-                self._model.load_adapter(checkpoint / "model")
-            with self._pulse.uncounted():
-                self.trainer.load(checkpoint)
-        self._remember_shortage()
 
     def _started(self, skipped: list[str]) -> Started:
         trainer = self.trainer
@@ -100,16 +157,9 @@ class FineTuningJob:
         """Return what a checkpoint must have been made with for this job to go on from it."""
         asked = msgspec.to_builtins(self._spec.hyperparameters)
         decided = {name: value for name, value in asked.items() if name not in CHANGE_NO_RESULT}
-        sets = {"training data": self._data, "validation data": self._validation}
-        digests = {name: data.digest for name, data in sets.items() if data is not None}
         settings = msgspec.json.encode(decided, order="sorted").decode()
-        return {"base": self._spec.base_name, "hyperparameters": settings, "seed": str(self._spec.seed), **digests}
-
-    def _require_vocabulary(self) -> None:
-        for data in (self._data, self._validation):
-            if data is not None and data.manifest.vocabulary > self._model.vocabulary:
-                known = self._model.vocabulary
-                raise BaseRefused(f"The data has {data.manifest.vocabulary} tokens to choose from, its base {known}.")
+        known = {"base": self._spec.base_name, "hyperparameters": settings, "seed": str(self._spec.seed)}
+        return known | self._digests
 
     def _remember_shortage(self) -> None:
         """Compute no more at a time than fitted when a rank last ran out of memory in the midst of a pass."""
@@ -133,16 +183,17 @@ class FineTuningJob:
 
     def run(self) -> Finished:
         """Train to the end. Raises TrainingFailed, RanksLost, and StopRequested once a checkpoint is written."""
-        trainer = self.trainer
         try:
             while True:
                 self._evaluate_if_due()
                 self._save_if_due()
-                if trainer.state.step >= trainer.total_steps:
+                if self.trainer.is_done:
                     return self._finish()
                 self._gate.pass_through()
                 started = time.monotonic()
-                self._tell(trainer.train_step(), time.monotonic() - started)
+                told = self._step()
+                told.seconds = time.monotonic() - started
+                self._report(told)
         except StopRequested:
             self._save()
             raise
@@ -150,35 +201,22 @@ class FineTuningJob:
             self._note_shortage()
             raise
 
-    def _tell(self, metrics: StepMetrics, seconds: float) -> None:
-        self._report(
-            Progress(
-                step=self.trainer.state.step,
-                total_steps=self.trainer.total_steps,
-                loss=metrics.means.loss,
-                accuracy=metrics.means.accuracy,
-                learning_rate=metrics.learning_rate,
-                gradient_norm=metrics.gradient_norm,
-                tokens=metrics.tokens,
-                trained_tokens=metrics.means.targets,
-                seconds=seconds,
-            )
-        )
-
     def _evaluate_if_due(self) -> None:
         trainer, state = self.trainer, self.trainer.state
         every = self._spec.hyperparameters.eval_steps or trainer.steps_per_epoch
-        is_due = state.step % every == 0 or state.step >= trainer.total_steps
-        if self._validation is None or not is_due or state.evaluated_step == state.step:
-            return
-        means = trainer.evaluate(self._validation)
-        self._report(Evaluated(state.step, means.loss, means.accuracy))
+        is_due = state.step % every == 0 or trainer.is_done
+        if is_due and state.evaluated_step != state.step:
+            evaluated = self._evaluate()
+            if evaluated is not None:
+                self._report(evaluated)
 
     def _save_if_due(self) -> None:
-        policy, step = self._spec.checkpoints, self.trainer.state.step
+        policy, state = self._spec.checkpoints, self.trainer.state
+        step = state.step
         is_due = (
             step in policy.keep_steps
-            or step >= self.trainer.total_steps
+            or self.trainer.is_done
+            or (step > 0 and step == state.evaluated_step and step in self.trainer.best_steps)
             or (policy.every_steps is not None and step % policy.every_steps == 0)
             or (policy.every_seconds is not None and time.monotonic() - self._saved_at >= policy.every_seconds)
         )
@@ -206,7 +244,7 @@ class FineTuningJob:
 
     def _write_checkpoint(self, store: CheckpointStore, step: int) -> None:
         with self._pulse.uncounted():
-            checkpoint = store.save(step, self._write_state, self._expected_bytes)
+            checkpoint = store.save(step, self._write_state, self._expected_bytes, self.trainer.best_steps)
         self._report(
             CheckpointWritten(
                 str(checkpoint.path), str(checkpoint.model), step, checkpoint.sha256, dict(self.trainer.state.metrics)
@@ -220,14 +258,19 @@ class FineTuningJob:
     def _finish(self) -> Finished:
         state = self.trainer.state
         model = self._output / "model"
+        self._drawn: list[str] = []
         if self._ranks.is_first:
             with self._pulse.uncounted(), as_disk_full():
                 require_room(self._output, self._expected_bytes)
-                write_directory(model, self._model.save_product)
+                write_directory(model, self._write_product)
         elif self._ranks.is_in_step:
             with self._pulse.waiting():
                 self._model.save_product(None)
-        return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics))
+        return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics), self._drawn)
+
+    def _write_product(self, directory: Path) -> None:
+        self._model.save_product(directory)
+        self._drawn = self._plots(directory)
 
 
 def _environment(device: torch.device, processes: int) -> dict[str, str]:

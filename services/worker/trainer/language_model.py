@@ -1,33 +1,28 @@
 """A causal language model in training: loaded, laid out, computed, saved."""
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from services.worker.protocol import Hyperparameters
 from services.worker.trainer import attention
 from services.worker.trainer.cross_entropy import summed_cross_entropy
 from services.worker.trainer.data import MicroBatch
 from services.worker.trainer.errors import BaseRefused
-from services.worker.trainer.lora import ADAPTER, attach_lora
+from services.worker.trainer.lora import attach_lora
+from services.worker.trainer.model_files import load_adapter, save_adapter, save_model, watch_layers
 from services.worker.trainer.ranks import Ranks
-from services.worker.trainer.sharding import is_divided, loading_arguments, require_divisible, shard_layers, whole
+from services.worker.trainer.sharding import is_divided, loading_arguments, require_divisible, shard_layers
 
 log = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALIGNMENT_BYTES = 64
-NOTHING = torch.empty(0)
 PROBE_LENGTHS = (5, 9)
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far packed logits may be from those of an example alone, as a share of the largest."""
@@ -91,16 +86,7 @@ class CausalLanguageModel:
 
     def watch(self, moved: Callable[[], None]) -> None:
         """Call `moved` after each layer, forward and backward: a step of a large model takes its time."""
-
-        def note(_module: Any, _inputs: Any, output: Any) -> None:
-            moved()
-            hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:
-                hidden.register_hook(lambda _: moved())
-
-        for module in self._plain.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.register_forward_hook(note)
+        watch_layers(self._plain, moved)
 
     def save(self, directory: Path | None) -> None:
         """Write a directory that peft or transformers load: an adapter, or a model with its tokenizer.
@@ -109,50 +95,20 @@ class CausalLanguageModel:
         directory, only give this rank's shares of the weights to the one that writes.
         """
         if self._asked.full:
-            self._save_model(directory, self._model.dtype)
+            save_model(self._model, self._tokenizer, directory, self._model.dtype)
         elif directory is not None:
-            self._save_adapter(directory)
+            save_adapter(self._model, directory)
 
     def save_product(self, directory: Path | None) -> None:
         """Write what `save` does, in the number type that was asked for."""
         if self._asked.full:
-            self._save_model(directory, getattr(torch, self._asked.dtype))
+            save_model(self._model, self._tokenizer, directory, getattr(torch, self._asked.dtype))
         else:
             self.save(directory)
 
-    def _save_model(self, directory: Path | None, dtype: torch.dtype) -> None:
-        weights: dict[str, torch.Tensor] = {}
-        names: dict[torch.Tensor, str] = {}
-        for name, weight in self._model.state_dict(keep_vars=True).items():
-            known = names.setdefault(weight, name)  # tied weights are one tensor by several names
-            if known != name:
-                weights[name] = weights[known]
-                continue
-            full = whole(weight.detach())
-            is_kept = directory is not None
-            weights[name] = full.to("cpu", dtype if full.is_floating_point() else full.dtype) if is_kept else NOTHING
-        if directory is not None:
-            self._model.save_pretrained(directory, state_dict=weights)
-            # Written again: transformers has put in the number type of the training weights.
-            config = copy.copy(self._model.config)
-            config.dtype = dtype
-            config.save_pretrained(directory)
-            self._tokenizer.save_pretrained(directory)
-
-    def _save_adapter(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        # The embeddings never change size; asked whether they did, peft would look for the base on the hub.
-        weights = get_peft_model_state_dict(self._model, adapter_name=ADAPTER, save_embedding_layers=False)
-        weights = {name: weight.contiguous() for name, weight in weights.items()}
-        save_file(weights, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = self._model.peft_config[ADAPTER]
-        config.inference_mode = True
-        config.save_pretrained(str(directory))
-        config.inference_mode = False
-
     def load_adapter(self, directory: Path) -> None:
         """Take an adapter's weights as `save` wrote them."""
-        set_peft_model_state_dict(self._model, load_file(directory / ADAPTER_WEIGHTS), adapter_name=ADAPTER)
+        load_adapter(self._model, directory)
 
 
 def load_language_model(

@@ -73,7 +73,9 @@ class LoraLinear(PeftLoraLinear):
         return product
 
 
-def attach_lora(model: Any, asked: Hyperparameters, base_name: str) -> PeftModel:
+def attach_lora(
+    model: Any, asked: Hyperparameters, base_name: str, task_type: TaskType = TaskType.CAUSAL_LM
+) -> PeftModel:
     """Freeze a model and give it an adapter, whose first weights are drawn from torch's generator.
 
     The adapter is float32 on a bfloat16 base: steps of AdamW are smaller than what bfloat16 can tell apart. Raises
@@ -86,7 +88,7 @@ def attach_lora(model: Any, asked: Hyperparameters, base_name: str) -> PeftModel
         lora_alpha=alpha,
         lora_dropout=asked.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
         # GPT-2's kind of linear layer holds its weight the other way round.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )

@@ -9,13 +9,26 @@ import os
 import queue
 import socket
 import threading
+from typing import Any
 
 import torch
 
-from services.worker.protocol import Channel, Failed, FromChild, Pause, Ping, Pong, Resume, Stop, Stopped, Train
+from services.worker.protocol import (
+    Channel,
+    Failed,
+    FromChild,
+    Pause,
+    Ping,
+    Pong,
+    Resume,
+    Stop,
+    Stopped,
+    Train,
+    TrainTasks,
+)
 from services.worker.trainer.errors import OutOfMemory, StopRequested, TrainingFailed
 from services.worker.trainer.gate import Gate, Pulse
-from services.worker.trainer.job import FineTuningJob
+from services.worker.trainer.job import TrainingJob
 from services.worker.trainer.memory import is_out_of_memory
 from services.worker.trainer.ranks import RanksLost, meet
 from shared.logging import configure_logging
@@ -30,9 +43,9 @@ class TrainerProcess:
         self._channel, self._device = channel, device
         self._sending = threading.Lock()
         self._gate, self._pulse = Gate(), Pulse()
-        self._jobs: queue.SimpleQueue[Train | None] = queue.SimpleQueue()
-        self._running: Train | None = None
-        self._job: FineTuningJob | None = None
+        self._jobs: queue.SimpleQueue[Train | TrainTasks | None] = queue.SimpleQueue()
+        self._running: Train | TrainTasks | None = None
+        self._job: TrainingJob[Any] | None = None
         self._loads = 0
 
     def run(self) -> None:
@@ -47,12 +60,12 @@ class TrainerProcess:
                 os._exit(1)
             self._running = self._job = None
 
-    def _train(self, spec: Train) -> FromChild:
+    def _train(self, spec: Train | TrainTasks) -> FromChild:
         """Do a job; return how it ended. Raises RanksLost."""
         try:
             with meet(spec.place, self._send, self._pulse) as ranks:
                 report = self._send if ranks.is_first else _say_nothing
-                self._job = FineTuningJob(spec, self._device, report, self._gate, self._pulse, ranks)
+                self._job = _kind_of(spec)(spec, self._device, report, self._gate, self._pulse, ranks)
                 self._loads += 1
                 return self._job.run()
         except StopRequested:
@@ -78,7 +91,7 @@ class TrainerProcess:
             match message:
                 case Ping():
                     self._send(self._pong())
-                case Train():
+                case Train() | TrainTasks():
                     self._jobs.put(message)
                 case Pause():
                     self._gate.pause()
@@ -111,6 +124,17 @@ class TrainerProcess:
                 self._channel.send(message)
             except OSError:
                 log.debug("the worker is gone")
+
+
+def _kind_of(spec: Train | TrainTasks) -> type[TrainingJob[Any]]:
+    """Return what does such a job; each kind's libraries are imported for it alone."""
+    if isinstance(spec, Train):
+        from services.worker.trainer.fine_tuning_job import FineTuningJob
+
+        return FineTuningJob
+    from services.worker.trainer.multi_task_job import MultiTaskJob
+
+    return MultiTaskJob
 
 
 def _say_nothing(_: FromChild) -> None:

@@ -71,12 +71,18 @@ class Ranks:
         if self.shares == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, summed in zip(parameters, self.sum_tensors(gradients), strict=True):
+            parameter.grad = summed
+
+    def sum_tensors(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the sums of all ranks' tensors."""
+        if self.size == 1 or not tensors:
+            return list(tensors)
         # One message, and not one for each of an adapter's hundreds of small matrices.
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         collective(lambda: distributed.all_reduce(flat))
-        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for parameter, summed in zip(parameters, parts, strict=True):
-            parameter.grad = summed.view_as(parameter)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def sum(self, *numbers: float) -> list[float]:
         """Return the sums of all ranks' numbers."""

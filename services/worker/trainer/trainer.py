@@ -4,10 +4,6 @@ A step is a pure function of the weights, the optimizer's state and the step's n
 random numbers follow from the seed and the number. So a run that goes on from a checkpoint ends with the same bits.
 """
 
-import gc
-import hashlib
-import logging
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +12,6 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from services.worker.protocol import Hyperparameters
 from services.worker.trainer.data import (
@@ -27,22 +21,15 @@ from services.worker.trainer.data import (
     StepSampler,
     idle_batch,
     micro_batches,
-    plan,
     share,
 )
-from services.worker.trainer.errors import LossNotFinite, OutOfMemory
-from services.worker.trainer.memory import free_cached, is_out_of_memory
-from services.worker.trainer.ranks import Ranks, RanksLost
-from services.worker.trainer.schedule import Schedule, build_optimizer
-from services.worker.trainer.sharding import clip_gradients, is_divided, share_of, whole
+from services.worker.trainer.ranks import Ranks
+from services.worker.trainer.sharding import is_divided
+from services.worker.trainer.stepper import Stepper, seed_everything
 
-log = logging.getLogger(__name__)
-
-OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 IDLE_PASS = -1
 """The number of a pass that computes nothing."""
-SHORT_OF_MEMORY = "short of memory"
 EVALUATED_AT_A_TIME = 32
 """Examples whose micro-batches are planned together in an evaluation; a pause waits for no more."""
 
@@ -134,8 +121,7 @@ class Trainer:
         self._parameters = model.trainable
         self._sampler = StepSampler(len(data), asked.batch_size, seed)
         self.total_steps = asked.max_steps or asked.n_epochs * self._sampler.steps_per_epoch
-        self._schedule = Schedule.of(asked, self.total_steps)
-        self._optimizer = build_optimizer(self._parameters.values(), asked)
+        self._stepper = Stepper(self._parameters, asked, self.total_steps, self._ranks, model.device)
         self.state = TrainerState(asked.micro_batch_tokens)
         self._computing: Indices = data.lengths[:1]
         """Lengths of the examples that are computed now."""
@@ -145,37 +131,31 @@ class Trainer:
         return self._sampler.steps_per_epoch
 
     @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.total_steps
+
+    @property
+    def best_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are kept for their results: none, as ends of epochs are kept by policy."""
+        return ()
+
+    @property
     def trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._parameters.values())
+        return self._stepper.trainable_parameters
 
     def train_step(self) -> StepMetrics:
         """Take one optimizer step. Raises LossNotFinite, with the weights as they were, and OutOfMemory."""
         step = self.state.step
         examples = self._sampler.batch(step)
         means = self._means(self._within_memory(self._data, examples, self._accumulate))
-        self._ranks.sum_gradients([p for p in self._parameters.values() if not is_divided(p)])
-        norm = self._clip()
-        if not np.isfinite(means.loss) or not np.isfinite(norm):
-            raise LossNotFinite(f"Step {step + 1}: the loss is {means.loss}, the norm of its gradient {norm}.")
-        rate = self._schedule.learning_rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        rate, norm = self._stepper.apply(step, means.loss)
         tokens = int(self._data.lengths[examples].sum())
         self._note(means, tokens)
         return StepMetrics(means, rate, norm, tokens)
 
-    def _clip(self) -> float:
-        """Bound the norm of the gradient; return what it was."""
-        parameters, bound = self._parameters.values(), self._asked.max_grad_norm
-        if self._ranks.is_in_step:
-            return clip_gradients(parameters, bound)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
-
     def _accumulate(self, data: PreparedData, examples: Indices) -> Sums:
         """Add up this rank's part of the gradient of the mean loss over all targets, in as many passes as it takes."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._stepper.zero()
         targets = max(1, sum(int(data.targets(int(example)).sum()) for example in examples))
         outcomes = []
         aside: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -248,47 +228,15 @@ class Trainer:
     def _within_memory(
         self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
     ) -> Sums:
-        """Do work on examples; with half as many tokens at a time, again, whenever memory runs out in any rank."""
+        """Do work on examples, with fewer tokens at a time whenever memory runs out. Raises OutOfMemory."""
         self._computing = data.lengths[examples]
-        while True:
-            sums = self._attempt(data, examples, work)
-            if not self._ranks.any(sums is None):
-                assert sums is not None
-                return sums
-            self.shrink()
-
-    def _attempt(
-        self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
-    ) -> Sums | None:
-        """Do work; None when memory ran out. Its tensors are let go on return: the error's traceback held them."""
-        try:
-            return work(data, examples)
-        except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
-                if self._ranks.is_in_step and isinstance(error, RuntimeError):
-                    raise RanksLost(str(error)) from error  # what a collective within a layer says
-                raise
-            if self._ranks.is_in_step:
-                # The others wait in the midst of this pass: nothing can be agreed upon any more.
-                self._ranks.abandon(SHORT_OF_MEMORY)
-            return None
+        return self._stepper.within_memory(
+            self.state, self._computing, lambda: work(data, examples), is_packed=self._model.is_packed
+        )
 
     def shrink(self) -> None:
-        """Take half as many tokens at a time as the largest pass of what was computed just now had.
-
-        Raises OutOfMemory when that was one example.
-        """
-        self._optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        free_cached(self._model.device)
-        lengths, is_packed = self._computing, self._model.is_packed
-        groups = plan(lengths, self.state.micro_batch_tokens, packed=is_packed)
-        if max(len(group) for group in groups) == 1:
-            longest = int(lengths.max())
-            raise OutOfMemory(f"Step {self.state.step + 1}: an example of {longest} tokens does not fit into memory.")
-        sizes = [int(lengths[group].sum() if is_packed else lengths[group].max() * len(group)) for group in groups]
-        self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(sizes)) // 2
-        log.warning("out of memory: fewer tokens at a time", extra={"tokens": self.state.micro_batch_tokens})
+        """Take half as many tokens at a time as what was computed just now. Raises OutOfMemory."""
+        self._stepper.shrink(self.state, self._computing, is_packed=self._model.is_packed)
 
     def _note(self, means: Means, tokens: int) -> None:
         state = self.state
@@ -302,30 +250,11 @@ class Trainer:
 
         Without a directory, only give what this rank has of them to the one that writes.
         """
-        moments = {}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state[parameter].items():
-                full = whole(value.detach())  # one at a time: together they are twice the weights
-                if directory is not None:
-                    moments[f"{name}:{key}"] = full.cpu().contiguous()
+        self._stepper.save(directory)
         if directory is not None:
-            save_file(moments, directory / OPTIMIZER_FILE)
             (directory / STATE_FILE).write_bytes(msgspec.json.encode(self.state))
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote, with the model's weights already in place."""
         self.state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=TrainerState)
-        with safe_open(directory / OPTIMIZER_FILE, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # it is no mapping
-                name, _, moment = key.rpartition(":")
-                parameter, value = self._parameters[name], file.get_tensor(key).to(self._model.device, copy=True)
-                self._optimizer.state[parameter][moment] = value if value.ndim == 0 else share_of(value, parameter)
-
-
-def seed_everything(*place: int) -> None:
-    """Seed every generator that a model may draw from, by a pass's place in the run."""
-    digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "little")
-    torch.manual_seed(value)
-    random.seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002  # models that draw from numpy draw from its global generator
+        self._stepper.load(directory)

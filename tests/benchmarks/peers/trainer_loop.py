@@ -3,6 +3,7 @@
 `python -m tests.benchmarks.peers.trainer_loop MODEL DATA full|lora float32|bfloat16 STEPS`
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -74,7 +75,8 @@ def main(model_directory: str, data_directory: str, method: str, dtype: str, ste
 
     def train() -> tuple[int, float]:
         clock, taken = Clock(), []
-        with tempfile.TemporaryDirectory() as directory:
+        # The library prints its summary; stdout is the answers' alone.
+        with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
             arguments = TrainingArguments(
                 directory,
                 per_device_train_batch_size=BATCH_SIZE,

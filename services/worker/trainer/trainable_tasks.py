@@ -1,0 +1,216 @@
+"""A multi-task model in training: loaded, frozen where it is shared in part, computed, saved."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import TaskType
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from services.worker.multi_task.description import Description, HeadDescription
+from services.worker.multi_task.heads import Outcome, outcome
+from services.worker.multi_task.model import MultiTaskModel, build_layers
+from services.worker.multi_task.trunk import TextTrunk, VectorTrunk, WrongBase, load_base
+from services.worker.protocol import TrainTasks
+from services.worker.trainer.errors import BaseRefused
+from services.worker.trainer.language_model import align
+from services.worker.trainer.lora import attach_lora
+from services.worker.trainer.model_files import load_adapter, save_adapter, save_model, watch_layers
+from services.worker.trainer.task_data import RowBatch
+from shared.domain.prepared_tasks import vector_shape
+
+log = logging.getLogger(__name__)
+
+
+class TrainableTasks:
+    """A trunk, of which some weights are trained, and the heads of all tasks.
+
+    `shared`: the trunk's trained weights by name. `own`: by task number, its head's.
+    """
+
+    def __init__(
+        self, spec: TrainTasks, model: MultiTaskModel, module: nn.Module, tokenizer: Any, *, is_autocast: bool
+    ) -> None:
+        """`module`: the trunk's model with its adapter, if it has one."""
+        self._spec, self._model, self._module = spec, model, module
+        self._tokenizer, self._is_autocast = tokenizer, is_autocast
+        self.shared = {f"trunk.{name}": weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.own: dict[int, dict[str, nn.Parameter]] = {
+            task: {f"heads.{head.name}.{name}": weight for name, weight in model.layers[head.name].named_parameters()}
+            if head.outputs
+            else {}
+            for task, head in enumerate(model.heads)
+        }
+        module.train()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._module.parameters()).device
+
+    @property
+    def heads(self) -> list[HeadDescription]:
+        return self._model.heads
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens it knows; None for vectors."""
+        return self._model.trunk.vocabulary if isinstance(self._model.trunk, TextTrunk) else None
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All weights that are trained, by name."""
+        return self.shared | {name: weight for own in self.own.values() for name, weight in own.items()}
+
+    def train(self, is_training: bool) -> None:
+        """Switch dropout on or off."""
+        self._module.train(is_training)
+
+    def outcomes(self, batch: RowBatch, tasks: Iterable[int]) -> dict[int, Outcome]:
+        """Return the loss and counts of some of a batch's tasks, from one pass of the trunk."""
+        with self._precision():
+            logits = self._model.logits(batch.inputs, batch.mask, tasks, batch.targets)
+        return {task: outcome(self.heads[task], logits[task], batch.targets[task]) for task in logits}
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._is_autocast:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def watch(self, moved: Callable[[], None]) -> None:
+        """Call `moved` after each layer, forward and backward: a step of a large model takes its time."""
+        watch_layers(self._module, moved)
+
+    def save(self, directory: Path | None) -> None:
+        """Write trunk, heads and their description, in the number types of training."""
+        self._save(directory, None)
+
+    def save_product(self, directory: Path | None) -> None:
+        """Write what `save` does, the trunk in the number type that was asked for."""
+        self._save(directory, getattr(torch, self._spec.hyperparameters.dtype))
+
+    def _save(self, directory: Path | None, dtype: torch.dtype | None) -> None:
+        if directory is None:
+            return  # every rank has all weights: the first one writes
+        directory.mkdir(parents=True, exist_ok=True)
+        trunk, spec = self._model.trunk, self._spec
+        if isinstance(trunk, TextTrunk):
+            if spec.sharing == "lora":
+                save_adapter(self._module, directory)
+            else:
+                save_model(trunk.plain, self._tokenizer, directory, dtype or trunk.plain.dtype)
+        self._model.save_heads(directory)
+        Description(
+            base=spec.base_name,
+            sharing=spec.sharing,
+            pooling=trunk.pooling,
+            dtype=spec.hyperparameters.dtype,
+            max_length=spec.max_length,
+            heads=self.heads,
+        ).write(directory)
+
+    def load_trained(self, directory: Path) -> None:
+        """Take heads and adapter as `save` wrote them; other trunks are loaded from there at once."""
+        if self._spec.sharing == "lora" and isinstance(self._model.trunk, TextTrunk):
+            load_adapter(self._module, directory)
+        self._model.load_heads(directory)
+
+
+def load_tasks(
+    spec: TrainTasks, heads: list[HeadDescription], checkpoint: Path | None, device: torch.device
+) -> TrainableTasks:
+    """Load what a job trains, from its base or its checkpoint's `model`. Raises BaseRefused."""
+    dtype = spec.hyperparameters.dtype
+    head_type = torch.float64 if dtype == "float64" else torch.float32
+    try:
+        if vector_shape(spec.base_name) is not None:
+            trainable = _load_vectors(spec, heads, device, head_type)
+        else:
+            trainable = _load_text(spec, heads, checkpoint, device, head_type)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BaseRefused(f"The base model {spec.base_name!r} cannot be trained: {first_line[:300]}") from error
+    if checkpoint is not None:
+        trainable.load_trained(checkpoint)
+    return trainable
+
+
+def _load_vectors(
+    spec: TrainTasks, heads: list[HeadDescription], device: torch.device, dtype: torch.dtype
+) -> TrainableTasks:
+    shape = vector_shape(spec.base_name)
+    assert shape is not None
+    torch.manual_seed(spec.seed)
+    trunk = VectorTrunk(*shape).to(device, dtype)
+    layers = build_layers(heads, trunk.hidden_size, spec.seed, device, dtype)
+    return TrainableTasks(spec, MultiTaskModel(trunk, heads, layers), trunk, None, is_autocast=False)
+
+
+def _load_text(
+    spec: TrainTasks,
+    heads: list[HeadDescription],
+    checkpoint: Path | None,
+    device: torch.device,
+    head_type: torch.dtype,
+) -> TrainableTasks:
+    asked = spec.hyperparameters
+    is_mixed = spec.sharing != "lora" and asked.dtype == "bfloat16"
+    source = checkpoint if checkpoint is not None and spec.sharing != "lora" else Path(spec.base)
+    kinds = {head.kind for head in heads}
+    model = load_base(source, kinds, torch.float32 if is_mixed else getattr(torch, asked.dtype)).to(device)
+    align(model)
+    tokenizer = AutoTokenizer.from_pretrained(spec.base, local_files_only=True, trust_remote_code=False)
+    trunk = TextTrunk(model)
+    if "causal_lm" in kinds:
+        trunk.require_plain_head()
+    if asked.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    _freeze_unused(trunk, kinds)
+    torch.manual_seed(spec.seed)
+    module: Any = model
+    if spec.sharing == "lora":
+        task_type = TaskType.CAUSAL_LM if "causal_lm" in kinds else TaskType.FEATURE_EXTRACTION
+        if "seq2seq" in kinds:
+            task_type = TaskType.SEQ_2_SEQ_LM
+        module = attach_lora(model, asked, spec.base_name, task_type)
+    elif spec.sharing == "last_layers":
+        _freeze_all_but_last(trunk, spec.last_layers)
+    layers = build_layers(heads, trunk.hidden_size, spec.seed, device, head_type)
+    return TrainableTasks(spec, MultiTaskModel(trunk, heads, layers), module, tokenizer, is_autocast=is_mixed)
+
+
+def _freeze_unused(trunk: TextTrunk, kinds: set[Any]) -> None:
+    """Freeze what no head reads: it has no gradient, and weight decay alone must not move it."""
+    used = {id(weight) for weight in _backbone(trunk, kinds).parameters()}
+    for name, weight in trunk.plain.named_parameters():
+        if (id(weight) not in used and "causal_lm" not in kinds) or "pooler" in name:
+            weight.requires_grad_(False)
+
+
+def _backbone(trunk: TextTrunk, kinds: set[Any]) -> nn.Module:
+    """Return the module whose layers the heads build upon."""
+    backbone: nn.Module = trunk.plain.base_model
+    if trunk.is_encoder_decoder and "seq2seq" not in kinds:
+        backbone = trunk.plain.get_encoder()
+    return trunk.plain if "seq2seq" in kinds else backbone
+
+
+def _freeze_all_but_last(trunk: TextTrunk, count: int) -> None:
+    """Leave the last `count` layers, and what follows them, to be trained. Raises WrongBase."""
+    backbone = trunk.plain.get_encoder() if trunk.is_encoder_decoder else trunk.plain.base_model
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) < count:
+        raise WrongBase(f"it has {len(layers)} layers, and the last {count} are to be trained")
+    first = next(layers[-count].parameters())
+    is_trained, kept = False, set()
+    for weight in backbone.parameters():
+        is_trained = is_trained or weight is first
+        if is_trained and weight.requires_grad:
+            kept.add(id(weight))
+    for weight in trunk.plain.parameters():
+        weight.requires_grad_(id(weight) in kept)

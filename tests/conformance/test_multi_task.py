@@ -1,0 +1,319 @@
+"""Multi-task training against plain loops in torch, for every kind of head and trunk."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from services.worker.multi_task.model import load_for_serving
+from services.worker.protocol import Evaluated, Progress
+from services.worker.trainer.errors import LossNotFinite
+from services.worker.trainer.loss_balancing import combine
+from services.worker.trainer.task_data import PreparedRows, row_batches
+from tests.support.models import TRUNKS, make_trunk
+from tests.support.task_rows import (
+    CAUSAL,
+    DIGIT_TASKS,
+    SEQ2SEQ,
+    TEXT_TASKS,
+    digit_rows,
+    run_tasks,
+    task_spec,
+    text_rows,
+    with_files,
+    write_jsonl,
+)
+from tests.support.trainer_runs import weights_of
+
+pytestmark = [
+    pytest.mark.engine,
+    # peft reads what transformers is about to rename.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+EXACT = dict(dtype="float64", learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("digits")
+    training, validation = digit_rows()
+    return write_jsonl(directory / "training.jsonl", training[:120]), write_jsonl(
+        directory / "validation.jsonl", validation[:60]
+    )
+
+
+@pytest.fixture(scope="module")
+def trunks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trunks")
+    return {kind: make_trunk(kind, directory / kind) for kind in TRUNKS}
+
+
+def digit_spec(digits, output, tasks=DIGIT_TASKS, *, body=None, **fields):
+    body = {"model": "vector:64:16", "tasks": with_files(tasks, *digits)} | (body or {})
+    return task_spec("none", body, output, **{"batch_size": 16, "max_steps": 12} | fields)
+
+
+class Plain(nn.Module):
+    """The same model and update as users write them: the sum of mean losses, AdamW, clipping, the usual schedule."""
+
+    def __init__(self, job, first):
+        super().__init__()
+        self.trunk = nn.Linear(64, 16)
+        self.heads = nn.ModuleDict({head.name: nn.Linear(16, head.outputs) for head in job._heads})
+        self.double()
+        weights = dict(first)
+        self.trunk.load_state_dict({"weight": weights["trunk.layers.0.weight"], "bias": weights["trunk.layers.0.bias"]})
+        for head in job._heads:
+            names = {name: weights[f"heads.{head.name}.{name}"] for name in ("weight", "bias")}
+            self.heads[head.name].load_state_dict(names)
+
+    def losses(self, rows, chosen, tasks):
+        batch = next(row_batches(rows, np.asarray(chosen), tuple(range(len(tasks))), 1 << 20))
+        hidden = torch.relu(self.trunk(batch.inputs.double()))
+        # Passes put rows of like lengths together, so order within a batch is not the draw's: means do not care.
+        return [self.loss(task, self.heads[task["name"]](hidden), batch.targets[n]) for n, task in enumerate(tasks)]
+
+    @staticmethod
+    def loss(task, logits, target):
+        if task["kind"] == "classification":
+            return functional.cross_entropy(logits, target)
+        if task["kind"] == "multilabel":
+            return functional.binary_cross_entropy_with_logits(logits, target)
+        return functional.mse_loss(logits[:, 0], target)
+
+
+def first_weights(spec, tmp_path):
+    """Return a job that has done nothing, and its weights."""
+    from services.worker.trainer.gate import Gate, Pulse
+    from services.worker.trainer.multi_task_job import MultiTaskJob
+    from services.worker.trainer.ranks import Ranks
+
+    job = MultiTaskJob(spec, torch.device("cpu"), lambda _: None, Gate(), Pulse(), Ranks())
+    return job, {name: weight.detach().clone() for name, weight in job._model.trainable.items()}
+
+
+def plain_run(spec, tmp_path, tasks, *, method="sum"):
+    """Train `Plain` on the same batches; return its weights by our names."""
+    job, first = first_weights(spec, tmp_path)
+    model = Plain(job, first)
+    asked, steps = spec.hyperparameters, job.trainer.total_steps
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": asked.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=asked.learning_rate,
+    )
+    warm = math.ceil(steps * asked.warmup_ratio)
+    rows = PreparedRows(job._training[0].manifest and next(iter([_path(spec)])), 0, tuple(range(len(tasks))))
+    for step in range(steps):
+        chosen = job.trainer._sampler.batch(step, job.trainer.state.segments)[0]
+        losses = model.losses(rows, chosen, tasks)
+        optimizer.zero_grad()
+        if method == "sum":
+            sum(losses).backward()
+        else:
+            shared = list(model.trunk.parameters())
+            by_task = [list(torch.autograd.grad(loss, shared, retain_graph=True)) for loss in losses]
+            sum(losses).backward()
+            seed = int(np.random.SeedSequence([spec.seed, step, 2]).generate_state(1)[0])
+            for weight, gradient in zip(shared, combine(method, by_task, seed)[0], strict=True):
+                weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
+        rate = step / warm if step < warm else (steps - step) / max(1, steps - warm)
+        for group in optimizer.param_groups:
+            group["lr"] = asked.learning_rate * rate
+        optimizer.step()
+    named = {f"trunk.layers.0.{name}": weight for name, weight in model.trunk.named_parameters()}
+    return named | {f"heads.{name}": weight for name, weight in model.heads.named_parameters()}
+
+
+def _path(spec):
+    from pathlib import Path
+
+    return Path(spec.sources[0].data)
+
+
+@pytest.mark.parametrize("task", DIGIT_TASKS, ids=lambda task: task["name"])
+def test_one_task_alone_is_ordinary_training(digits, tmp_path, task):
+    spec = digit_spec(digits, tmp_path / "job", [task], **EXACT)
+    expected = plain_run(spec, tmp_path, [task])
+    job, _, _ = run_tasks(spec)
+    for name, weight in job._model.trainable.items():
+        assert torch.allclose(weight, expected[name], rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("method", ["sum", "pcgrad", "upgrad", "torchjd:MGDA"])
+@pytest.mark.parametrize("at_a_time", [4096, 5])
+def test_several_tasks_are_a_plain_loop_over_their_losses(digits, tmp_path, method, at_a_time):
+    """Also computed five rows at a time."""
+    body = {"balancing": method}
+    spec = digit_spec(digits, tmp_path / "job", body=body, micro_batch_tokens=at_a_time, **EXACT)
+    expected = plain_run(spec, tmp_path, DIGIT_TASKS, method=method)
+    job, _, _ = run_tasks(spec)
+    apart = max(float((w - expected[n]).detach().abs().max()) for n, w in job._model.trainable.items())
+    assert apart < 1e-9
+
+
+def test_a_tasks_weight_and_its_share_of_draws(digits, tmp_path):
+    """A weight multiplies the loss; with the strategy `weights` it says how often a task is drawn instead."""
+    tasks = [DIGIT_TASKS[0] | {"weight": 3.0}, DIGIT_TASKS[3]]
+    _, said, _ = run_tasks(digit_spec(digits, tmp_path / "weighted", tasks))
+    told = next(message for message in said if isinstance(message, Progress)).tasks
+    assert told["digit"].weight == 3.0 and told["ink"].weight == 1.0
+    # Other files, so that the tasks have rows of their own.
+    other = write_jsonl(tmp_path / "other.jsonl", digit_rows(1)[0][:100])
+    tasks = [tasks[0] | {"training_file": digits[0]}, tasks[1] | {"training_file": other}]
+    body = {"sampling": {"strategy": "weights"}, "tasks": tasks}
+    _, said, _ = run_tasks(digit_spec(digits, tmp_path / "drawn", body=body, max_steps=64))
+    seen = {"digit": 0, "ink": 0}
+    for message in said:
+        for name, one in getattr(message, "tasks", {}).items() if isinstance(message, Progress) else ():
+            seen[name] += one.targets
+            assert one.weight == 1.0
+    assert seen == {"digit": 768, "ink": 256}
+
+
+@pytest.mark.parametrize("kind", list(TRUNKS))
+@pytest.mark.parametrize("sharing", ["full", "lora", "last_layers"])
+def test_every_head_learns_on_every_trunk(trunks, tmp_path, kind, sharing):
+    """All kinds of tasks at once: their losses fall, frozen weights stay, and the product answers as the model did."""
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
+    tasks = [*TEXT_TASKS]
+    tasks += [CAUSAL] if kind in ("gpt2", "llama", "qwen3") else []
+    tasks += [SEQ2SEQ] if kind == "t5" else []
+    rate = {"full": 3e-3, "lora": 2e-2, "last_layers": 1e-2}[sharing]
+    body = {"model": "tiny", "sharing": sharing, "tasks": with_files(tasks, file, file)}
+    spec = task_spec(
+        trunks[kind], body, tmp_path / "job", max_steps=12, batch_size=20, learning_rate=rate, eval_steps=12,
+        last_layers=1, schedule="constant",
+    )  # fmt: skip
+    base = {name: weight.clone() for name, weight in weights_of(trunks[kind]).items()}
+    job, said, finished = run_tasks(spec)
+    before, after = (message.tasks for message in said if isinstance(message, Evaluated))
+    for task in tasks:
+        name = task["name"]
+        assert after[name].metrics["loss"] < before[name].metrics["loss"], name
+    if sharing == "last_layers":
+        changed = {n for n, w in weights_of(finished.model).items() if n in base and not torch.equal(w, base[n])}
+        first = ("embed", "shared", "layer.0.", "layers.0.", "h.0.", "block.0.", "decoder.", "lm_head")
+        inner = ".layer.0." if kind == "t5" else "nothing"  # a part of a T5 block, not the first block
+        assert changed and not any(part in name.replace(inner, ".") for name in changed for part in first)
+    adapter_base = trunks[kind] if sharing == "lora" else None
+    from pathlib import Path
+
+    served = load_for_serving(Path(finished.model), adapter_base, torch.float32, torch.device("cpu"))
+    job._model.train(False)
+    rows = job._training[0]
+    batch = rows.batch(np.arange(4), rows.tasks)
+    with torch.no_grad():
+        mine = job._model._model.logits(batch.inputs, batch.mask, rows.tasks, batch.targets)
+        theirs = served.logits(batch.inputs, batch.mask, rows.tasks, batch.targets)
+    for task in rows.tasks:
+        assert torch.allclose(mine[task], theirs[task], atol=2e-4 * float(mine[task].abs().max())), task
+
+
+@pytest.mark.parametrize("kind", list(TRUNKS))
+def test_pads_change_no_answer(trunks, tmp_path, kind):
+    """A row's outputs are the same alone as beside longer rows: pooling goes by the mask."""
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
+    tasks = [task for task in TEXT_TASKS if task["kind"] != "token_classification"]
+    spec = task_spec(trunks[kind], {"model": "tiny", "tasks": with_files(tasks, file)}, tmp_path / "job")
+    job, _ = first_weights(spec, tmp_path)
+    job._model.train(False)
+    rows = job._training[0]
+    assert len(set(rows.lengths[:6].tolist())) > 2
+    expected_pooling = "last" if kind in ("gpt2", "llama", "qwen3") else "mean"
+    assert job._model._model.trunk.pooling == expected_pooling
+    with torch.no_grad():
+        together = rows.batch(np.arange(6), rows.tasks)
+        many = job._model._model.logits(together.inputs, together.mask, rows.tasks)
+        for row in range(6):
+            alone = rows.batch(np.asarray([row]), rows.tasks)
+            one = job._model._model.logits(alone.inputs, alone.mask, rows.tasks)
+            for task in rows.tasks:
+                assert torch.allclose(many[task][row], one[task][0], atol=1e-5), (row, task)
+
+
+def test_a_causal_task_alone_is_fine_tuning(trunks, tmp_path):
+    """The same weights as the trainer of fine-tuning has after the same rows."""
+    from services.worker.trainer.data import PreparedData
+    from services.worker.trainer.language_model import load_language_model
+    from services.worker.trainer.trainer import Trainer
+    from tests.support.trainer_runs import write_prepared
+
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
+    body = {"model": "tiny", "tasks": with_files([CAUSAL], file)}
+    spec = task_spec(trunks["llama"], body, tmp_path / "job", max_steps=8, batch_size=4, **EXACT)
+    job, _, _ = run_tasks(spec)
+    rows = job._training[0]
+    examples = [rows._tokens[rows._span(row)].tolist() for row in range(len(rows))]
+    data = PreparedData(write_prepared(tmp_path / "data", examples))
+    model = load_language_model(trunks["llama"], "tiny", spec.hyperparameters, torch.device("cpu"), spec.seed)
+    trainer = Trainer(model, data, spec.hyperparameters, spec.seed)
+    while not trainer.is_done:
+        trainer.train_step()
+    for name, weight in model.trainable.items():
+        mine = job._model.trainable[f"trunk.{name}"]
+        assert torch.allclose(mine, weight, rtol=0, atol=1e-9), name
+
+
+def test_a_task_that_learns_no_more_stops(digits, tmp_path):
+    """Its rows leave the mix and its head stays as it is, while the others go on."""
+    noise = [row | {"coin": int(row["text"][20] * 997) % 2} for row in digit_rows(2)[0][:100]]
+    coins = write_jsonl(tmp_path / "coins.jsonl", noise[:60])
+    held = write_jsonl(tmp_path / "held.jsonl", noise[60:])
+    coin = {"name": "coin", "kind": "classification", "label_field": "coin"}
+    tasks = [*with_files([DIGIT_TASKS[0]], *digits), *with_files([coin], coins, held)]
+    body = {"tasks": tasks, "early_stop_patience": 2}
+    spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=120, eval_steps=5, learning_rate=2e-2)
+    job, said, finished = run_tasks(spec)
+    evaluations = [message for message in said if isinstance(message, Evaluated)]
+    stopped = next(message.step for message in evaluations if message.tasks["coin"].is_stopped)
+    assert finished.step == 120 and stopped < 100 and not evaluations[-1].tasks["digit"].is_stopped
+    for message in said:
+        if isinstance(message, Progress) and message.step > stopped:
+            assert set(message.tasks) == {"digit"} and message.tasks["digit"].targets == 16
+    best = evaluations[-1].tasks["coin"].best_step
+    losses = {m.step: m.tasks["coin"].metrics["loss"] for m in evaluations if m.step <= stopped}
+    assert losses[best] == min(losses.values())
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "job").rglob("step-*"))
+    assert set(job.trainer.best_steps) - {0} <= set(kept)
+
+
+def test_all_tasks_stopped_end_the_run(digits, tmp_path):
+    body = {"early_stop_patience": 1}
+    spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=2000, eval_steps=10, learning_rate=5e-2)
+    job, _, finished = run_tasks(spec)
+    assert finished.step < 2000 and all(task.is_stopped for task in job.trainer.state.tasks)
+
+
+def test_a_loss_that_is_not_finite_is_told_by_its_task(digits, tmp_path):
+    rows = digit_rows()[0][:40]
+    huge = write_jsonl(tmp_path / "huge.jsonl", [row | {"ink": 1e300} for row in rows[:20]] + rows[20:])
+    ink = DIGIT_TASKS[3] | {"standardize": False}
+    tasks = [*with_files([DIGIT_TASKS[0]], digits[0]), *with_files([ink], huge)]
+    with pytest.raises(LossNotFinite, match="task 'ink'"):
+        run_tasks(digit_spec(digits, tmp_path / "job", body={"tasks": tasks}, max_steps=20))
+
+
+def test_phases_train_one_task_after_another(digits, tmp_path):
+    body = {"mode": "sequential", "sampling": {"rehearsal": 0.25}, "tasks": with_files(DIGIT_TASKS[:3], *digits)}
+    _, said, _ = run_tasks(digit_spec(digits, tmp_path / "job", body=body, max_steps=30))
+    steps = {m.step: {n: t.targets for n, t in m.tasks.items()} for m in said if isinstance(m, Progress)}
+    assert all(set(steps[step]) == {"digit"} for step in range(1, 11))
+    assert sum(steps[step].get("parity", 0) for step in range(11, 21)) == pytest.approx(120, abs=2)
+    assert sum(steps[step].get("digit", 0) for step in range(11, 21)) == pytest.approx(40, abs=2)
+    assert sum(steps[step].get("shape", 0) for step in range(21, 31)) == pytest.approx(120, abs=3)
