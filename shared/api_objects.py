@@ -1,10 +1,10 @@
-"""OpenAI's objects, made from rows: what HTTP answers and what is replayed under an idempotency key."""
+"""The API's objects, made from rows: what HTTP answers and what is replayed under an idempotency key."""
 
 from datetime import datetime
 from typing import Any
 
 from shared.db.jobs import JobView
-from shared.domain.job import BATCH_STATUS, JobState, public_file_id, public_job_id
+from shared.domain.job import BATCH_STATUS, JobKind, JobState, public_file_id, public_job_id
 
 
 def unix(moment: datetime | None) -> int | None:
@@ -44,4 +44,36 @@ def batch_object(job: JobView) -> dict[str, Any]:
             "total_tokens": job.input_tokens + job.output_tokens,
         },
         "metadata": job.metadata,
+    }
+
+
+def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
+    """Return our job object, of any kind."""
+    unit = "lines" if job.kind == JobKind.BATCH else "steps"
+    return {
+        "id": public_job_id(job.kind, job.job_id),
+        "object": "job",
+        "kind": job.kind,
+        "status": str(job.state),
+        "tenant": job.tenant_id,
+        "created_at": unix(job.created_at),
+        "started_at": unix(job.started_at),
+        "ended_at": unix(job.ended_at),
+        "model": job.model,
+        "priority": job.priority,
+        "window": None,
+        "deadline": job.spec.get("deadline"),
+        "after": [],
+        "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": unit},
+        "waiting": waiting,
+        "forecast": None,
+        "usage": {
+            "input_tokens": job.input_tokens,
+            "output_tokens": job.output_tokens,
+            "device_seconds": round(job.device_seconds, 3),
+        },
+        "error": job.error,
+        "metadata": job.metadata or {},
+        "output_file_id": public_file_id(job.output_file_id) if job.output_file_id else None,
+        "error_file_id": public_file_id(job.error_file_id) if job.error_file_id else None,
     }

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from shared.domain.job import JobKind, JobState
+from shared.domain.prepared_tasks import Mode, Sharing, TaskKind
 
 _HEX = "[0-9a-f]{32}"
 
@@ -348,6 +349,117 @@ class FineTuningCheckpointList(Page):
     data: list[FineTuningCheckpoint]
 
 
+class TrainingTask(Answer):
+    """One task of a multi-task job, as its newest evaluation left it."""
+
+    name: str
+    kind: TaskKind
+    metrics: Annotated[dict[str, float], Field(description="On its validation rows; empty before it was evaluated.")]
+    best_step: Annotated[int | None, Field(description="After which its validation loss was the lowest.")]
+    stopped: Annotated[bool, Field(description="Whether it learns no more (`early_stop_patience`).")]
+
+
+class TrainingSource(Answer):
+    """Rows that some tasks share."""
+
+    tasks: list[str]
+    rows: Count
+    tokens: Count
+    validation_rows: Count
+
+
+class TrainingPlan(Answer):
+    """What a job was found to be when its data was prepared."""
+
+    hyperparameters: Annotated[dict[str, Any], Field(description="As they are used.")]
+    steps: Count
+    tokens: Count
+    memory_bytes: Count
+    device_seconds: Annotated[
+        float | None, Field(description="By the speed of earlier jobs; null before there are any.")
+    ]
+    sources: list[TrainingSource]
+    heads: Annotated[
+        list[dict[str, Any]], Field(description="Of each task: labels with their counts, mean, deviation.")
+    ]
+
+
+class TaskComparison(Answer):
+    """A task trained together with the others, and alone."""
+
+    task: str
+    metric: str
+    together: float | None
+    alone: float | None
+    change: Annotated[float | None, Field(description="Relative to alone; above 0 is better together.")]
+    job: JobId | None
+    status: JobState | None
+
+
+class TrainingComparison(Answer):
+    tasks: list[TaskComparison]
+    mean_change: float | None
+
+
+class TrainingErrors(Answer):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+
+
+class TrainingJob(Job):
+    """A multi-task job; `spec` is what was asked for."""
+
+    sharing: Sharing | None
+    mode: Mode | None
+    balancing: str | None
+    seed: int | None
+    tasks: list[TrainingTask]
+    spec: dict[str, Any]
+    plan: TrainingPlan | None
+    model_name: Annotated[str | None, Field(description="The name under which what was made is served.")]
+    trained_tokens: Count | None
+    result_files: list[FileId]
+    errors: TrainingErrors | None
+    comparison: TrainingComparison | None
+
+
+class TrainingJobList(Page):
+    data: list[TrainingJob]
+
+
+class TrainingEvent(FineTuningEvent):
+    """What happened to a multi-task job: in words, or the metrics of a step with each task's."""
+
+    object: Literal["training.job.event"]  # type: ignore[assignment]  # all else is alike
+
+
+class TrainingEventList(Page):
+    data: list[TrainingEvent]
+
+
+class TrainingCheckpoint(Answer):
+    """What can be served of a run before its end, and after."""
+
+    id: Annotated[str, Field(pattern=f"^ftckpt_{_HEX}-[0-9]+$")]
+    object: Literal["training.job.checkpoint"]
+    created_at: Time
+    training_job_id: JobId
+    fine_tuned_model_checkpoint: Annotated[str, Field(description="The name under which it is served.")]
+    step_number: Count
+    metrics: dict[str, Any]
+
+
+class TrainingCheckpointList(Page):
+    data: list[TrainingCheckpoint]
+
+
+class TrainingSchema(Answer):
+    """A JSON schema."""
+
+    type: Literal["object"]
+    properties: dict[str, Any]
+
+
 class Model(Answer):
     """A model that may be named in calls."""
 
@@ -365,7 +477,7 @@ class ModelList(Answer):
 class RegisteredModel(Model):
     """A model as its registration answers."""
 
-    kind: Literal["causal_lm", "encoder", "echo", "remote", "adapter"]
+    kind: Literal["causal_lm", "encoder", "seq2seq", "echo", "remote", "adapter", "multi_task"]
     dtype: Annotated[str, Field(description="The number type in which it is served, by every worker.")]
     context_length: Annotated[int | None, Field(ge=1, description="Tokens of prompt and answer together.")]
     base: Annotated[str | None, Field(description="The model that an adapter is for.")] = None
@@ -604,6 +716,29 @@ class EmbeddingList(Answer):
     usage: EmbeddingUsage
 
 
+class Prediction(Answer):
+    """What one task's head says; which fields there are follows from its kind."""
+
+    label: str | None = None
+    labels: list[str] | None = None
+    probabilities: dict[str, float] | None = None
+    value: float | None = None
+    text: str | None = None
+    tokens: list[dict[str, Any]] | None = None
+
+
+class Predictions(Answer):
+    index: Count
+    predictions: dict[str, Prediction]
+
+
+class PredictionList(Answer):
+    object: Literal["prediction.list"]
+    model: str
+    data: list[Predictions]
+    usage: EmbeddingUsage
+
+
 ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/healthz"): Health,
     ("get", "/readyz"): Readiness,
@@ -634,6 +769,16 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("post", "/v1/fine_tuning/jobs/{job_id}/resume"): FineTuningJob,
     ("get", "/v1/fine_tuning/jobs/{job_id}/events"): FineTuningEventList,
     ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): FineTuningCheckpointList,
+    ("post", "/v1/training/jobs"): TrainingJob,
+    ("get", "/v1/training/jobs"): TrainingJobList,
+    ("get", "/v1/training/jobs/schema"): TrainingSchema,
+    ("get", "/v1/training/jobs/{job_id}"): TrainingJob,
+    ("post", "/v1/training/jobs/{job_id}/cancel"): TrainingJob,
+    ("post", "/v1/training/jobs/{job_id}/pause"): TrainingJob,
+    ("post", "/v1/training/jobs/{job_id}/resume"): TrainingJob,
+    ("get", "/v1/training/jobs/{job_id}/events"): TrainingEventList,
+    ("get", "/v1/training/jobs/{job_id}/checkpoints"): TrainingCheckpointList,
+    ("post", "/v1/predictions"): PredictionList,
     ("get", "/v1/models"): ModelList,
     ("post", "/v1/models"): RegisteredModel,
     ("get", "/v1/models/{name}"): Model,

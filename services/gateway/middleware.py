@@ -12,7 +12,7 @@ from shared.domain.errors import BodyTooLarge, InvalidRequest
 
 MAX_JSON_BYTES = 2**20
 MAX_CALL_BYTES = 4 * 2**20
-CALL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+CALL_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/predictions"})
 MULTIPART_MARGIN_BYTES = 2**20
 HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
 _UNKNOWN_HOST = InvalidRequest(

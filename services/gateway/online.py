@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
@@ -23,6 +23,7 @@ from shared.db import workers
 from shared.db.tenants import Caller
 from shared.db.workers import WorkerLoad
 from shared.domain.errors import QueueFull, Unavailable
+from shared.domain.payloads import Endpoint
 from shared.domain.scheduling.policy import place_online
 from shared.queueing.online import (
     MAX_CALLS,
@@ -181,7 +182,7 @@ class OnlineCalls:
     async def open(
         self,
         caller: Caller,
-        endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"],
+        endpoint: Endpoint,
         body: bytes,
         model: str,
         *,

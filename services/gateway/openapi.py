@@ -9,7 +9,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from services.gateway.api_schemas import ANSWERS, EVENTS, Answer, Error
 from services.gateway.middleware import HEALTH_PATHS
-from shared.domain.payloads import ChatPayload, CompletionPayload, EmbeddingPayload
+from shared.domain.payloads import PREDICTIONS, ChatPayload, CompletionPayload, EmbeddingPayload, PredictionPayload
 
 _REF = "#/components/schemas/{model}"
 _REFUSALS = {
@@ -53,16 +53,18 @@ _HEADERS: dict[str, dict[str, Any]] = {
     },
     "Content-Length": {"description": "The file's bytes.", "schema": {"type": "integer", "minimum": 0}},
 }
+KINDS = ("fine_tuning", "training")
 _IGNORING = frozenset(
     {
         "/v1/files",
         "/v1/batches",
         "/v1/batches/{batch_id}/cancel",
         "/v1/fine_tuning/jobs",
-        *(f"/v1/fine_tuning/jobs/{{job_id}}/{action}" for action in ("cancel", "pause", "resume")),
+        *(f"/v1/{kind}/jobs/{{job_id}}/{action}" for kind in KINDS for action in ("cancel", "pause", "resume")),
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        PREDICTIONS,
     }
 )
 """Where unknown fields are ignored, with a warning, as OpenAI's SDKs send new ones."""
@@ -70,6 +72,7 @@ _CALLS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatPayload,
     "/v1/completions": CompletionPayload,
     "/v1/embeddings": EmbeddingPayload,
+    PREDICTIONS: PredictionPayload,
 }
 _UPLOAD = {
     "type": "object",

@@ -7,9 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shared.api_objects import unix
 from shared.db.files import FileView
-from shared.db.jobs import JobView
 from shared.db.model_registry import ModelView
-from shared.domain.job import JobKind, public_file_id, public_job_id
+from shared.domain.job import public_file_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
 from shared.domain.submission import Deadline
 
@@ -89,38 +88,6 @@ def file_object(file: FileView) -> dict[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "status_details": None,
-    }
-
-
-def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
-    """Return our job object, of any kind."""
-    unit = "lines" if job.kind == JobKind.BATCH else "steps"
-    return {
-        "id": public_job_id(job.kind, job.job_id),
-        "object": "job",
-        "kind": job.kind,
-        "status": str(job.state),
-        "tenant": job.tenant_id,
-        "created_at": unix(job.created_at),
-        "started_at": unix(job.started_at),
-        "ended_at": unix(job.ended_at),
-        "model": job.model,
-        "priority": job.priority,
-        "window": None,
-        "deadline": job.spec.get("deadline"),
-        "after": [],
-        "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": unit},
-        "waiting": waiting,
-        "forecast": None,
-        "usage": {
-            "input_tokens": job.input_tokens,
-            "output_tokens": job.output_tokens,
-            "device_seconds": round(job.device_seconds, 3),
-        },
-        "error": job.error,
-        "metadata": job.metadata or {},
-        "output_file_id": public_file_id(job.output_file_id) if job.output_file_id else None,
-        "error_file_id": public_file_id(job.error_file_id) if job.error_file_id else None,
     }
 
 

@@ -14,9 +14,12 @@ from typing import Any
 
 import orjson
 
+from shared.domain.balancing import is_on_gradients
 from shared.domain.errors import ModelRefused
 from shared.domain.fine_tuning import Hyperparameters, Parallelism
+from shared.domain.multi_task import DEFAULT_LAST_LAYERS, TrainingCreate
 from shared.domain.prepared_data import Manifest
+from shared.domain.prepared_tasks import RowsManifest, vector_shape
 
 # OpenAI's rules, as its cookbook gives them: three epochs, more for few examples, fewer for very many.
 USUAL_EPOCHS, MOST_EPOCHS = 3, 25
@@ -132,6 +135,78 @@ def estimate(
     )
 
 
+@dataclass(frozen=True)
+class TaskEstimate:
+    """What a multi-task job will take; `steps` at most, as tasks may stop early."""
+
+    steps: int
+    tokens: int
+    memory: Memory
+
+
+def estimate_tasks(
+    body: TrainingCreate, rows: list[RowsManifest], model: Path | None, dtype: str, n_epochs: int
+) -> TaskEstimate:
+    """Return what training a multi-task model on prepared rows will take. Raises ModelRefused.
+
+    model: The base's directory; None for the built-in backbone. dtype: As for `estimate`.
+    """
+    asked = body.hyperparameters
+    all_rows, all_tokens = sum(each.rows for each in rows), sum(each.tokens for each in rows)
+    longest = max(each.longest for each in rows)
+    steps = asked.max_steps or n_epochs * math.ceil(all_rows / asked.batch_size)
+    at_a_time = max(longest, min(MICRO_BATCH_TOKENS, asked.batch_size * longest))
+    if model is None:
+        inputs, hidden = vector_shape(body.model) or (0, 0)
+        elements = trained = hidden * (inputs + 1)
+        width, activations = _FLOAT32_BYTES, at_a_time * _FLOAT32_BYTES * (inputs + 4 * hidden)
+    else:
+        width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
+        shapes, config = _weight_shapes(model), _config(model)
+        elements = sum(map(math.prod, shapes.values()))
+        trained = _trained_elements(body, shapes, config)
+        activations = _activation_bytes(config, _as_examples(body, rows), at_a_time, width, False)
+    is_held_wide = body.sharing != "lora"
+    copies = len(body.tasks) if is_on_gradients(body.balancing) else 0
+    memory = Memory(
+        weights_bytes=elements * (_FLOAT32_BYTES if is_held_wide else width),
+        optimizer_bytes=trained * (_ADAM_BYTES + _FLOAT32_BYTES * (1 + (not is_held_wide) + copies)),
+        activations_bytes=activations,
+    )
+    return TaskEstimate(steps, math.ceil(steps * asked.batch_size * all_tokens / all_rows), memory)
+
+
+def _trained_elements(body: TrainingCreate, shapes: dict[str, list[int]], config: dict[str, Any]) -> int:
+    """Return how many of the trunk's weights are trained."""
+    asked = body.hyperparameters
+    if body.sharing == "lora":
+        return _adapter_elements(shapes, asked.lora_rank)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if body.sharing == "full":
+        return sum(sizes.values())
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
+    in_layers = sum(size for name, size in sizes.items() if _IN_A_LAYER.search(name))
+    return math.ceil(in_layers * min(1.0, (asked.n_layers or DEFAULT_LAST_LAYERS) / layers))
+
+
+def _as_examples(body: TrainingCreate, rows: list[RowsManifest]) -> Manifest:
+    """Return rows as if they were examples: language models' heads have logits for every token."""
+    tokens = sum(each.tokens for each in rows)
+    has_logits = any(task.kind in ("causal_lm", "seq2seq") for task in body.tasks)
+    return Manifest(
+        examples=sum(each.rows for each in rows),
+        tokens=tokens,
+        trained_tokens=tokens if has_logits else 0,
+        longest=max(each.longest for each in rows),
+        vocabulary=max(each.vocabulary for each in rows),
+        pad_token=None,
+        data_sha256="",
+        tokenizer_sha256="",
+        template_sha256="",
+        max_length=0,
+    )
+
+
 def _shares(together: Parallelism) -> int:
     """Return among how many devices the weights are divided."""
     return together.devices if together.sharding != "none" else 1
@@ -173,10 +248,10 @@ def _activation_bytes(
     halves with their activation, and the float32 that norms compute in. Attention itself keeps no scores. With
     checkpointing, the input of each layer, and all of one layer that is computed again.
     """
-    hidden = config.get("hidden_size") or config.get("n_embd") or 0
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 0
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("num_heads") or 1
+    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("d_ff") or 4 * hidden
     head = config.get("head_dim") or hidden // heads
     attention = (2 * heads + 2 * (config.get("num_key_value_heads") or heads)) * head
     norms = 2 * hidden * (_FLOAT32_BYTES + width)

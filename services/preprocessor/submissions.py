@@ -12,6 +12,7 @@ from sqlalchemy.exc import DataError
 from shared.api_objects import batch_object
 from shared.db import files, idempotency, jobs, submissions, tenants
 from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object
+from shared.db.multi_task import accept_training, training_job_object
 from shared.db.session import tenant_transaction
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -26,6 +27,7 @@ from shared.domain.errors import (
 )
 from shared.domain.fine_tuning import FineTuningCreate, Hyperparameters
 from shared.domain.job import JobKind, public_file_id
+from shared.domain.multi_task import TrainingCreate
 from shared.domain.nesting import MAX_DEPTH, is_too_deep
 from shared.domain.payloads import invalid_request
 from shared.domain.submission import BatchCreate
@@ -122,6 +124,11 @@ class Submissions:
             return fine_tuning_job_object(
                 jobs.get(connection, accept_fine_tuning(connection, self._settings, caller, body, key))
             )
+        if kind is JobKind.TRAINING:
+            tasks = _checked(TrainingCreate, spec)
+            return training_job_object(
+                jobs.get(connection, accept_training(connection, self._settings, caller, tasks, key))
+            )
         batch = _batch(spec, columns)
         return batch_object(
             jobs.get(connection, submissions.accept_batch(connection, self._settings, caller, batch, key))
@@ -166,7 +173,8 @@ class Submissions:
         with tenant_transaction(self._engine, caller.tenant_id) as connection:
             if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
                 return
-            kind = JobKind.FINE_TUNING if submission.get("kind") == JobKind.FINE_TUNING else JobKind.BATCH
+            named = submission.get("kind")
+            kind = JobKind(named) if named in (JobKind.FINE_TUNING, JobKind.TRAINING) else JobKind.BATCH
             shown, refusal = _SHOWN_WHEN_REFUSED[kind], error.body()["error"]
             jobs.add_refused(connection, caller.tenant_id, caller.key_id, key, refusal, kind=kind, spec=shown)
             idempotency.complete(connection, caller.tenant_id, key, digest, error.status, error.body())
@@ -176,10 +184,12 @@ class Submissions:
 _SHOWN_WHEN_REFUSED: dict[JobKind, dict[str, Any]] = {
     JobKind.BATCH: {"completion_window": "24h"},
     JobKind.FINE_TUNING: {"seed": 0, "hyperparameters": Hyperparameters().model_dump()},
+    JobKind.TRAINING: {"tasks": []},
 }
 _FIELDS = {
     JobKind.BATCH: {"requests", *BatchCreate.model_fields},
     JobKind.FINE_TUNING: {*FineTuningCreate.model_fields},
+    JobKind.TRAINING: {*TrainingCreate.model_fields},
 }
 
 
@@ -223,6 +233,8 @@ def _digest(submission: dict[str, Any]) -> str:
                 return body_digest("batch", BatchCreate.model_validate(spec))
             if submission["kind"] == JobKind.FINE_TUNING:
                 return body_digest("fine-tuning", FineTuningCreate.model_validate(spec))
+            if submission["kind"] == JobKind.TRAINING:
+                return body_digest("training", TrainingCreate.model_validate(spec))
         except ValidationError:
             pass  # it will be refused; until then it is what it says
     return body_digest("submit", submission)

@@ -36,6 +36,8 @@ _ADD_SPACES: tuple[tuple[type, str, Any], ...] = (
     (pre_tokenizers.Metaspace, "prepend_scheme", "never"),
     (pre_tokenizers.ByteLevel, "add_prefix_space", False),
 )
+_OFFSET_KINDS = ("roberta", "xlm-roberta", "camembert", "longformer", "xlm-roberta-xl", "data2vec-text", "mpnet")
+"""Models whose position embeddings begin after the pad token's number."""
 _start_of, _end_of = itemgetter(0), itemgetter(1)
 
 
@@ -56,6 +58,7 @@ class TokenizerFiles:
     splits_special_tokens: bool
     stops: list[int] | None
     context_tokens: int
+    unusable_positions: int
     model_vocabulary: int | None
     sha256: str
 
@@ -80,10 +83,18 @@ class TokenizerFiles:
             directory=directory,
             template=template,
             context_tokens=next(filter(None, contexts)),
+            unusable_positions=1 + (config.get("pad_token_id") or 0)
+            if config.get("model_type") in _OFFSET_KINDS
+            else 0,
             # An AddedToken shows all that it is.
             sha256=hashlib.sha256(path.read_bytes() + repr(sorted(fields.items())).encode()).hexdigest(),
             **fields,
         )
+
+    @property
+    def row_tokens(self) -> int:
+        """How many tokens a row of several tasks may have: RoBERTa's kind counts positions from beyond its pad."""
+        return self.context_tokens - self.unusable_positions
 
     @property
     def template_sha256(self) -> str:

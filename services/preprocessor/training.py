@@ -4,20 +4,26 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import UUID
 
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
-from services.preprocessor.estimates import Estimate, estimate
+from services.preprocessor.estimates import Estimate, estimate, estimate_tasks
 from services.preprocessor.preparation import Options, Prepared, prepare
 from services.preprocessor.shards import Shards
-from shared.db import model_registry, training
+from services.preprocessor.task_outcome import body_of, tasks_outcome
+from services.preprocessor.task_rows import PreparedSource, Reading, Source, prepare_source
+from services.preprocessor.tokenization import TokenizerFiles
+from shared.db import model_registry, multi_task, training
 from shared.db.session import tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
 from shared.domain.errors import ModelRefused, NotFound
 from shared.domain.fine_tuning import Hyperparameters, parallelism_of
+from shared.domain.job import JobKind, parse_file_id
+from shared.domain.multi_task import TrainingCreate
+from shared.domain.prepared_tasks import vector_shape
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
 from shared.store import prepared_path
@@ -67,12 +73,9 @@ class Preparations:
     def _prepare(self, job: UnpreparedJob) -> bool:
         if job.preparations >= MOST_PREPARATIONS:
             return self._refuse(job, {"code": "server_error", "message": _GIVEN_UP, "param": None})
+        prepare = self._prepare_tasks if job.kind == JobKind.TRAINING else self._prepare_examples
         try:
-            base = self._base(job)
-            asked = Hyperparameters.model_validate(job.spec["hyperparameters"])
-            together = parallelism_of(job.spec)
-            made = self._make(job, Path(base.source), asked)
-            plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype, together)
+            return prepare(job)
         except TrainingFileRefused as error:
             return self._refuse(job, error.job_error(), [line.as_dict() for line in error.errors])
         except ModelRefused as error:
@@ -81,6 +84,14 @@ class Preparations:
             return self._refuse(job, {"code": "model_not_found", "message": error.message, "param": "model"})
         except FileNotFoundError:
             return self._refuse(job, {"code": "file_not_found", "message": _GONE, "param": "training_file"})
+
+    def _prepare_examples(self, job: UnpreparedJob) -> bool:
+        """Prepare a fine-tuning job. Raises what `_prepare` tells the job of."""
+        base = self._base(job)
+        asked = Hyperparameters.model_validate(job.spec["hyperparameters"])
+        together = parallelism_of(job.spec)
+        made = self._make(job, Path(base.source), asked)
+        plan = estimate(made.training.manifest, asked, Path(base.source), base.dtype, together)
         with tenant_transaction(self._engine, job.tenant_id) as connection:
             outcome = _outcome(asked, plan, made, self._relative)
             return training.prepared(
@@ -92,6 +103,53 @@ class Preparations:
                 outcome=outcome,
                 devices=together.devices,
             )
+
+    def _prepare_tasks(self, job: UnpreparedJob) -> bool:
+        """Prepare a multi-task job, or only say what it would take. Raises what `_prepare` tells the job of."""
+        body = body_of(job)
+        is_text = vector_shape(job.model) is None
+        base = self._base(job) if is_text else None
+        directory = Path(base.source) if base is not None else None
+        reading = _reading(body, directory)
+        made = self._make_rows(job, body, reading)
+        rows = [source.training_manifest for source in made]
+        dtype = base.dtype if base is not None else "float32"
+        plan = estimate_tasks(body, rows, directory, dtype, body.n_epochs)
+        with tenant_transaction(self._engine, job.tenant_id) as connection:
+            speed = training.tokens_per_second(connection, job.kind, job.model)
+            outcome = tasks_outcome(body, plan, made, self._relative, reading.max_length, speed)
+            if body.dry_run:
+                training.planned(connection, job, outcome)
+                return False
+            if body.compare_single_task:
+                outcome["single_jobs"] = multi_task.add_single_jobs(connection, job)
+            return training.prepared(
+                connection,
+                job,
+                base=base.name if base is not None else job.model,
+                steps=plan.steps,
+                tokens=plan.tokens,
+                outcome=outcome,
+                devices=body.parallelism.devices,
+            )
+
+    def _make_rows(self, job: UnpreparedJob, body: TrainingCreate, reading: Reading) -> list[PreparedSource]:
+        out = self._directory() / prepared_path(job.tenant_id)
+        made = []
+        for group in body.sources():
+            tasks = tuple(body.tasks[number] for number in group)
+            with ExitStack() as stack:
+                names = (tasks[0].training_file, tasks[0].validation_file)
+                opened = [stack.enter_context(self._open(job, name)) if name else None for name in names]
+                assert opened[0] is not None
+                made.append(prepare_source(Source(group, tasks, opened[0], opened[1]), reading, out))
+        return made
+
+    def _open(self, job: UnpreparedJob, public_id: str) -> BinaryIO:
+        path = job.paths.get(str(parse_file_id(public_id)))
+        if path is None:
+            raise FileNotFoundError
+        return (self._directory() / path).open("rb", buffering=1 << 20)
 
     def _base(self, job: UnpreparedJob) -> model_registry.ModelView:
         """Return the model whose weights are trained on: of an adapter, its base. Raises NotFound."""
@@ -125,6 +183,16 @@ class Preparations:
             training.reject(connection, job, error, lines or [])
         log.info("training job refused", extra={"job_id": str(job.job_id), "code": error["code"]})
         return False
+
+
+def _reading(body: TrainingCreate, base: Path | None) -> Reading:
+    """Return how rows are read for a base in directory `base`, None for vectors. Raises ModelRefused."""
+    asked, shape = body.hyperparameters, vector_shape(body.model)
+    if shape is not None or base is None:
+        return Reading(shape[0] if shape else 0, None, 1, truncate=False)
+    files = TokenizerFiles.read(base)
+    length = min(asked.max_length or files.row_tokens, files.row_tokens)
+    return Reading(0, files, length, asked.truncate)
 
 
 def _outcome(asked: Hyperparameters, plan: Estimate, made: Prepared, relative: Callable[[Path], str]) -> dict[str, Any]:

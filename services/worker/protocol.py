@@ -23,21 +23,24 @@ class ModelSpec(msgspec.Struct, frozen=True):
     model's name there. `key` names one loaded copy of it.
 
     An adapter's spec has the files of its base, `base` as that one's name, and its own directory as `adapter`.
+    A multi-task model's has its own directory as `heads`, and as `source` its base's where it is an adapter on one.
     """
 
     name: str
-    kind: Literal["echo", "causal_lm", "encoder", "remote"]
+    kind: Literal["echo", "causal_lm", "encoder", "remote", "multi_task"]
     source: str
     revision: str | None = None
     dtype: str = "float32"
     context_length: int | None = None
     base: str = ""
     adapter: str = ""
+    heads: str = ""
 
     @property
     def key(self) -> str:
         adapter = f"+{self.adapter}" if self.adapter else ""
-        return f"{self.source}@{self.revision or '-'}:{self.dtype}{adapter}"
+        heads = f"+heads:{self.heads}" if self.heads else ""
+        return f"{self.source}@{self.revision or '-'}:{self.dtype}{adapter}{heads}"
 
     @property
     def without_adapter(self) -> "ModelSpec":
@@ -69,7 +72,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Request(msgspec.Struct, omit_defaults=True):
-    """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings.
+    """One call. `messages` are set for chat, `prompts` (texts or token ids) for completions and embeddings, and for
+    predictions `prompts` or `vectors`, with the `tasks` that are asked for (None: all).
 
     `is_online`: somebody waits for it, so it goes before batches. `is_streamed`: its text is sent in deltas too.
     `namespace`: whose it is; prompts share what was computed of them within one namespace only. `adapter`: the
@@ -77,9 +81,11 @@ class Request(msgspec.Struct, omit_defaults=True):
     """
 
     id: int
-    task: Literal["chat", "complete", "embed"]
+    task: Literal["chat", "complete", "embed", "predict"]
     messages: list[dict[str, Any]] | None = None
     prompts: list[str | list[int]] = []
+    vectors: list[list[float]] = []
+    tasks: list[str] | None = None
     params: SamplingParams = SamplingParams()
     delay_ms: int = 0
     is_online: bool = False
@@ -110,7 +116,8 @@ class TokenLogprob(msgspec.Struct):
 
 
 class Response(msgspec.Struct, omit_defaults=True):
-    """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32.
+    """The answer to one request: `choices` are (text, finish_reason); `embeddings` little-endian float32;
+    `predictions` of each input what each task's head says.
 
     `logprobs`: for each choice its tokens', where they were asked for. `cached_tokens`: how many of the prompt's were
     not computed for it. `is_aborted`: nobody wants it any more; it says only what was used until then.
@@ -121,6 +128,7 @@ class Response(msgspec.Struct, omit_defaults=True):
     logprobs: list[list[TokenLogprob]] = []
     cached_tokens: int = 0
     embeddings: list[bytes] = []
+    predictions: list[dict[str, Any]] = []
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fault: RequestFault | None = None
@@ -456,6 +464,8 @@ class Finished(msgspec.Struct, tag="finished"):
     metrics: dict[str, float]
     plots: list[str] = []
     """Image files, within `model`."""
+    best: list[CheckpointWritten] = []
+    """Checkpoints after which some task was at its best."""
 
 
 class Stopped(msgspec.Struct, tag="stopped"):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from services.worker.children import ChildSupervisor, Life
-from services.worker.protocol import FromChild, Pause, Resume, ToChild, Train
+from services.worker.protocol import FromChild, Pause, Resume, ToChild, Train, TrainTasks
 
 ONLINE_QUIET_SECONDS = 0.5
 """Training goes on once no online call was in flight for so long."""
@@ -19,7 +19,7 @@ class TrainerChild(ChildSupervisor):
         super().__init__(module, arguments, hang_seconds=hang_seconds, environment=environment)
         self.inbox: queue.SimpleQueue[FromChild | None] = queue.SimpleQueue()
 
-    def begin(self, message: Train) -> None:
+    def begin(self, message: Train | TrainTasks) -> None:
         """Start the child on a job. Raises ChildLost when it is gone already."""
         with self._lock:
             self._living()

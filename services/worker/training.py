@@ -1,7 +1,5 @@
 """Runs one training job under its lease: a trainer child does the work, and what it says is recorded here."""
 
-import csv
-import io
 import logging
 import queue
 import threading
@@ -19,31 +17,30 @@ from sqlalchemy import Connection, Engine
 
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import (
-    CheckpointPolicy,
     CheckpointWritten,
     Evaluated,
     Failed,
     Finished,
     FromChild,
-    Hyperparameters,
     Listening,
     Place,
     Progress,
     Started,
     Stop,
     Stopped,
-    Train,
 )
 from services.worker.room import DeviceRoom, NoRoom
 from services.worker.trainer_child import OnlineGate, TrainerChild
+from services.worker.training_plans import Message, plan_of
 from shared.db import devices, files, jobs, model_registry, slices, training
 from shared.db.devices import Peer
 from shared.db.model_registry import ModelView
-from shared.db.training import NewCheckpoint, Product, TrainingRun
+from shared.db.training import NewCheckpoint, TrainingRun
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, Conflict, NotFound
-from shared.domain.fine_tuning import checkpoint_model_name, parallelism_of, tuned_model_name
-from shared.domain.job import StopReason
+from shared.domain.fine_tuning import checkpoint_model_name, parallelism_of
+from shared.domain.job import JobKind, StopReason
+from shared.domain.prepared_tasks import vector_shape
 from shared.domain.slice import AttemptOutcome, SliceKind, SliceState, is_dead_letter
 from shared.ingest import write_object
 from shared.settings import Settings
@@ -57,8 +54,6 @@ BUSY_SECONDS = 5.0
 """How long a second training slice is put off that comes while this device trains."""
 ROOM_SECONDS = 30.0
 """How long a training is put off that had to give its room to somebody's calls."""
-LEARNING_RATE = {False: 2e-4, True: 2e-5}
-"""By whether all weights are trained, before the job's multiplier."""
 PAUSES = ("disk_full",)
 """Failures after which a job waits for somebody to make room: its last checkpoint is good."""
 LOST = {
@@ -69,7 +64,6 @@ LOST = {
 }
 FAILED = LOST | {"message": "Training was given up: it failed each time it was tried. The job's attempts say why."}
 OUT_OF_MEMORY = "out_of_memory"
-RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 
 @dataclass
@@ -80,6 +74,8 @@ class _Report:
     trained_tokens: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
     messages: list[tuple[str, str]] = field(default_factory=list)
+    tasks: dict[str, Any] | None = None
+    """What the newest evaluation says of each task of a multi-task job."""
     awaits_evaluation: bool = False
     """The validation of the last step is on its way: both are told together."""
     since: float = field(default_factory=time.monotonic)
@@ -87,25 +83,45 @@ class _Report:
     def add(self, message: Progress, *, awaits_evaluation: bool) -> None:
         self.awaits_evaluation = awaits_evaluation
         self.steps, self.trained_tokens = message.step, self.trained_tokens + message.trained_tokens
-        self.metrics.append(
-            {
-                "step": message.step,
-                "total_steps": message.total_steps,
-                "train_loss": message.loss,
-                "train_mean_token_accuracy": message.accuracy,
-                "learning_rate": message.learning_rate,
-            }
-        )
+        row: dict[str, Any] = {
+            "step": message.step,
+            "total_steps": message.total_steps,
+            "train_loss": message.loss,
+            "learning_rate": message.learning_rate,
+        }
+        if message.tasks:
+            row["tasks"] = {name: {"loss": t.loss, "weight": t.weight} for name, t in message.tasks.items()}
+        else:
+            row["train_mean_token_accuracy"] = message.accuracy
+        self.metrics.append(row)
 
     def evaluated(self, message: Evaluated) -> None:
         """Note a validation, of the base model (step 0) or of the step before it."""
         self.awaits_evaluation = False
+        if message.tasks:
+            self._tasks_evaluated(message)
+            return
         valid = {"full_valid_loss": message.loss, "full_valid_mean_token_accuracy": message.accuracy}
         valid |= {"valid_loss": message.loss, "valid_mean_token_accuracy": message.accuracy}
         if self.metrics and self.metrics[-1]["step"] == message.step:
             self.metrics[-1] |= valid
         text = f"Step {message.step}: validation loss={message.loss:.4f}, token accuracy={message.accuracy:.4f}"
         self.messages.append(("info", text))
+
+    def _tasks_evaluated(self, message: Evaluated) -> None:
+        self.tasks = {
+            name: {"metrics": task.metrics, "best_step": task.best_step, "stopped": task.is_stopped}
+            for name, task in message.tasks.items()
+        }
+        if self.metrics and self.metrics[-1]["step"] == message.step:
+            row = self.metrics[-1]
+            row["valid_loss"] = message.loss
+            for name, task in message.tasks.items():
+                row["tasks"].setdefault(name, {})["valid_loss"] = task.metrics["loss"]
+        for name, task in message.tasks.items():
+            shown = ", ".join(f"{metric}={value:.4f}" for metric, value in task.metrics.items())
+            stopped = "; it has stopped" if task.is_stopped else ""
+            self.messages.append(("info", f"Step {message.step}: validation of {name}: {shown}{stopped}"))
 
     def __bool__(self) -> bool:
         return bool(self.metrics or self.messages)
@@ -172,7 +188,7 @@ class TrainingParts:
 class Call(msgspec.Struct, frozen=True):
     """What the worker that leads a job asks of the others; the bytes are those of `DeviceRoom.reserve`."""
 
-    train: Train
+    train: Message
     needed_bytes: int
     least_bytes: int
 
@@ -240,24 +256,24 @@ class TrainingRunner:
         must_stop = partial(self._parts.holder.must_stop, lease)
         return self._parts.room.reserve(work.needed_bytes, work.least_bytes, must_stop)
 
-    def _read(self, lease: Lease) -> tuple[TrainingRun, ModelView]:
+    def _read(self, lease: Lease) -> tuple[TrainingRun, ModelView | None]:
         with self._parts.engine.begin() as connection:
             run = training.run_of(connection, lease.claimed.job_id)
-            return run, model_registry.find(connection, run.tenant_id, run.model)
+            is_built_in = run.kind == JobKind.TRAINING and vector_shape(run.model) is not None
+            return run, None if is_built_in else model_registry.find(connection, run.tenant_id, run.model)
 
 
 class _Work:
     """One claimed job: what its child is told, and what becomes of what it says."""
 
-    def __init__(self, parts: TrainingParts, lease: Lease, run: TrainingRun, base: ModelView) -> None:
-        self._parts, self._lease, self._job, self._base = parts, lease, run, base
+    def __init__(self, parts: TrainingParts, lease: Lease, run: TrainingRun, base: ModelView | None) -> None:
+        self._parts, self._lease, self._job = parts, lease, run
+        self._plan = plan_of(run, base)
         self._fence = _fence(lease)
         self._report = _Report()
         self._is_in_the_way = False
         self._peers: list[Peer] = []
         self._parallelism = parallelism_of(run.spec)
-        self._name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
-        self._epoch_steps = max(1, run.steps // run.outcome["hyperparameters"]["n_epochs"])
 
     def take_devices(self) -> bool:
         """Take the other devices that the job needs, all of them or none. Raises LeaseLost."""
@@ -307,36 +323,11 @@ class _Work:
         """Its part that does not depend on how much is computed at a time."""
         return int(self._job.outcome["estimate"]["fixed_bytes"])
 
-    def message(self, memory_bytes: int | None) -> Train:
+    def message(self, memory_bytes: int | None) -> Message:
         """Return what the child is to do, as the first of all."""
-        used, store = self._job.outcome["hyperparameters"], self._store_directory()
-        validation = self._job.outcome.get("validation")
-        # Ends of epochs are served by name, so they stay; the others are there to go on from.
-        kept = tuple(range(self._epoch_steps, self._job.steps + 1, self._epoch_steps))
-        return Train(
-            base=self._base.source,
-            base_name=self._base.name,
-            data=str(store / self._job.outcome["training"]["path"]),
-            validation=str(store / validation["path"]) if validation else None,
-            output=str(store / training_path(self._job.tenant_id, self._job.job_id)),
-            lease_token=str(self._fence.lease_token),
-            hyperparameters=Hyperparameters(
-                full=used["full"],
-                n_epochs=used["n_epochs"],
-                batch_size=used["batch_size"],
-                learning_rate=LEARNING_RATE[used["full"]] * used["learning_rate_multiplier"],
-                warmup_ratio=used["warmup_ratio"],
-                weight_decay=used["weight_decay"],
-                dtype="bfloat16" if self._base.dtype == "bfloat16" else "float32",
-                lora_rank=used["lora_rank"],
-                lora_alpha=used["lora_alpha"] or 2.0 * used["lora_rank"],
-                lora_dropout=used["lora_dropout"],
-            ),
-            seed=self._job.spec["seed"],
-            checkpoints=CheckpointPolicy(keep_steps=kept),
-            memory_bytes=memory_bytes,
-            place=self._place,
-        )
+        store = self._store_directory()
+        output = str(store / training_path(self._job.tenant_id, self._job.job_id))
+        return self._plan.message(store, output, str(self._fence.lease_token), memory_bytes, self._place)
 
     def _store_directory(self) -> Path:
         directory = self._parts.settings.store_directory
@@ -375,9 +366,8 @@ class _Work:
         elif isinstance(message, Started):
             self._started(message)
         elif isinstance(message, Progress):
-            is_epoch = message.step % self._epoch_steps == 0
-            has_validation = self._job.outcome.get("validation") is not None
-            self._report.add(message, awaits_evaluation=is_epoch and has_validation)
+            is_epoch = message.step % self._plan.epoch_steps == 0
+            self._report.add(message, awaits_evaluation=is_epoch and self._plan.has_validation)
         elif isinstance(message, Evaluated):
             self._report.evaluated(message)
         elif isinstance(message, CheckpointWritten):
@@ -398,7 +388,8 @@ class _Work:
         return False
 
     def _started(self, message: Started) -> None:
-        what = f"Training goes on after step {message.step}." if message.step else "Fine-tuning job started."
+        kind = "Fine-tuning" if self._job.kind == JobKind.FINE_TUNING else "Training"
+        what = f"Training goes on after step {message.step}." if message.step else f"{kind} job started."
         self._report.messages.append(("info", what))
         for path in message.skipped:
             self._report.messages.append(("warn", f"A damaged checkpoint was passed over: {Path(path).name}."))
@@ -416,6 +407,7 @@ class _Work:
                 tokens=report.trained_tokens,
                 metrics=report.metrics,
                 messages=report.messages,
+                tasks=report.tasks,
             )
         )
 
@@ -424,8 +416,10 @@ class _Work:
 
     def _checkpoint(self, message: CheckpointWritten) -> None:
         """Have an epoch's end served by name. The last one is the product itself, and others only serve to go on."""
-        if message.step % self._epoch_steps:
-            return
+        if message.step % self._plan.epoch_steps == 0:
+            self._serve(message)
+
+    def _serve(self, message: CheckpointWritten) -> None:
         checkpoint = NewCheckpoint(
             step=message.step,
             tokens=self._report.trained_tokens,
@@ -434,54 +428,51 @@ class _Work:
             sha256=message.sha256,
             metrics={"step": message.step, **message.metrics},
         )
-        product = self._product(checkpoint_model_name(self._name, message.step), message.model)
+        product = self._plan.product(checkpoint_model_name(self._plan.name, message.step), message.model)
         self._write(lambda connection: training.add_checkpoint(connection, self._fence, checkpoint, product))
 
-    def _product(self, name: str, source: str) -> Product:
-        is_full = self._job.outcome["hyperparameters"]["full"]
-        return Product(
-            name=name,
-            kind="causal_lm" if is_full else "adapter",
-            base=None if is_full else self._base.name,
-            source=source,
-            dtype=self._base.dtype,
-            context_length=self._base.context_length,
-            weight_bytes=sum(path.stat().st_size for path in Path(source).glob("*.safetensors")),
-        )
-
     def _succeed(self, message: Finished) -> None:
-        product, file_id = self._product(self._name, message.model), uuid4()
+        for best in message.best:
+            self._serve(best)
+        product = self._plan.product(self._plan.name, message.model)
         with self._parts.engine.begin() as connection:
-            content = _result_csv(training.metrics_of(connection, self._job.job_id))
-        path = file_path(self._job.tenant_id, file_id)
-        write_object(self._parts.store.writer(path), content)
+            metrics = training.metrics_of(connection, self._job.job_id)
+        results = [self._result("step_metrics.csv", self._plan.result_csv(metrics))]
+        results += [self._result(name, (Path(message.model) / name).read_bytes()) for name in message.plots]
 
         def write(connection: Connection) -> None:
-            files.add(
-                connection,
-                tenant_id=self._job.tenant_id,
-                file_id=file_id,
-                purpose="fine-tune-results",
-                filename="step_metrics.csv",
-                bytes=len(content),
-                sha256=None,
-                store_path=path,
-                index_path=None,
-                lines=None,
-                validation=None,
-                expires_after_seconds=None,
-            )
+            for columns in results:
+                files.add(connection, **columns)
             training.succeed(
                 connection,
                 self._fence,
                 steps=message.step,
                 tokens=message.trained_tokens,
                 product=product,
-                result_file_id=file_id,
+                result_file_ids=[columns["file_id"] for columns in results],
             )
             self._parts.finish(connection, self._lease, SliceState.DONE)
 
         self._write(write)
+
+    def _result(self, name: str, content: bytes) -> dict[str, Any]:
+        """Write the content of a result file; return its columns."""
+        file_id = uuid4()
+        path = file_path(self._job.tenant_id, file_id)
+        write_object(self._parts.store.writer(path), content)
+        return {
+            "tenant_id": self._job.tenant_id,
+            "file_id": file_id,
+            "purpose": "fine-tune-results",
+            "filename": name,
+            "bytes": len(content),
+            "sha256": None,
+            "store_path": path,
+            "index_path": None,
+            "lines": None,
+            "validation": None,
+            "expires_after_seconds": None,
+        }
 
     def stopped(self) -> None:
         """End the lease of a job that was stopped, or whose worker is; what it has done is in a checkpoint."""
@@ -509,15 +500,3 @@ class _Work:
             self._parts.give_back(connection, self._lease)
 
         self._write(write)
-
-
-def _result_csv(metrics: list[dict[str, Any]]) -> bytes:
-    """Return the file of a run's metrics, a row for each step, in OpenAI's columns."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(RESULT_COLUMNS)
-    for row in metrics:
-        values = (row["train_loss"], row["train_mean_token_accuracy"])
-        valid = (row.get("valid_loss"), row.get("valid_mean_token_accuracy"))
-        rows.writerow([row["step"], *(("" if value is None else f"{value:.5f}") for value in (*values, *valid))])
-    return text.getvalue().encode()

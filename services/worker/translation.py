@@ -3,7 +3,7 @@
 import base64
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
@@ -14,13 +14,16 @@ from shared.db import model_registry
 from shared.db.session import tenant_transaction
 from shared.domain.errors import NotFound
 from shared.domain.payloads import (
+    PREDICTIONS,
     AnyPayload,
     ChatPayload,
     CompletionPayload,
     EmbeddingPayload,
+    PredictionPayload,
     chat_body,
     completion_body,
     embedding_body,
+    prediction_body,
     refuse_wrong_model,
 )
 
@@ -37,11 +40,27 @@ class ModelDirectory:
     def find(self, tenant_id: str, name: str, endpoint: str) -> ModelSpec:
         """Return the model that serves `endpoint` under this name, of an adapter with its base; raises NotFound."""
         model = self._look_up(tenant_id, name)
-        refuse_wrong_model(model.kind, name, endpoint)
+        refuse_wrong_model(model.kind, name, endpoint, model.task_kinds)
+        if endpoint == PREDICTIONS:
+            return self._heads(model)
         if model.base is not None:
             return self._adapter(model)
-        kind: Literal["echo", "causal_lm", "encoder", "remote"] = model.kind  # type: ignore[assignment]  # checked above
+        # The causal head of a multi-task model with weights of its own is an ordinary language model.
+        kind: Any = "causal_lm" if model.kind == "multi_task" else model.kind
         return ModelSpec(model.name, kind, model.source, model.revision, model.dtype, model.context_length)
+
+    def _heads(self, model: model_registry.ModelView) -> ModelSpec:
+        base = self._look_up(model.tenant_id, model.base) if model.base is not None else model
+        return ModelSpec(
+            model.name,
+            "multi_task",
+            base.source,
+            base.revision,
+            model.dtype,
+            model.context_length,
+            base=base.name if model.base is not None else "",
+            heads=model.source,
+        )
 
     def _adapter(self, model: model_registry.ModelView) -> ModelSpec:
         base = self._look_up(model.tenant_id, model.base or "")
@@ -75,6 +94,9 @@ def engine_request(payload: AnyPayload, seed: int, tenant_id: str) -> Request:
     """Return the engine's form of a call; `seed` serves those that name none themselves."""
     if isinstance(payload, EmbeddingPayload):
         return Request(0, "embed", prompts=payload.inputs, delay_ms=payload.delay_ms)
+    if isinstance(payload, PredictionPayload):
+        texts: list[str | list[int]] = list(payload.texts)
+        return Request(0, "predict", prompts=texts, vectors=payload.vectors, tasks=payload.tasks)
     params = SamplingParams(
         max_tokens=payload.token_limit,
         temperature=payload.temperature,
@@ -114,7 +136,7 @@ def logprobs_object(payload: AnyPayload, tokens: list[TokenLogprob], text_offset
 
     `text_offset`: where in the choice's text the first of them begins, for completions.
     """
-    if isinstance(payload, EmbeddingPayload) or payload.named_logprobs is None:
+    if isinstance(payload, EmbeddingPayload | PredictionPayload) or payload.named_logprobs is None:
         return None
     if isinstance(payload, ChatPayload):
         content = [_chat_logprob(token) | {"top_logprobs": [_chat_logprob(t) for t in token.top]} for token in tokens]
@@ -158,6 +180,8 @@ def answer(payload: AnyPayload, response: Response, request_id: str, created: in
     tokens = (response.prompt_tokens, response.completion_tokens)
     if isinstance(payload, EmbeddingPayload):
         body = embedding_body(payload.model, _vectors(payload, response.embeddings), response.prompt_tokens)
+    elif isinstance(payload, PredictionPayload):
+        body = prediction_body(payload.model, response.predictions, response.prompt_tokens)
     else:
         render = completion_body if isinstance(payload, CompletionPayload) else chat_body
         body = render(request_id, created, payload.model, response.choices, *tokens)

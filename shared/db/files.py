@@ -119,7 +119,8 @@ _REMOVABLE = text("""
     SELECT file_id, store_path, index_path FROM file
     WHERE deleted_at IS NOT NULL AND store_path IS NOT NULL AND NOT EXISTS (
         SELECT FROM job WHERE job.tenant_id = file.tenant_id
-            AND (job.input_file_id = file.file_id OR job.spec ->> 'validation_file_id' = file.file_id::text)
+            AND (job.input_file_id = file.file_id OR job.spec ->> 'validation_file_id' = file.file_id::text
+                OR job.spec -> 'file_ids' ? file.file_id::text)
             AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired'))
     ORDER BY file_id LIMIT 100 FOR UPDATE SKIP LOCKED
 """)

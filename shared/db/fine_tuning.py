@@ -33,8 +33,8 @@ def accept_fine_tuning(
         which = f"it is an adapter; name its base, {model.base!r}" if model.base else "it is no causal language model"
         message = f"The model {body.model!r} cannot be fine-tuned: {which}."
         raise InvalidRequest(message, param="model", code="model_not_supported")
-    training_file = _data_file(connection, body.training_file, "training_file")
-    validation_file = _data_file(connection, body.validation_file, "validation_file") if body.validation_file else None
+    training_file = data_file(connection, body.training_file, "training_file")
+    validation_file = data_file(connection, body.validation_file, "validation_file") if body.validation_file else None
     spec = {
         "seed": body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1),
         "suffix": body.suffix,
@@ -42,10 +42,7 @@ def accept_fine_tuning(
         "parallelism": body.parallelism.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     }
-    most = settings.max_open_training_jobs_per_tenant
-    if training.open_jobs(connection, caller.tenant_id) >= most:
-        message = f"This tenant has {most} training jobs open, and may have no more."
-        raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
+    require_room_for_one_more(connection, settings, caller.tenant_id)
     new = NewTraining(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,
@@ -60,7 +57,15 @@ def accept_fine_tuning(
     return training.accept(connection, new)
 
 
-def _data_file(connection: Connection, public_id: str, param: str) -> FileView:
+def require_room_for_one_more(connection: Connection, settings: Settings, tenant_id: str) -> None:
+    """Raise QueueFull when a tenant has all the training jobs open that it may have."""
+    most = settings.max_open_training_jobs_per_tenant
+    if training.open_jobs(connection, tenant_id) >= most:
+        message = f"This tenant has {most} training jobs open, and may have no more."
+        raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
+
+
+def data_file(connection: Connection, public_id: str, param: str) -> FileView:
     """Return a file of examples; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one.
 
     Kept until the job is committed: from then on the job keeps it.

@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from shared.db.models import SYSTEM_TENANT
 from shared.domain.errors import Conflict, NotFound
+from shared.domain.payloads import PREDICTIONS
 
 MOST_NAMED = 10
 
@@ -27,14 +28,19 @@ class ModelView:
     created_at: datetime
     base: str | None = None
     """Of an adapter: the model that it changes, by the name that it has for the adapter's tenant."""
+    heads: list[dict[str, Any]] | None = None
+    """Of a multi-task model: its tasks' names and kinds."""
 
     @property
-    def loaded_name(self) -> str:
-        """Under which name a worker has it loaded: an adapter is warm where its base is."""
-        return self.base or self.name
+    def task_kinds(self) -> frozenset[str]:
+        return frozenset(head["kind"] for head in self.heads or [])
+
+    def loaded_name(self, endpoint: str) -> str:
+        """Return the name by which a worker has it loaded: an adapter is warm where its base is."""
+        return self.name if endpoint == PREDICTIONS or self.base is None else self.base
 
 
-_COLUMNS = "tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes, created_at, base"
+_COLUMNS = "tenant_id, name, kind, source, revision, dtype, context_length, weight_bytes, created_at, base, heads"
 
 
 def visible(connection: Connection, tenant_id: str) -> list[ModelView]:

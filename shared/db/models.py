@@ -398,7 +398,8 @@ class Checkpoint(Base):
 class Model(Base):
     """A model that may be served by `name`. Those of the system tenant serve everybody.
 
-    Of an adapter, `base` is the model that it changes, by the name that it has for this tenant.
+    Of an adapter, also of a multi-task one, `base` is the model that it changes, by the name that it has for this
+    tenant. `heads`: of a multi-task model, its tasks' names and kinds.
     """
 
     __tablename__ = "model"
@@ -413,9 +414,15 @@ class Model(Base):
     context_length: Mapped[int | None] = mapped_column(Integer)
     weight_bytes: Mapped[int | None]
     pinned: Mapped[bool] = mapped_column(Boolean, server_default="false")
+    heads: Mapped[list[Any] | None] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
-    __table_args__ = (CheckConstraint("(kind = 'adapter') = (base IS NOT NULL)", name="base"),)
+    __table_args__ = (
+        CheckConstraint(
+            "CASE kind WHEN 'adapter' THEN base IS NOT NULL WHEN 'multi_task' THEN true ELSE base IS NULL END",
+            name="base",
+        ),
+    )
 
 
 class Usage(Base):

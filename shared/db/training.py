@@ -5,7 +5,7 @@ guards it like any other. Before that it waits as `validating` until a preproces
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,7 +15,21 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from shared.db import events
 from shared.domain.errors import LeaseLost
-from shared.domain.job import JobState
+from shared.domain.job import JobKind, JobState
+
+_SPEED = text("""
+    SELECT sum(input_tokens) / nullif(sum(device_seconds), 0) FROM (
+        SELECT input_tokens, device_seconds FROM job
+        WHERE kind = :kind AND model = :model AND state = 'succeeded' AND device_seconds > 0
+        ORDER BY created_at DESC LIMIT 5) AS recent
+""")
+
+
+def tokens_per_second(connection: Connection, kind: str, model: str) -> float | None:
+    """Return how fast a tenant's last jobs of a kind were on a base; None when there was none."""
+    speed = connection.execute(_SPEED, {"kind": kind, "model": model}).scalar_one()
+    return float(speed) if speed else None
+
 
 MOST_PREPARATIONS = 5
 """Times that a job's preparation is begun; data that brings the preprocessor down each time fails its job alone."""
@@ -51,7 +65,8 @@ def accept(connection: Connection, new: NewTraining) -> UUID:
     job_id = uuid4()
     columns = {name: getattr(new, name) for name in NewTraining.__dataclass_fields__}
     connection.execute(_ACCEPT, columns | {"job_id": job_id})
-    events.add(connection, new.tenant_id, job_id, "message", "Created fine-tuning job.")
+    what = "fine-tuning" if new.kind == JobKind.FINE_TUNING else "training"
+    events.add(connection, new.tenant_id, job_id, "message", f"Created {what} job.")
     _status_event(connection, new.tenant_id, job_id, JobState.VALIDATING)
     return job_id
 
@@ -95,10 +110,13 @@ class UnpreparedJob:
     preparations: int
     training_path: str | None
     validation_path: str | None
+    key_id: str | None = None
+    paths: dict[str, str | None] = field(default_factory=dict)
+    """Of a multi-task job's files, by the text of their ids."""
 
 
 _TO_PREPARE = text("""
-    SELECT job.tenant_id, job.job_id, job.created_on, job.kind, job.model, job.priority, job.spec,
+    SELECT job.tenant_id, job.job_id, job.created_on, job.kind, job.model, job.priority, job.spec, job.key_id,
         coalesce((job.outcome ->> 'preparations')::int, 0) AS preparations,
         training.store_path AS training_path, validation.store_path AS validation_path
     FROM job
@@ -122,7 +140,12 @@ def begin_preparation(connection: Connection, job_id: UUID) -> UnpreparedJob | N
     if row is None:
         return None
     connection.execute(_COUNT_PREPARATION, {"job_id": job_id, "count": row["preparations"] + 1})
-    return UnpreparedJob(**row)
+    return UnpreparedJob(**row, paths=_paths(connection, row["spec"].get("file_ids", [])))
+
+
+def _paths(connection: Connection, file_ids: list[str]) -> dict[str, str | None]:
+    statement = text("SELECT file_id::text, store_path FROM file WHERE file_id = ANY(cast(:ids AS uuid[]))")
+    return {row.file_id: row.store_path for row in connection.execute(statement, {"ids": file_ids})}
 
 
 def call_off_preparation(connection: Connection, job: UnpreparedJob) -> None:
@@ -167,6 +190,18 @@ def prepared(
         return False
     _status_event(connection, job.tenant_id, job.job_id, JobState.QUEUED)
     return True
+
+
+_PLANNED = text("""
+    UPDATE job SET state = 'succeeded', ended_at = now(), total = 0, outcome = outcome || :outcome
+    WHERE job_id = :job_id AND state = 'validating'
+""").bindparams(bindparam("outcome", type_=JSONB))
+
+
+def planned(connection: Connection, job: UnpreparedJob, outcome: dict[str, Any]) -> None:
+    """End a job of which only the plan was asked for."""
+    if connection.execute(_PLANNED, {"job_id": job.job_id, "outcome": outcome}).rowcount:
+        _status_event(connection, job.tenant_id, job.job_id, JobState.SUCCEEDED)
 
 
 _REJECT = text("""
@@ -240,11 +275,15 @@ def progress(
     tokens: int,
     metrics: Sequence[dict[str, Any]] = (),
     messages: Sequence[tuple[str, str]] = (),
+    tasks: dict[str, Any] | None = None,
 ) -> None:
     """Record how far a trainer is, with the metrics of its steps and (level, message)s. Raises LeaseLost.
 
-    A step that was recorded before stays as it was: one that is told again, after a loss, is the same.
+    A step that was recorded before stays as it was: one that is told again, after a loss, is the same. `tasks`: what
+    the newest evaluation says of each task of a multi-task job.
     """
+    if tasks is not None:
+        _lock_job(connection, lease)
     tenant_id, job_id, steps_before = _fenced(connection, lease, steps, tokens)
     for row in metrics:
         if row["step"] <= steps_before:
@@ -255,6 +294,8 @@ def progress(
         events.add(connection, tenant_id, job_id, "metrics", message, data=row)
     for level, message in messages:
         events.add(connection, tenant_id, job_id, "message", message, level=level)
+    if tasks is not None:
+        connection.execute(_END, {"job_id": job_id, "outcome": {"tasks": tasks}})
 
 
 def _lock_job(connection: Connection, lease: Lease) -> None:
@@ -307,6 +348,7 @@ class Product:
     dtype: str
     context_length: int | None
     weight_bytes: int
+    heads: list[dict[str, Any]] | None = None
 
 
 def add_checkpoint(connection: Connection, lease: Lease, checkpoint: NewCheckpoint, product: Product) -> None:
@@ -322,10 +364,10 @@ def add_checkpoint(connection: Connection, lease: Lease, checkpoint: NewCheckpoi
 
 
 _ADD_MODEL = text("""
-    INSERT INTO model (tenant_id, name, kind, base, source, dtype, context_length, weight_bytes)
-    VALUES (:tenant_id, :name, :kind, :base, :source, :dtype, :context_length, :weight_bytes)
+    INSERT INTO model (tenant_id, name, kind, base, source, dtype, context_length, weight_bytes, heads)
+    VALUES (:tenant_id, :name, :kind, :base, :source, :dtype, :context_length, :weight_bytes, :heads)
     ON CONFLICT (tenant_id, name) DO NOTHING
-""")
+""").bindparams(bindparam("heads", type_=JSONB(none_as_null=True)))
 
 
 def _add_model(connection: Connection, tenant_id: str, product: Product) -> None:
@@ -339,15 +381,20 @@ _END = text("UPDATE job SET outcome = outcome || :outcome WHERE job_id = :job_id
 
 
 def succeed(
-    connection: Connection, lease: Lease, *, steps: int, tokens: int, product: Product, result_file_id: UUID
+    connection: Connection, lease: Lease, *, steps: int, tokens: int, product: Product, result_file_ids: list[UUID]
 ) -> None:
     """Record what a finished run made; the caller ends its slice in the same transaction. Raises LeaseLost."""
     _lock_job(connection, lease)
     tenant_id, job_id, _ = _fenced(connection, lease, steps, tokens)
     _add_model(connection, tenant_id, product)
-    outcome = {"fine_tuned_model": product.name, "trained_tokens": tokens, "result_files": [result_file_id.hex]}
+    outcome = {
+        "fine_tuned_model": product.name,
+        "trained_tokens": tokens,
+        "result_files": [each.hex for each in result_file_ids],
+    }
     connection.execute(_END, {"job_id": job_id, "outcome": outcome})
-    events.add(connection, tenant_id, job_id, "message", f"New fine-tuned model created: {product.name}.")
+    what = "fine-tuned" if product.heads is None else "multi-task"
+    events.add(connection, tenant_id, job_id, "message", f"New {what} model created: {product.name}.")
 
 
 _FAIL = text("UPDATE job SET error = :error WHERE job_id = :job_id").bindparams(bindparam("error", type_=JSONB))

@@ -177,7 +177,7 @@ and has a `finished_at` once nothing of it runs. `paused` is what its pause answ
 
 def tuned_model_name(base: str, tenant_id: str, suffix: str | None, job_id: UUID) -> str:
     """Return the name of what a job makes: `ft:BASE:TENANT:SUFFIX:ID`; a tuned base gives its own base's name."""
-    root = base.split(":")[1] if base.startswith("ft:") else base
+    root = base.split(":")[1] if base.startswith("ft:") else base.replace(":", "-")
     return f"ft:{root}:{tenant_id}:{suffix or ''}:{job_id.hex[:12]}"
 
 

@@ -11,6 +11,10 @@ from shared.domain.prepared_tasks import Mode, Sharing, Strategy, TaskKind, vect
 from shared.domain.submission import Metadata
 
 MAX_TASKS = 64
+DEFAULT_EPOCHS = 3
+DEFAULT_LAST_LAYERS = 2
+LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "last_layers": 2e-5}
+VECTOR_LEARNING_RATE = 1e-3
 FieldName = Annotated[str, Field(min_length=1, max_length=100)]
 VECTOR_KINDS: tuple[TaskKind, ...] = ("classification", "multilabel", "regression")
 """What can be learnt from a vector, which has no tokens."""
@@ -106,7 +110,10 @@ class TaskHyperparameters(BaseModel):
 
 
 class TrainingCreate(BaseModel):
-    """`POST /v1/training/jobs`. A misspelt field would train something else: it is refused."""
+    """`POST /v1/training/jobs`. A misspelt field would train something else: it is refused.
+
+    `dry_run`: only check and prepare the data, and say what the training would take.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -120,6 +127,7 @@ class TrainingCreate(BaseModel):
     parallelism: Parallelism = Parallelism()
     early_stop_patience: int | None = Field(None, ge=1, le=1000)
     compare_single_task: bool = False
+    dry_run: bool = False
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     metadata: Metadata | None = None
@@ -222,6 +230,15 @@ class TrainingCreate(BaseModel):
     def _has_prompt(self, number: int) -> bool:
         task = self.tasks[number]
         return task.kind == "causal_lm" and task.label_field is not None
+
+    @property
+    def n_epochs(self) -> int:
+        return self.hyperparameters.n_epochs or DEFAULT_EPOCHS
+
+    @property
+    def learning_rate(self) -> float:
+        usual = LEARNING_RATE[self.sharing] if vector_shape(self.model) is None else VECTOR_LEARNING_RATE
+        return self.hyperparameters.learning_rate or usual
 
     def sources(self) -> list[tuple[int, ...]]:
         """Return the tasks, by number, that share rows: those of one file and field. In sequential mode none do."""

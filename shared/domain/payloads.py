@@ -4,7 +4,7 @@ Used for a line of a batch by the worker and for an online call by the gateway, 
 Unknown fields are ignored, as OpenAI's SDKs send new ones; wrong values of known fields are refused by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from shared.domain.errors import InvalidRequest, NotFound, RequestError
 from shared.domain.nesting import refuse_deep
 
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
-BATCH_ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/predictions"]
+BATCH_ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
+PREDICTIONS: Endpoint = "/v1/predictions"
 
 MAX_EMBEDDING_INPUTS = 2048
 MAX_CHOICES = 2048
@@ -23,6 +24,8 @@ MAX_DELAY_MS = 60_000
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAX_VECTOR = 65_536
 
 
 class Payload(BaseModel):
@@ -220,12 +223,44 @@ class EmbeddingPayload(Payload):
         return list(self.input)
 
 
-AnyPayload = ChatPayload | CompletionPayload | EmbeddingPayload
+class PredictionPayload(Payload):
+    """Ours: what the heads of a multi-task model say of texts, or of vectors where its backbone reads these."""
+
+    input: (
+        Text
+        | Annotated[list[Finite], Field(min_length=1, max_length=MAX_VECTOR)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
+        | Annotated[
+            list[Annotated[list[Finite], Field(min_length=1, max_length=MAX_VECTOR)]],
+            Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS),
+        ]
+    )
+    tasks: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, if that is what they are."""
+        values = [self.input] if isinstance(self.input, str) else self.input
+        return [value for value in values if isinstance(value, str)]
+
+    @property
+    def vectors(self) -> list[list[float]]:
+        """The vectors, if that is what they are."""
+        if isinstance(self.input, str) or isinstance(self.input[0], str):
+            return []
+        if isinstance(self.input[0], list):
+            return [[float(number) for number in vector] for vector in self.input]
+        return [[float(number) for number in self.input]]
+
+
+AnyPayload = ChatPayload | CompletionPayload | EmbeddingPayload | PredictionPayload
 
 _MODELS: dict[str, type[AnyPayload]] = {
     "/v1/chat/completions": ChatPayload,
     "/v1/completions": CompletionPayload,
     "/v1/embeddings": EmbeddingPayload,
+    PREDICTIONS: PredictionPayload,
 }
 
 
@@ -251,6 +286,8 @@ def unsupported_parameter(payload: AnyPayload) -> str | None:
     """Return a parameter that would change the answer and that the engine cannot honour yet; None when all is well."""
     if isinstance(payload, EmbeddingPayload):
         return "dimensions" if payload.dimensions is not None else None
+    if isinstance(payload, PredictionPayload):
+        return None
     asked: dict[str, bool] = {}
     if isinstance(payload, ChatPayload):
         asked |= {"tools": bool(payload.tools)}
@@ -267,10 +304,19 @@ def refuse_unsupported(payload: AnyPayload) -> None:
         raise InvalidRequest(f"{param} is not supported in this version.", param=param, code="unsupported_parameter")
 
 
-def refuse_wrong_model(kind: str, name: str, endpoint: str) -> None:
-    """Raise NotFound when a model of this kind does not serve `endpoint`. What a remote one serves its server says."""
-    wanted = ("encoder",) if endpoint == "/v1/embeddings" else ("causal_lm", "adapter")
-    if kind not in (*wanted, "echo", "remote"):
+def refuse_wrong_model(kind: str, name: str, endpoint: str, task_kinds: Collection[str] = ()) -> None:
+    """Raise NotFound when a model of this kind does not serve `endpoint`. What a remote one serves its server says.
+
+    task_kinds: Of a multi-task model: one with a causal head generates too.
+    """
+    if endpoint == PREDICTIONS:
+        is_served = kind == "multi_task"
+    elif endpoint == "/v1/embeddings":
+        is_served = kind in ("encoder", "echo", "remote")
+    else:
+        has_head = kind == "multi_task" and "causal_lm" in task_kinds
+        is_served = kind in ("causal_lm", "adapter", "echo", "remote") or has_head
+    if not is_served:
         message = f"The model {name[:200]!r} does not serve {endpoint}."
         raise NotFound(message, param="model", code="model_not_supported")
 
@@ -422,6 +468,16 @@ def embedding_body(model: str, embeddings: list[Any], prompt_tokens: int) -> dic
             {"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(embeddings)
         ],
         "model": model,
+        "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
+    }
+
+
+def prediction_body(model: str, predictions: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
+    """Return a list of predictions, one for each input: by task, what its head says."""
+    return {
+        "object": "prediction.list",
+        "model": model,
+        "data": [{"index": index, "predictions": each} for index, each in enumerate(predictions)],
         "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
     }
 

@@ -4,10 +4,12 @@ A worker reads one stream of calls, a gateway one stream of what comes of its ca
 connection loses nothing. Streams are bounded and expire: nothing in Redis is needed again (docs/adr/0006).
 """
 
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import msgspec
+
+from shared.domain.payloads import Endpoint
 
 FIELD = b"m"
 MAX_CALLS = 10_000
@@ -35,7 +37,7 @@ class Call(msgspec.Struct, tag="call"):
     id: str
     tenant_id: str
     key_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Endpoint
     body: bytes
     replies_to: str
     created: int

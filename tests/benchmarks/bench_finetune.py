@@ -49,8 +49,8 @@ class Scale:
     kills: int
 
 
-FULL = Scale(layers=6, examples=2048, equal_steps=24, rounds=5, kills=20)
-SHORT = Scale(layers=2, examples=1024, equal_steps=12, rounds=3, kills=5)
+FULL = Scale(layers=6, examples=768, equal_steps=24, rounds=5, kills=20)
+SHORT = Scale(layers=2, examples=512, equal_steps=12, rounds=3, kills=5)
 
 
 class Side(Process):

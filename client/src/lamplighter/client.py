@@ -31,6 +31,7 @@ from lamplighter.policy import (
     unreachable,
     upload_form,
 )
+from lamplighter.training import Training
 
 
 class Client:
@@ -42,6 +43,9 @@ class Client:
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         headers = {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_seconds)
+        self.training = Training(
+            self.request, lambda path: str(self.upload(path, purpose="fine-tune")["id"]), key_header
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +117,11 @@ class Client:
         lines = input_lines(requests, endpoint)
         file = self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
+
+    def predict(self, model: str, input: Any, *, tasks: list[str] | None = None) -> dict[str, Any]:  # noqa: A002  # the API's name
+        """Return what the heads of a multi-task model say of a text, a vector, or a list of them."""
+        body = {"model": model, "input": input} | ({"tasks": tasks} if tasks is not None else {})
+        return self.request("POST", "/v1/predictions", json=body)
 
     def readiness(self) -> dict[str, Any]:
         """Return what the server says of its parts: `status`, `postgres`, `redis`. It is asked once.

@@ -1,31 +1,31 @@
 """`/v1/fine_tuning/jobs`, as OpenAI has it."""
 
-from collections.abc import Callable
 from typing import Annotated, Any
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import IdempotencyKey, Parts, PartsDependency, Reader, Submitter, Writer, answer_once
+from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, Writer, answer_once
+from services.gateway.routes.runs import change_job, checkpoints_page, events_page
 from services.gateway.schemas import AnyFields, list_page
 from services.gateway.warnings import warn_of_unknown
-from shared.api_objects import unix
-from shared.db import jobs, training
-from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object, product_name
+from shared.db import jobs
+from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
-from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
-from shared.domain.fine_tuning import FineTuningCreate, checkpoint_model_name
+from shared.domain.fine_tuning import FineTuningCreate
 from shared.domain.job import JobKind, parse_job_id
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=KeyedRoute)
 
 _KIND = JobKind.FINE_TUNING
-_CHECKPOINT = "ftckpt_"
+
+
+def _shown(_: Connection, job: JobView) -> dict[str, Any]:
+    return fine_tuning_job_object(job)
 
 
 @router.post("")
@@ -86,41 +86,21 @@ def retrieve_fine_tuning_job(job_id: str, parts: PartsDependency, caller: Reader
 def cancel_fine_tuning_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
-    return _change(parts, caller, job_id, jobs.cancel, key, body)
+    return change_job(parts, caller, job_id, _KIND, jobs.cancel, _shown, key, body)
 
 
 @router.post("/{job_id}/pause")
 def pause_fine_tuning_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
-    return _change(parts, caller, job_id, jobs.pause, key, body)
+    return change_job(parts, caller, job_id, _KIND, jobs.pause, _shown, key, body)
 
 
 @router.post("/{job_id}/resume")
 def resume_fine_tuning_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
-    return _change(parts, caller, job_id, jobs.resume, key, body)
-
-
-def _change(
-    parts: Parts,
-    caller: Caller,
-    job_id: str,
-    change: Callable[[Connection, UUID, JobKind | None], JobView],
-    key: str | None,
-    body: AnyFields | None,
-) -> Response:
-    row_id = parse_job_id(job_id, _KIND)
-
-    def make(connection: Connection) -> dict[str, Any]:
-        return fine_tuning_job_object(change(connection, row_id, _KIND))
-
-    digest = body_digest(f"fine-tuning {change.__name__}", {"job": row_id.hex} | (body.model_dump() if body else {}))
-    answer = answer_once(parts, caller, key, digest, make)
-    parts.wake()
-    answer.headers.update(warn_of_unknown(sorted(body.model_extra or {}) if body else []))
-    return answer
+    return change_job(parts, caller, job_id, _KIND, jobs.resume, _shown, key, body)
 
 
 @router.get("/{job_id}/events")
@@ -132,23 +112,7 @@ def list_fine_tuning_events(
     after: str | None = None,
 ) -> dict[str, Any]:
     """List what happened, newest first: messages, and the metrics of steps."""
-    before = _number(after, "ftevent-") if after else None
-    with parts.own_transaction(caller) as connection:
-        job = jobs.get(connection, parse_job_id(job_id, _KIND), _KIND)
-        rows = training.newest_events(connection, job.job_id, before=before, limit=limit + 1)
-    data = [
-        {
-            "object": "fine_tuning.job.event",
-            "id": f"ftevent-{row['event_id']}",
-            "created_at": row["created_at"],
-            "level": row["level"],
-            "message": row["message"],
-            "type": row["type"],
-            "data": row["data"] or {},
-        }
-        for row in rows[:limit]
-    ]
-    return list_page(data, has_more=len(rows) > limit)
+    return events_page(parts, caller, job_id, _KIND, limit=limit, after=after)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -160,30 +124,4 @@ def list_fine_tuning_checkpoints(
     after: str | None = None,
 ) -> dict[str, Any]:
     """List what can be served of a run, newest first. An id ends in its step's number."""
-    after_step = _number(after, _CHECKPOINT) if after else None
-    row_id = parse_job_id(job_id, _KIND)
-    with parts.own_transaction(caller) as connection:
-        job = jobs.get(connection, row_id, _KIND)
-        found = training.checkpoints(connection, row_id, after_step=after_step, limit=limit + 1)
-    model = product_name(job)
-    data = [
-        {
-            "id": f"{_CHECKPOINT}{row_id.hex}-{checkpoint.step}",
-            "object": "fine_tuning.job.checkpoint",
-            "created_at": unix(checkpoint.created_at),
-            "fine_tuning_job_id": job_id,
-            "fine_tuned_model_checkpoint": checkpoint_model_name(model, checkpoint.step),
-            "step_number": checkpoint.step,
-            "metrics": checkpoint.metrics,
-        }
-        for checkpoint in found[:limit]
-    ]
-    return list_page(data, has_more=len(found) > limit)
-
-
-def _number(identifier: str, prefix: str) -> int:
-    """Return the number at the end of an id of ours; raises InvalidRequest for another's."""
-    digits = identifier.removeprefix(prefix).rpartition("-")[2]
-    if not identifier.startswith(prefix) or not (digits.isascii() and digits.isdigit() and len(digits) < 19):
-        raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
-    return int(digits)
+    return checkpoints_page(parts, caller, job_id, _KIND, limit=limit, after=after)

@@ -1,10 +1,10 @@
-"""OpenAI's online calls: chat, completions and embeddings, whole or streamed."""
+"""Online calls: OpenAI's chat, completions and embeddings, whole or streamed; and predictions."""
 
 import asyncio
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Depends
@@ -21,9 +21,12 @@ from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, RequestError
 from shared.domain.payloads import (
+    PREDICTIONS,
     AnyPayload,
     ChatPayload,
     EmbeddingPayload,
+    Endpoint,
+    PredictionPayload,
     chat_chunk,
     completion_chunk,
     parse_payload,
@@ -39,7 +42,6 @@ PING_SECONDS = 15.0
 """A stream in which nothing comes for so long gets a comment, so that no proxy takes it for dead."""
 
 Generator = Annotated[Caller, Depends(require("write"))]
-Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 
 
 @router.post("/chat/completions")
@@ -50,6 +52,11 @@ async def chat(request: Request, parts: PartsDependency, caller: Generator, key:
 @router.post("/completions")
 async def complete(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
     return await _serve(request, parts, caller, key, "/v1/completions")
+
+
+@router.post("/predictions")
+async def predict(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    return await _serve(request, parts, caller, key, PREDICTIONS)
 
 
 @router.post("/embeddings")
@@ -64,10 +71,10 @@ async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None
     body = _parse(raw)
     payload = parse_payload(endpoint, body)
     model = await parts.lookups.model(caller.tenant_id, payload.model)
-    refuse_wrong_model(model.kind, payload.model, endpoint)
+    refuse_wrong_model(model.kind, payload.model, endpoint, model.task_kinds)
     if model.kind != "echo":
         refuse_unsupported(payload)
-    is_streamed = not isinstance(payload, EmbeddingPayload) and bool(payload.stream)
+    is_streamed = not isinstance(payload, EmbeddingPayload | PredictionPayload) and bool(payload.stream)
     headers = warn_of_unknown(unknown_fields(endpoint, body))
     once = OnlineKey(parts, caller, key, body_digest(endpoint, body)) if key is not None else None
     first = await once.begin() if once is not None else None
@@ -76,7 +83,7 @@ async def _serve(request: Request, parts: Parts, caller: Caller, key: str | None
     try:
         kept_under = once.kept_under if once is not None else None
         call = await parts.online.open(
-            caller, endpoint, raw, model.loaded_name, is_streamed=is_streamed, idempotency=kept_under
+            caller, endpoint, raw, model.loaded_name(endpoint), is_streamed=is_streamed, idempotency=kept_under
         )
     except BaseException:
         if once is not None:
@@ -103,7 +110,7 @@ async def _whole(line: "_Line", once: OnlineKey | None, headers: dict[str, str])
 def _replay(first: FirstAnswer, payload: AnyPayload, headers: dict[str, str]) -> Response:
     """Give the first answer once more, as a stream where one was asked for."""
     headers = headers | {"Idempotent-Replay": "true"}
-    if isinstance(payload, EmbeddingPayload) or not payload.stream:
+    if isinstance(payload, EmbeddingPayload | PredictionPayload) or not payload.stream:
         return Response(first.body, first.status, headers, "application/json")
     answer = orjson.loads(first.body)
     name = _Name(answer["id"].partition("-")[2], answer["created"])
@@ -282,5 +289,5 @@ def _sse(events: list[dict[str, Any]], payload: AnyPayload) -> bytes:
 
 
 def _wants_usage(payload: AnyPayload) -> bool:
-    options = None if isinstance(payload, EmbeddingPayload) else payload.stream_options
+    options = None if isinstance(payload, EmbeddingPayload | PredictionPayload) else payload.stream_options
     return options is not None and options.include_usage

@@ -20,8 +20,8 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
-from services.gateway.schemas import JobPatch, NoFields, job_object, list_page
-from shared.api_objects import unix
+from services.gateway.schemas import JobPatch, NoFields, list_page
+from shared.api_objects import job_object, unix
 from shared.db import events, jobs, workers
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest

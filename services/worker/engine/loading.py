@@ -17,9 +17,13 @@ from services.worker.engine.encoder import EncoderEngine, EncoderSettings
 from services.worker.engine.engine import Engine
 from services.worker.engine.generation import GenerationEngine, is_out_of_memory
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS
+from services.worker.engine.prediction import PredictionEngine
 from services.worker.engine.prompts import Prompts, eos_tokens
+from services.worker.multi_task.description import Description
+from services.worker.multi_task.model import load_for_serving
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
+from shared.domain.prepared_tasks import vector_shape
 from shared.model_files import DEFAULT_KV_TOKENS, context_of
 
 DEFAULT_CONTEXT = 2048
@@ -39,12 +43,22 @@ def model_bytes(spec: ModelSpec, kv_tokens: int = DEFAULT_KV_TOKENS) -> int:
     """
     if spec.adapter:
         return adapter_bytes(Path(spec.adapter), _width(spec.dtype))
+    if spec.kind == "multi_task":
+        return _heads_bytes(spec)
     config = _config(spec)
     weights = _weight_bytes(spec, config)
     if spec.kind == "encoder":
         return weights
     blocks = kv_blocks(_context(spec, config), kv_tokens)
     return weights + blocks * BLOCK_TOKENS * kv_bytes_per_token(config, _width(spec.dtype))
+
+
+def _heads_bytes(spec: ModelSpec) -> int:
+    """Return what a multi-task model holds: the trunk's weights, and the heads', which are small."""
+    heads = sum(path.stat().st_size for path in Path(spec.heads).glob("*.safetensors"))
+    if not (Path(spec.source) / "config.json").exists():
+        return heads  # the built-in backbone
+    return heads + _weight_bytes(spec, _config(spec))
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
@@ -100,6 +114,8 @@ def load_model(spec: ModelSpec, device: str, kv_tokens: int = DEFAULT_KV_TOKENS)
 
 
 def _load(spec: ModelSpec, torch_device: torch.device, kv_tokens: int) -> Engine:
+    if spec.kind == "multi_task":
+        return _prediction_engine(spec, torch_device)
     tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     auto_class = AutoModel if spec.kind == "encoder" else AutoModelForCausalLM
     model: Any
@@ -116,6 +132,21 @@ def _load(spec: ModelSpec, torch_device: torch.device, kv_tokens: int) -> Engine
     if spec.kind == "encoder":
         return EncoderEngine(model, tokenizer, _encoder_settings(spec))
     return _generation_engine(model, tokenizer, spec, kv_tokens)
+
+
+def _prediction_engine(spec: ModelSpec, device: torch.device) -> PredictionEngine:
+    """Return the engine of a multi-task model, whose weights are its own or an adapter on its base's."""
+    directory = Path(spec.heads)
+    description = Description.read(directory)
+    base = Path(spec.source) if description.sharing == "lora" else None
+    dtype = getattr(torch, spec.dtype)
+    model = load_for_serving(directory, base, dtype, device)
+    shape = vector_shape(description.base)
+    if shape is not None:
+        return PredictionEngine(model, None, 1, shape[0])
+    tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
+    context = description.max_length or _context(spec, _config(spec))
+    return PredictionEngine(model, tokenizer, context, 0)
 
 
 def _refuse_missing(names: Collection[str], kind: str) -> None:

@@ -95,7 +95,7 @@ def load_for_serving(directory: Path, base: Path | None, dtype: torch.dtype, dev
     shape = vector_shape(description.base)
     trunk: Trunk
     if shape is not None:
-        trunk = VectorTrunk(*shape).to(device)
+        trunk = VectorTrunk(*shape).to(device).eval()
     else:
         model: Any = load_base(base or directory, {head.kind for head in description.heads}, dtype)
         if base is not None:

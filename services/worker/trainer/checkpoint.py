@@ -139,6 +139,11 @@ class CheckpointStore:
             return Checkpoint(path, step, _sha256(path / MANIFEST_FILE)), damaged
         return None, damaged
 
+    def of_steps(self, steps: tuple[int, ...]) -> list[Checkpoint]:
+        """Return the checkpoints of these steps that are there."""
+        found = {step: path for step, path in self._all() if step in steps}
+        return [Checkpoint(path, step, _sha256(path / MANIFEST_FILE)) for step, path in sorted(found.items())]
+
     def _all(self) -> list[tuple[int, Path]]:
         paths = [path for lease in self._leases for path in lease.glob("step-*")]
         return [(int(path.name.removeprefix("step-")), path) for path in paths]

@@ -65,6 +65,7 @@ class AnyTrainer(Protocol):
     def best_steps(self) -> tuple[int, ...]: ...
 
     def shrink(self) -> None: ...
+    def metrics_in(self, checkpoint: Path) -> dict[str, float]: ...
     def save(self, directory: Path | None) -> None: ...
     def load(self, directory: Path) -> None: ...
 
@@ -266,7 +267,25 @@ class TrainingJob(ABC, Generic[Spec]):
         elif self._ranks.is_in_step:
             with self._pulse.waiting():
                 self._model.save_product(None)
-        return Finished(str(model), state.step, state.tokens, state.trained_tokens, dict(state.metrics), self._drawn)
+        return Finished(
+            str(model),
+            state.step,
+            state.tokens,
+            state.trained_tokens,
+            dict(state.metrics),
+            self._drawn,
+            self._best_checkpoints(),
+        )
+
+    def _best_checkpoints(self) -> list[CheckpointWritten]:
+        """Return the checkpoints of the trainer's best steps, as far as they are there."""
+        if self._store is None:
+            return []
+        found = self._store.of_steps(self.trainer.best_steps)
+        return [
+            CheckpointWritten(str(one.path), str(one.model), one.step, one.sha256, self.trainer.metrics_in(one.path))
+            for one in found
+        ]
 
     def _write_product(self, directory: Path) -> None:
         self._model.save_product(directory)

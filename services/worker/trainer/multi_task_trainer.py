@@ -384,6 +384,10 @@ class MultiTaskTrainer:
         """Never called: ranks whose weights are divided, which alone leave in the midst of a pass, are refused."""
         raise NotImplementedError
 
+    def metrics_in(self, checkpoint: Path) -> dict[str, float]:
+        """Return the metrics that a checkpoint was written with."""
+        return msgspec.json.decode((checkpoint / STATE_FILE).read_bytes(), type=_Kept).state.metrics
+
     def save(self, directory: Path | None) -> None:
         """Write optimizer and state; the weights are the model's to save. Raises OSError."""
         if directory is not None:

@@ -245,6 +245,10 @@ class Trainer:
         state.trained_tokens += means.targets
         state.metrics |= {"train_loss": means.loss, "train_mean_token_accuracy": means.accuracy}
 
+    def metrics_in(self, checkpoint: Path) -> dict[str, float]:
+        """Return the metrics that a checkpoint was written with."""
+        return msgspec.json.decode((checkpoint / STATE_FILE).read_bytes(), type=TrainerState).metrics
+
     def save(self, directory: Path | None) -> None:
         """Write optimizer and state; the weights are the model's to save. Raises OSError.
 

@@ -1,0 +1,110 @@
+"""`/v1/training/jobs`: one model, several tasks (contracts.md). The life of such a job is fine-tuning's."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from sqlalchemy import Connection
+from starlette.responses import Response
+
+from services.gateway.bodies import KeyedRoute
+from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, Writer, answer_once
+from services.gateway.routes.runs import change_job, checkpoints_page, events_page
+from services.gateway.schemas import AnyFields, list_page
+from shared.db import jobs
+from shared.db.jobs import JobView
+from shared.db.multi_task import accept_training, single_job_ids, training_job_object
+from shared.db.submissions import body_digest
+from shared.domain.job import JobKind, parse_job_id
+from shared.domain.multi_task import TrainingCreate
+
+router = APIRouter(prefix="/v1/training/jobs", route_class=KeyedRoute)
+
+_KIND = JobKind.TRAINING
+
+
+def _shown(connection: Connection, job: JobView) -> dict[str, Any]:
+    singles = {task: jobs.get(connection, job_id, _KIND) for task, job_id in single_job_ids(job).items()}
+    return training_job_object(job, singles)
+
+
+@router.post("")
+def create_training_job(
+    body: TrainingCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey
+) -> Response:
+    def accept(connection: Connection) -> dict[str, Any]:
+        return _shown(connection, jobs.get(connection, accept_training(connection, parts.settings, caller, body, key)))
+
+    answer = answer_once(parts, caller, key, body_digest("training", body), accept)
+    parts.wake()
+    return answer
+
+
+@router.get("/schema")
+def training_job_schema(caller: Reader) -> dict[str, Any]:  # noqa: ARG001  # whoever has a key may know it
+    """Return the JSON schema of a specification, by which it is checked before anything is queued."""
+    return TrainingCreate.model_json_schema()
+
+
+@router.get("")
+def list_training_jobs(
+    parts: PartsDependency,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> dict[str, Any]:
+    cursor = parse_job_id(after, _KIND) if after else None
+    with parts.own_transaction(caller) as connection:
+        found = jobs.page(connection, limit=limit + 1, after=cursor, kind=_KIND, tenant_id=caller.tenant_id)
+        data = [_shown(connection, job) for job in found[:limit]]
+    return list_page(data, has_more=len(found) > limit)
+
+
+@router.get("/{job_id}")
+def retrieve_training_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    with parts.own_transaction(caller) as connection:
+        return _shown(connection, jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_training_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
+) -> Response:
+    return change_job(parts, caller, job_id, _KIND, jobs.cancel, _shown, key, body)
+
+
+@router.post("/{job_id}/pause")
+def pause_training_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
+) -> Response:
+    return change_job(parts, caller, job_id, _KIND, jobs.pause, _shown, key, body)
+
+
+@router.post("/{job_id}/resume")
+def resume_training_job(
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
+) -> Response:
+    return change_job(parts, caller, job_id, _KIND, jobs.resume, _shown, key, body)
+
+
+@router.get("/{job_id}/events")
+def list_training_events(
+    job_id: str,
+    parts: PartsDependency,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """List what happened, newest first: messages, and the metrics of steps with each task's loss."""
+    return events_page(parts, caller, job_id, _KIND, limit=limit, after=after)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_training_checkpoints(
+    job_id: str,
+    parts: PartsDependency,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """List what can be served of a run, newest first: ends of epochs, and where a task was at its best."""
+    return checkpoints_page(parts, caller, job_id, _KIND, limit=limit, after=after)

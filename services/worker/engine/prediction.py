@@ -1,0 +1,154 @@
+"""Multi-task models: one pass of the trunk for a row, then every head that somebody asks of it."""
+
+import re
+from typing import Any
+
+import torch
+
+from services.worker.engine.rows import Pending, Refused, Row, RowEngine
+from services.worker.multi_task.description import HeadDescription
+from services.worker.multi_task.model import MultiTaskModel
+from services.worker.multi_task.trunk import TextTrunk
+from services.worker.protocol import Request, Response
+
+MOST_ANSWER_TOKENS = 256
+"""Of a seq2seq head's text."""
+_WORD = re.compile(r"\S+")
+
+Predicted = dict[str, dict[str, Any]]
+
+
+class PredictionEngine(RowEngine[Predicted]):
+    """Answers with the heads of one multi-task model."""
+
+    def __init__(self, model: MultiTaskModel, tokenizer: Any, most_tokens: int, width: int) -> None:
+        """`tokenizer` None: the model reads vectors of `width` numbers."""
+        super().__init__(model, most_tokens)
+        self._tokenizer, self._width = tokenizer, width
+        self._numbers = {head.name: number for number, head in enumerate(model.heads)}
+        self._usual = [head.name for head in model.heads if head.kind != "causal_lm"]
+
+    @property
+    def _heads(self) -> list[HeadDescription]:
+        heads: list[HeadDescription] = self._model.heads
+        return heads
+
+    @property
+    def weight_bytes(self) -> int:
+        trunk = self._model.trunk
+        module = trunk.plain if isinstance(trunk, TextTrunk) else trunk
+        weights = [*module.parameters(), *(w for layer in self._model.layers.values() for w in layer.parameters())]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def _rows_of(self, request: Request) -> list[list[Any]]:
+        if request.task != "predict":
+            raise Refused("This model makes predictions only.", "model", "model_not_supported")
+        self._require_tasks(request.tasks)
+        if self._tokenizer is None:
+            return self._vectors(request)
+        if request.vectors:
+            raise Refused("This model reads texts, not numbers.", "input", "invalid_value")
+        texts = [str(prompt) for prompt in request.prompts]
+        return [list(self._tokenizer(text)["input_ids"]) for text in texts]
+
+    def _vectors(self, request: Request) -> list[list[Any]]:
+        rows = request.vectors
+        if not rows or any(len(row) != self._width for row in rows):
+            raise Refused(f"This model reads vectors of {self._width} numbers.", "input", "invalid_value")
+        return rows
+
+    def _require_tasks(self, names: list[str] | None) -> None:
+        """Raise Refused for a task that the model has not, or that other endpoints answer."""
+        if names is None and not self._usual:
+            raise Refused("Its only task is a language model's: ask for completions.", "tasks", "invalid_value")
+        for number, name in enumerate(names or []):
+            if name not in self._numbers:
+                known = ", ".join(self._numbers)
+                raise Refused(f"There is no task {name[:80]!r}; there is {known}.", f"tasks[{number}]", "invalid_value")
+            if self._heads[self._numbers[name]].kind == "causal_lm":
+                message = f"The task {name!r} is a language model: ask for chat or completions."
+                raise Refused(message, f"tasks[{number}]", "invalid_value")
+
+    def _length(self, row: list[Any]) -> int:
+        return 1 if self._tokenizer is None else len(row)
+
+    def _tasks(self, row: Row) -> list[str]:
+        return self._pending[row.request_id].request.tasks or self._usual
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[Row]) -> list[Predicted]:
+        inputs, mask = self._inputs(batch)
+        asked = {self._numbers[name] for row in batch for name in self._tasks(row)}
+        plain = [task for task in sorted(asked) if self._heads[task].kind != "seq2seq"]
+        logits = self._model.logits(inputs, mask, plain) if plain else {}
+        texts = {task: self._generate(inputs, mask) for task in asked if self._heads[task].kind == "seq2seq"}
+        scores = {task: self._scores(self._heads[task], values.float()).cpu() for task, values in logits.items()}
+        return [
+            {name: self._predicted(row, place, self._numbers[name], scores, texts) for name in self._tasks(row)}
+            for place, row in enumerate(batch)
+        ]
+
+    def _inputs(self, batch: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens [R, T] or vectors [R, width], and which are no pads [R, T]."""
+        device = next(iter(self._model.layers.values())).weight.device if self._model.layers else torch.device("cpu")
+        if self._tokenizer is None:
+            vectors = torch.tensor([row.ids for row in batch], dtype=torch.float32, device=device)
+            return vectors, torch.ones((len(batch), 1), dtype=torch.bool, device=device)
+        ids, lengths = self._padded(batch, self._tokenizer.pad_token_id or 0, self._model.trunk.plain.device)
+        return ids, torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths
+
+    @staticmethod
+    def _scores(head: HeadDescription, logits: torch.Tensor) -> torch.Tensor:
+        """Return probabilities, or values in the unit of the training file."""
+        if head.kind == "regression":
+            return logits[:, 0].double() * head.deviation + head.mean
+        return torch.sigmoid(logits) if head.kind == "multilabel" else torch.softmax(logits, dim=-1)
+
+    def _generate(self, inputs: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """Return what the decoder says of each row, its likeliest token at a time."""
+        model = self._model.trunk.plain
+        made = model.generate(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=MOST_ANSWER_TOKENS,
+        )
+        texts: list[str] = self._tokenizer.batch_decode(made, skip_special_tokens=True)
+        return texts
+
+    def _predicted(
+        self, row: Row, place: int, task: int, scores: dict[int, torch.Tensor], texts: dict[int, list[str]]
+    ) -> dict[str, Any]:
+        """Return what one head says of one row."""
+        head = self._heads[task]
+        if head.kind == "seq2seq":
+            return {"text": texts[task][place]}
+        found = scores[task][place]
+        if head.kind == "regression":
+            return {"value": float(found)}
+        if head.kind == "token_classification":
+            return {"tokens": self._words(row, head, found)}
+        named = dict(zip(head.labels, map(float, found.tolist()), strict=True))
+        if head.kind == "multilabel":
+            return {"labels": [label for label, score in named.items() if score > 0.5], "probabilities": named}
+        return {"label": head.labels[int(found.argmax())], "probabilities": named}
+
+    def _words(self, row: Row, head: HeadDescription, scores: torch.Tensor) -> list[dict[str, Any]]:
+        """Return a label for each word of a text: that of the first token which ends in it, as in training."""
+        text = str(self._pending[row.request_id].request.prompts[row.index])
+        ends = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        said = []
+        for word in _WORD.finditer(text):
+            first = next((i for i, (a, b) in enumerate(ends) if b > a and word.start() < b <= word.end()), None)
+            if first is None:
+                continue  # its characters are nothing to the tokenizer
+            best = int(scores[first].argmax())
+            probability = float(scores[first, best])
+            span = {"text": word.group(), "start": word.start(), "end": word.end()}
+            said.append(span | {"label": head.labels[best], "probability": probability})
+        return said
+
+    def _respond(self, pending: Pending[Predicted]) -> Response:
+        predictions = [each for each in pending.results if each is not None]
+        return Response(pending.request.id, predictions=predictions, prompt_tokens=pending.tokens)
