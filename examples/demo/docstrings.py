@@ -12,11 +12,12 @@ HELD_BACK = 200
 
 @dataclass(frozen=True)
 class Docstring:
-    """`name` is such as `json.decoder.JSONDecoder.decode`; `signature` a `def` or `class` line."""
+    """`name` is such as `json.decoder.decode`; `signature` a `def` or `class` line; `raises`: whether its body does."""
 
     name: str
     signature: str
     text: str
+    raises: bool = False
 
     @property
     def first_line(self) -> str:
@@ -50,7 +51,8 @@ def _of_file(path: Path, module: str) -> list[Docstring]:
             continue
         text = ast.get_docstring(node)
         if text and len(text) >= SHORTEST_CHARACTERS:
-            docstrings.append(Docstring(f"{module}.{node.name}", _signature(node), text))
+            raises = any(isinstance(part, ast.Raise) for part in ast.walk(node))
+            docstrings.append(Docstring(f"{module}.{node.name}", _signature(node), text, raises))
     return docstrings
 
 

@@ -19,6 +19,7 @@ from lamplighter import Client
 from lamplighter.cli import _follow
 from rich.console import Console
 
+from examples.demo import tasks
 from examples.demo.docstrings import Docstring, collect
 from examples.demo.tuning import FOR_A_SMALL_MODEL, FOR_ANY_MODEL, fine_tune, show
 from services.local.stack import Stack, StackOptions, shut_down
@@ -34,10 +35,11 @@ console = Console()
 def main() -> None:
     docstrings = collect()
     base = GIVEN_MODEL or "a small model made now"
-    console.print(f"[bold]Lamplighter demo[/bold]: {len(docstrings)} docstrings of this machine's Python, three jobs")
+    console.print(f"[bold]Lamplighter demo[/bold]: {len(docstrings)} docstrings of this machine's Python, four jobs")
     console.print(f"  1. embeddings of {EMBEDDED} docstrings with all-MiniLM-L6-v2")
-    console.print(f"  2. fine-tuning of {base}: from a signature, what the function does")
-    console.print(f"  3. chat: {ASKED} prompts on what that made")
+    console.print("  2. four tasks trained on one MiniLM, and a batch of predictions with what that made")
+    console.print(f"  3. fine-tuning of {base}: from a signature, what the function does")
+    console.print(f"  4. chat: {ASKED} prompts on what that made")
     _end_by_signal(_exit)
     shut_down(DATA / "stack")  # of a demo that was killed
     shutil.rmtree(DATA, ignore_errors=True)
@@ -84,6 +86,7 @@ def _run_jobs(client: Client, sdk: openai.OpenAI, docstrings: list[Docstring], c
     for name, source in (("minilm", minilm), ("chat", chat_model)):
         client.request("POST", "/v1/models", json={"name": name, "source": source})
     _embed(client, docstrings[:EMBEDDED])
+    tasks.train(client, console, docstrings)
     lesson = FOR_ANY_MODEL if GIVEN_MODEL else FOR_A_SMALL_MODEL
     tuned = fine_tune(sdk, "chat", docstrings, lesson)
     show(tuned, docstrings)

@@ -140,16 +140,17 @@ def _plan_object(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparison(job: JobView, singles: Mapping[str, JobView]) -> dict[str, Any]:
-    """Return each task's main metric together and alone; `mean_change` once all are known."""
+    """Return each task's main metric together and alone; changes and their mean once all jobs have ended."""
     together, rows = job.outcome.get("tasks", {}), []
+    has_ended = job.state.is_terminal and all(single.state.is_terminal for single in singles.values())
     for task in job.spec["tasks"]:
         single = singles.get(task["name"])
         metric = MAIN_METRIC[task["kind"]]
         ours = together.get(task["name"], {}).get("metrics", {}).get(metric)
         outcome = single.outcome.get("tasks", {}) if single is not None else {}
         theirs = outcome.get(task["name"], {}).get("metrics", {}).get(metric)
-        is_over = job.state is JobState.SUCCEEDED and single is not None and single.state is JobState.SUCCEEDED
-        change = relative_change(task["kind"], ours, theirs) if is_over and ours and theirs else None
+        is_known = has_ended and ours is not None and theirs is not None
+        change = relative_change(task["kind"], ours, theirs) if is_known else None
         rows.append(
             {
                 "task": task["name"],
@@ -162,8 +163,7 @@ def _comparison(job: JobView, singles: Mapping[str, JobView]) -> dict[str, Any]:
             }
         )
     changes = [row["change"] for row in rows if row["change"] is not None]
-    is_whole = len(changes) == len(rows)
-    return {"tasks": rows, "mean_change": sum(changes) / len(changes) if is_whole and changes else None}
+    return {"tasks": rows, "mean_change": sum(changes) / len(changes) if changes else None}
 
 
 def single_job_ids(job: JobView) -> dict[str, UUID]:

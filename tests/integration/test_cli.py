@@ -233,3 +233,42 @@ def test_a_terminated_demo_leaves_nothing_running(scratch):
     finally:
         demo.kill()
         demo.wait()
+
+
+SPECIFICATION = """
+model: vector:2:4
+tasks:
+  - {name: odd, kind: classification, training_file: rows.jsonl, validation_file: held.jsonl, label_field: odd}
+  - {name: size, kind: regression, training_file: rows.jsonl, validation_file: held.jsonl, label_field: size}
+hyperparameters: {max_steps: 20, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def specification(tmp_path):
+    rows = [{"text": [n / 40, n % 2], "odd": n % 2, "size": n} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(rows))
+    (tmp_path / "held.jsonl").write_bytes(jsonl(rows[:10]))
+    (tmp_path / "spec.yaml").write_text(SPECIFICATION)
+    return tmp_path / "spec.yaml"
+
+
+def test_train_says_what_it_would_take_and_then_does_it(cli, specification):
+    plan = cli("train", "spec.yaml", "--dry-run")
+    assert "20 steps of 8 rows" in plan and "0 50 %, 1 50 %" in plan and "mean 19.5, deviation 11.54" in plan
+    done = cli("train", "spec.yaml", "--wait", "--idempotency-key", "train-once")
+    assert "served as ft:vector-2-4:" in done and "accuracy" in done and "rmse" in done
+    again = json.loads(cli("train", "spec.yaml", "--wait", "--json"))
+    assert again["status"] == "succeeded" and [task["name"] for task in again["tasks"]] == ["odd", "size"]
+
+
+def test_train_says_what_is_wrong(cli, specification, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(jsonl([{"text": [1, 2], "odd": 1, "size": 1}, {"text": [1], "odd": 0}]))
+    refused = cli("train", "spec.yaml", "--dry-run", code=1)
+    assert "line 2" in refused and "list of 2 numbers" in refused
+    specification.write_text(SPECIFICATION.replace("kind: classification", "kind: poetry"))
+    cli("train", "spec.yaml", code=1)
+    specification.write_text(SPECIFICATION.replace("rows.jsonl", "nowhere.jsonl"))
+    cli("train", "spec.yaml", code=2)
+    specification.write_text("[1, 2")
+    cli("train", "spec.yaml", code=2)

@@ -102,8 +102,8 @@ def test_a_job_from_file_to_a_served_model(sdk, base):
 
 
 def test_another_tenant_sees_nothing_of_it(sdk, native, stack, base):
-    native.request("POST", "/v1/tenants", json={"id": "stranger"})
-    key = native.request("POST", "/v1/keys", json={"tenant": "stranger"})["key"]
+    native.request("POST", "/v1/tenants", json={"id": "tuning-stranger"})
+    key = native.request("POST", "/v1/keys", json={"tenant": "tuning-stranger"})["key"]
     job = create(sdk, base)
     wait_for(sdk, job.id)
     name = sdk.fine_tuning.jobs.retrieve(job.id).fine_tuned_model

@@ -25,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from lamplighter import Client
 from services.gateway.app import create_app
 from shared.settings import Settings
 from tests.support.batches import chat_line, chat_lines, jsonl, submit, wait_for
@@ -43,6 +44,7 @@ OPERATOR = {
 }
 """What only an admin's key opens."""
 TUNING = "/v1/fine_tuning/jobs"
+TRAINING = "/v1/training/jobs"
 TUNING_ACTIONS = {
     *(("GET", ""), ("POST", "/cancel"), ("POST", "/pause"), ("POST", "/resume")),
     *(("GET", "/events"), ("GET", "/checkpoints")),
@@ -51,7 +53,8 @@ TENANTS = {
     *(("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/embeddings")),
     *(("POST", "/v1/files"), ("GET", "/v1/files"), ("POST", "/v1/batches"), ("GET", "/v1/batches")),
     *(("GET", "/v1/jobs"), ("GET", "/v1/models"), ("GET", "/v1/workers"), ("GET", "/v1/models/{name:path}")),
-    *(("POST", "/v1/fine_tuning/jobs"), ("GET", "/v1/fine_tuning/jobs")),
+    *(("POST", TUNING), ("GET", TUNING), ("POST", TRAINING), ("GET", TRAINING), ("GET", f"{TRAINING}/schema")),
+    ("POST", "/v1/predictions"),
 }
 """What every tenant's key opens: it makes or lists the tenant's own things, or shows what all tenants share."""
 OWNED = {
@@ -60,16 +63,19 @@ OWNED = {
     *(("GET", "/v1/jobs/{job_id}"), ("PATCH", "/v1/jobs/{job_id}"), ("POST", "/v1/jobs/{job_id}/cancel")),
     *(("POST", "/v1/jobs/{job_id}/pause"), ("POST", "/v1/jobs/{job_id}/resume")),
     *(("GET", "/v1/jobs/{job_id}/attempts"), ("GET", "/v1/jobs/{job_id}/events")),
-    *((method, f"{TUNING}/{{job_id}}{action}") for method, action in TUNING_ACTIONS),
+    *((method, f"{kind}/{{job_id}}{action}") for kind in (TUNING, TRAINING) for method, action in TUNING_ACTIONS),
 }
 """What names one object of a tenant in its path: for everybody else there is none."""
-OBJECT_PAGES = {"/v1/files", "/v1/batches", "/v1/jobs", TUNING}
+OBJECT_PAGES = {"/v1/files", "/v1/batches", "/v1/jobs", TUNING, TRAINING}
 """Lists whose `after` is the id of an object."""
 ROW_PAGES = {"/v1/jobs/{job_id}/attempts", "/v1/jobs/{job_id}/events"}
 """Lists within one object, whose `after` is a number."""
-OBJECTS = ("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/v1/jobs/{job_id}", f"{TUNING}/{{job_id}}")
+OBJECTS = (
+    *("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/v1/jobs/{job_id}"),
+    *(f"{TUNING}/{{job_id}}", f"{TRAINING}/{{job_id}}"),
+)
 """Where objects are shown."""
-TUNING_ROW_PAGES = {f"{TUNING}/{{job_id}}/events", f"{TUNING}/{{job_id}}/checkpoints"}
+TUNING_ROW_PAGES = {f"{kind}/{{job_id}}/{page}" for kind in (TUNING, TRAINING) for page in ("events", "checkpoints")}
 """Lists within one object, whose `after` is an id of theirs that ends in a number."""
 SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers"}
 """Lists that are read whole and shown in pages."""
@@ -139,8 +145,8 @@ def tunable(native, tiny_llama):
 
 
 @pytest.fixture(scope="module")
-def owned(sdk, tunable):
-    """Ids of one finished batch, of its files and of a fine-tuning job, by the parameter that they stand for."""
+def owned(sdk, native, tunable):
+    """Ids of one finished batch, of its files and of jobs that train, by the parameter that they stand for."""
     batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
     assert batch.status == "completed"
     tuning = sdk.fine_tuning.jobs.create(model=tunable, training_file=training_file(sdk))
@@ -152,7 +158,17 @@ def owned(sdk, tunable):
         "file_id": batch.input_file_id,
         "output_id": batch.output_file_id,
         "tuning_id": tuning.id,
+        "training_id": native.wait(train_two_tasks(native)["id"])["id"],
     }
+
+
+def train_two_tasks(native, **more):
+    """Begin a multi-task job of the smallest kind."""
+    rows = [{"text": [n, 1], "odd": n % 2, "size": n} for n in range(40)]
+    path = {"training_file": native.upload("rows.jsonl", jsonl(rows), "fine-tune")["id"]}
+    odd = {"name": "odd", "kind": "classification", "label_field": "odd"} | path
+    size = {"name": "size", "kind": "regression", "label_field": "size"} | path
+    return native.training.create(model="vector:2:4", tasks=[odd, size], **more)
 
 
 def training_file(sdk, count=12):
@@ -174,8 +190,9 @@ def closed_routes():
 
 def template_of(path):
     """Return a route's path with the parameters' names in `owned`; any model's name will do."""
-    if path.startswith(TUNING):
-        path = path.replace("{job_id}", "{tuning_id}")
+    for kind, name in ((TUNING, "{tuning_id}"), (TRAINING, "{training_id}")):
+        if path.startswith(kind):
+            path = path.replace("{job_id}", name)
     return path.replace("{name:path}", "echo")
 
 
@@ -289,6 +306,10 @@ def swaps(owned, wanted):
     elif wanted == "tuning_id":
         yield from (owned["batch_id"], owned["file_id"], f"ftjob-{batch_hex}", f"batch_{tuning_hex}", tuning_hex)
         yield from (f"file-{tuning_hex}", f"train_{tuning_hex}")
+    elif wanted == "training_id":
+        training_hex = owned["training_id"].removeprefix("train_")
+        yield from (owned["batch_id"], owned["tuning_id"], f"train_{batch_hex}", f"train_{tuning_hex}", training_hex)
+        yield from (f"ftjob-{training_hex}", f"batch_{training_hex}")
     else:
         yield from (owned["file_id"], owned["output_id"], f"batch_{file_hex}", f"file-{batch_hex}", batch_hex)
         # The id of a job of another kind, which nobody was ever given.
@@ -321,8 +342,8 @@ def test_ids_in_bodies_are_of_the_right_kind_and_tenant(stranger, admin, owned):
 
 @pytest.mark.parametrize("path", sorted(OBJECT_PAGES))
 def test_a_cursor_of_another_tenant_or_kind_opens_no_page(stranger, admin, owned, path):
-    mine = owned[{"/v1/files": "file_id", TUNING: "tuning_id"}.get(path, "batch_id")]
-    other = owned["batch_id" if path in ("/v1/files", TUNING) else "file_id"]
+    mine = owned[{"/v1/files": "file_id", TUNING: "tuning_id", TRAINING: "training_id"}.get(path, "batch_id")]
+    other = owned["batch_id" if path in ("/v1/files", TUNING, TRAINING) else "file_id"]
     assert admin.get(path, params={"after": mine}).status_code == 200
     answer = stranger.get(path, params={"after": mine})
     unknown = stranger.get(path, params={"after": mine[:-32] + uuid4().hex})
@@ -330,13 +351,15 @@ def test_a_cursor_of_another_tenant_or_kind_opens_no_page(stranger, admin, owned
     assert admin.get(path, params={"after": other}).status_code == 404
 
 
-@pytest.mark.parametrize("path", sorted(ROW_PAGES | {f"{TUNING}/{{job_id}}/events"}))
-def test_a_cursor_within_another_tenants_job_shows_only_ones_own(stranger, admin, owned, tunable, path):
+@pytest.mark.parametrize("path", sorted(ROW_PAGES | {f"{kind}/{{job_id}}/events" for kind in (TUNING, TRAINING)}))
+def test_a_cursor_within_another_tenants_job_shows_only_ones_own(stack, stranger, keys, admin, owned, tunable, path):
     """These cursors are numbers, the same for all tenants: with one of another's the page is one's own all the same."""
     body = {"input_file_id": upload(stranger, jsonl(chat_lines(2))), "completion_window": "24h"}
     own = {"job_id": stranger.post("/v1/batches", json=body | {"endpoint": "/v1/chat/completions"}).json()["id"]}
     file_id = upload(stranger, jsonl([{"messages": []}]), purpose="fine-tune")
     own["tuning_id"] = stranger.post(TUNING, json={"model": tunable, "training_file": file_id}).json()["id"]
+    with Client(stack.url, keys["stranger"]) as client:
+        own["training_id"] = train_two_tasks(client)["id"]
     theirs = [row["id"] for row in admin.get(path_of(path, owned)).json()["data"]]
     assert theirs
     for after in theirs:
@@ -460,6 +483,7 @@ def test_every_route_answers_as_it_is_described(conforming, document, tiny_llama
         round_of_batches,
         round_of_jobs,
         round_of_tuning,
+        round_of_training,
         round_of_an_operator,
     ):
         step(http, tiny_llama)
@@ -587,6 +611,40 @@ def round_of_tuning(http, tiny_llama):
     ended = wait_until(lambda: http.get(job).json()["finished_at"], 60)
     assert ended and http.get(f"/v1/jobs/{made.json()['id']}").json()["progress"]["unit"] == "steps"
     assert http.post(TUNING, json=body | {"seed": -1}).status_code == 400
+
+
+def round_of_training(http, _):
+    rows = [{"text": [n, 1], "odd": n % 2, "tags": ["few"] if n < 9 else []} for n in range(60)]
+    file_id = upload(http, jsonl(rows), purpose="fine-tune")
+    odd = {"name": "odd", "kind": "classification", "label_field": "odd", "training_file": file_id}
+    tasks = [odd | {"validation_file": file_id}, odd | {"name": "tags", "kind": "multilabel", "label_field": "tags"}]
+    tasks[1]["validation_file"] = file_id
+    body = {"model": "vector:2:4", "tasks": tasks, "hyperparameters": {"n_epochs": 1000, "batch_size": 4}}
+    made = http.post(TRAINING, json=body)
+    assert made.status_code == 200, made.text
+    job = f"{TRAINING}/{made.json()['id']}"
+    wait_until(lambda: http.get(job).json()["status"] in ("queued", "running"), 60)
+    assert http.post(f"{job}/pause").json()["status"] == "paused"
+    assert http.post(f"{job}/resume").json()["status"] in ("queued", "running")
+    wait_until(lambda: [e for e in http.get(f"{job}/events").json()["data"] if e["type"] == "metrics"], 120)
+    checkpoints = wait_until(lambda: http.get(f"{job}/checkpoints").json()["data"], 120)
+    assert http.post(f"{job}/cancel").json()["status"] in ("cancelling", "cancelled")
+    model = checkpoints[0]["fine_tuned_model_checkpoint"]
+    for wanted in ({}, {"tasks": ["odd"]}):
+        answer = http.post("/v1/predictions", json={"model": model, "input": [[1, 1], [2.5, 0]]} | wanted)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["data"]) == 2
+    assert http.post("/v1/predictions", json={"model": model, "input": [1.0]}).status_code == 400
+    assert http.post("/v1/predictions", json={"model": "echo", "input": "a"}).status_code == 404
+    failed = http.post(TRAINING, json=body | {"tasks": [odd | {"label_field": "nothing"}]}).json()["id"]
+    wait_until(lambda: http.get(f"{TRAINING}/{failed}").json()["errors"], 60)
+    compared = body | {"compare_single_task": True, "hyperparameters": {"max_steps": 30, "learning_rate": 0.1}}
+    both = http.post(TRAINING, json=compared).json()["id"]
+    wait_until(lambda: (http.get(f"{TRAINING}/{both}").json()["comparison"] or {}).get("mean_change") is not None, 120)
+    assert http.get(TRAINING, params={"limit": 1}).json()["data"]
+    assert http.get(f"{TRAINING}/schema").json()["type"] == "object"
+    wait_until(lambda: http.get(job).json()["ended_at"], 60)
+    assert http.post(TRAINING, json=body | {"seed": -1}).status_code == 400
 
 
 def round_of_an_operator(http, _):

@@ -32,6 +32,7 @@ from lamplighter.policy import (
     unreachable,
     upload_form,
 )
+from lamplighter.training import FILE_FIELDS, with_uploads
 
 
 class AsyncClient:
@@ -111,6 +112,19 @@ class AsyncClient:
         lines = input_lines(requests, endpoint)
         file = await self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return await self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
+
+    async def create_training(self, *, idempotency_key: str | None = None, **spec: Any) -> dict[str, Any]:
+        """Queue a multi-task job and return it; `spec` is the body. Files given as a `Path` are uploaded first."""
+        tasks = spec.get("tasks", [])
+        paths = {task[name] for task in tasks for name in FILE_FIELDS if isinstance(task.get(name), Path)}
+        ids = {path: (await self.upload(path, purpose="fine-tune"))["id"] for path in sorted(paths)}
+        body = spec | {"tasks": with_uploads(tasks, ids.__getitem__)}
+        return await self.request("POST", "/v1/training/jobs", json=body, headers=key_header(idempotency_key))
+
+    async def predict(self, model: str, input: Any, *, tasks: list[str] | None = None) -> dict[str, Any]:  # noqa: A002  # the API's name
+        """Return what the heads of a multi-task model say of a text, a vector, or a list of them."""
+        body = {"model": model, "input": input} | ({"tasks": tasks} if tasks is not None else {})
+        return await self.request("POST", "/v1/predictions", json=body)
 
     async def readiness(self) -> dict[str, Any]:
         """Return what the server says of its parts: `status`, `postgres`, `redis`. It is asked once.

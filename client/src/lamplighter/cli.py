@@ -18,6 +18,7 @@ from lamplighter.client import Client
 from lamplighter.doctor import findings
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
 from lamplighter.policy import TERMINAL, file_key
+from lamplighter.training_spec import SpecificationWrong, read_specification, show_plan, show_tasks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_AUTHORISED = 1, 2, 3, 4
 DEFAULT_DATA = Path("lamplighter-data")
@@ -173,6 +174,40 @@ def submit(
         if output is not None:
             _download(api, job, output)
         print(json.dumps(job) if as_json else _summary(job))
+    raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
+
+
+@app.command()
+def train(
+    specification: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="YAML or JSON; files of its tasks are uploaded.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what it would take.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end.")] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="However often it is submitted under this key, it is one job.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one model on several tasks."""
+    spec = read_specification(specification) | ({"dry_run": True} if dry_run else {})
+    with client() as api:
+        job = api.training.create(idempotency_key=idempotency_key, **spec)
+        if not (wait or dry_run):
+            print(json.dumps(job) if as_json else job["id"])
+            return
+        _follow(api, job["id"], quiet=as_json or dry_run)
+        job = api.training.retrieve(job["id"])
+    if as_json:
+        print(json.dumps(job))
+    elif job["status"] != "succeeded":
+        print(_summary(job))
+        for fault in (job["errors"] or {"data": []})["data"]:
+            print(f"  line {fault['line']}: {fault['message']}" if fault["line"] else f"  {fault['message']}")
+    elif dry_run:
+        show_plan(console, job)
+    else:
+        show_tasks(console, job)
     raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
 
 
@@ -392,6 +427,9 @@ def main() -> None:
     except ServerUnreachable as error:
         errors.print(str(error), markup=False)
         sys.exit(EXIT_UNREACHABLE)
+    except SpecificationWrong as error:
+        errors.print(str(error), markup=False)
+        sys.exit(EXIT_USAGE)
     except ApiError as error:
         errors.print(f"Refused: {error}", markup=False)
         sys.exit(EXIT_FAILED)

@@ -1,0 +1,102 @@
+"""Specifications of multi-task jobs as files, and their jobs as tables."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lamplighter.errors import LamplighterError
+from lamplighter.training import FILE_FIELDS
+
+MOST_LABELS_SHOWN = 8
+MEGABYTE = 1e6
+
+
+class SpecificationWrong(LamplighterError):
+    """The file is no specification."""
+
+
+def read_specification(path: Path) -> dict[str, Any]:
+    """Return what a YAML or JSON file asks for; files that lie beside it become paths, to be uploaded.
+
+    Raises SpecificationWrong.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecificationWrong(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise SpecificationWrong(f"{path}: a specification has fields, such as model and tasks.")
+    tasks = found.get("tasks")
+    if isinstance(tasks, list):
+        found["tasks"] = [_with_paths(task, path) for task in tasks]
+    return found
+
+
+def _with_paths(task: Any, specification: Path) -> Any:
+    if not isinstance(task, dict):
+        return task  # the server says what is wrong with it
+    changed = dict(task)
+    for field in FILE_FIELDS:
+        name = task.get(field)
+        if isinstance(name, str) and not name.startswith("file-"):
+            file = (specification.parent / name).resolve()
+            if not file.is_file():
+                raise SpecificationWrong(f"{specification}: {field} of task {task.get('name')!r}: no file {file}.")
+            changed[field] = file
+    return changed
+
+
+def show_plan(console: Console, job: dict[str, Any]) -> None:
+    """Print what would run: rows, label sets with their balance, tokens, time, memory."""
+    plan = job["plan"]
+    used = plan["hyperparameters"]
+    console.print(f"{job['model']}: {job['mode']} training of {len(job['tasks'])} tasks, sharing {job['sharing']}")
+    console.print(
+        f"{plan['steps']} steps of {used['batch_size']} rows, {plan['tokens']} tokens, "
+        f"{plan['memory_bytes'] / MEGABYTE:.0f} MB, {_time(plan['device_seconds'])}"
+    )
+    table = Table(box=None)
+    for title in ("task", "kind", "rows", "validation", "targets"):
+        table.add_column(title)
+    rows = {name: source for source in plan["sources"] for name in source["tasks"]}
+    for head in plan["heads"]:
+        source = rows[head["name"]]
+        table.add_row(head["name"], head["kind"], str(source["rows"]), str(source["validation_rows"]), _targets(head))
+    console.print(table)
+
+
+def _time(seconds: float | None) -> str:
+    return "time unknown: nothing was trained on this base yet" if seconds is None else f"about {seconds:.0f} s"
+
+
+def _targets(head: dict[str, Any]) -> str:
+    labels, counts = head.get("labels", []), head.get("counts", [])
+    if labels:
+        ranked = sorted(zip(labels, counts, strict=True), key=lambda pair: -pair[1])
+        whole = max(1, sum(counts))
+        shown = [f"{label} {100 * count / whole:.0f} %" for label, count in ranked[:MOST_LABELS_SHOWN]]
+        more = f" and {len(ranked) - MOST_LABELS_SHOWN} more" if len(ranked) > MOST_LABELS_SHOWN else ""
+        return ", ".join(shown) + more
+    if "deviation" in head or "mean" in head:
+        return f"mean {head.get('mean', 0.0):.4g}, deviation {head.get('deviation', 1.0):.4g}"
+    return "text" if head["kind"] in ("causal_lm", "seq2seq") else "as given"
+
+
+def show_tasks(console: Console, job: dict[str, Any]) -> None:
+    """Print each task's metrics, and the comparison with each alone where there is one."""
+    table = Table(box=None)
+    for title in ("task", "kind", "best step", "metrics"):
+        table.add_column(title)
+    for task in job["tasks"]:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in task["metrics"].items())
+        stopped = f"{task['best_step']}, stopped" if task["stopped"] else str(task["best_step"] or "")
+        table.add_row(task["name"], task["kind"], stopped, metrics)
+    console.print(table)
+    for row in (job.get("comparison") or {}).get("tasks", []):
+        change = "" if row["change"] is None else f" ({100 * row['change']:+.1f} %)"
+        console.print(f"  {row['task']}: {row['metric']} {row['together']} together, {row['alone']} alone{change}")
+    if job["model_name"]:
+        console.print(f"served as {job['model_name']}", highlight=False)
