@@ -159,6 +159,8 @@ def _kind(config: dict[str, Any]) -> str:
     architecture = architectures[0]
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal_lm"
+    if architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder"):
+        return "seq2seq"
     if architecture.endswith(("Model", "ForMaskedLM")):
         return "encoder"
     raise ModelRefused(f"The architecture {architecture} is not served.")

@@ -457,7 +457,12 @@ class TrainingSchema(Answer):
     """A JSON schema."""
 
     type: Literal["object"]
+    title: str
+    description: str
     properties: dict[str, Any]
+    required: list[str]
+    additional_properties: Annotated[Literal[False], Field(alias="additionalProperties")]
+    definitions: Annotated[dict[str, Any], Field(alias="$defs")]
 
 
 class Model(Answer):
@@ -771,7 +776,7 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): FineTuningCheckpointList,
     ("post", "/v1/training/jobs"): TrainingJob,
     ("get", "/v1/training/jobs"): TrainingJobList,
-    ("get", "/v1/training/jobs/schema"): TrainingSchema,
+    ("get", "/v1/training/schema"): TrainingSchema,
     ("get", "/v1/training/jobs/{job_id}"): TrainingJob,
     ("post", "/v1/training/jobs/{job_id}/cancel"): TrainingJob,
     ("post", "/v1/training/jobs/{job_id}/pause"): TrainingJob,

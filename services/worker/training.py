@@ -15,6 +15,7 @@ from uuid import uuid4
 import msgspec
 from sqlalchemy import Connection, Engine
 
+from services.worker.comparison import draw_when_all_have_ended
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import (
     CheckpointWritten,
@@ -245,6 +246,7 @@ class TrainingRunner:
                 with self._parts.child() as child:
                     child.begin(work.message(memory_bytes))
                     work.follow(child)
+            work.compare()
         except NotFound as error:
             self._parts.fail(lease, error.body()["error"])
         except NoRoom as error:
@@ -454,6 +456,10 @@ class _Work:
             self._parts.finish(connection, self._lease, SliceState.DONE)
 
         self._write(write)
+
+    def compare(self) -> None:
+        """Have the comparison drawn that this job is a part of, if it was the last to end."""
+        draw_when_all_have_ended(self._parts.engine, self._job.tenant_id, self._job.job_id, self._result)
 
     def _result(self, name: str, content: bytes) -> dict[str, Any]:
         """Write the content of a result file; return its columns."""

@@ -142,7 +142,7 @@ def _plan_object(outcome: dict[str, Any]) -> dict[str, Any]:
 def _comparison(job: JobView, singles: Mapping[str, JobView]) -> dict[str, Any]:
     """Return each task's main metric together and alone; changes and their mean once all jobs have ended."""
     together, rows = job.outcome.get("tasks", {}), []
-    has_ended = job.state.is_terminal and all(single.state.is_terminal for single in singles.values())
+    has_ended = all(is_over(each) for each in (job, *singles.values()))
     for task in job.spec["tasks"]:
         single = singles.get(task["name"])
         metric = MAIN_METRIC[task["kind"]]
@@ -164,6 +164,11 @@ def _comparison(job: JobView, singles: Mapping[str, JobView]) -> dict[str, Any]:
         )
     changes = [row["change"] for row in rows if row["change"] is not None]
     return {"tasks": rows, "mean_change": sum(changes) / len(changes) if changes else None}
+
+
+def is_over(job: JobView) -> bool:
+    """Say whether a job has ended, or has brought forth its model and is about to be ended."""
+    return job.state.is_terminal or "fine_tuned_model" in job.outcome
 
 
 def single_job_ids(job: JobView) -> dict[str, UUID]:

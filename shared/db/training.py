@@ -397,6 +397,18 @@ def succeed(
     events.add(connection, tenant_id, job_id, "message", f"New {what} model created: {product.name}.")
 
 
+_NOTE_COMPARISON = text("""
+    UPDATE job SET outcome = jsonb_set(outcome || '{"has_comparison": true}', '{result_files}',
+            coalesce(outcome -> 'result_files', '[]') || jsonb_build_array(cast(:file_id AS text)))
+    WHERE job_id = :job_id AND NOT outcome ? 'has_comparison'
+""")
+
+
+def note_comparison(connection: Connection, job_id: UUID, file_id: UUID) -> bool:
+    """Add the plot of a comparison to its job's result files; False when it has one."""
+    return connection.execute(_NOTE_COMPARISON, {"job_id": job_id, "file_id": file_id.hex}).rowcount > 0
+
+
 _FAIL = text("UPDATE job SET error = :error WHERE job_id = :job_id").bindparams(bindparam("error", type_=JSONB))
 
 

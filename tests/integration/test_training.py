@@ -15,7 +15,7 @@ import pytest
 from lamplighter.errors import ApiError
 from tests.support.models import make_trunk
 from tests.support.servers import wait_until
-from tests.support.task_rows import CAUSAL, DIGIT_TASKS, TEXT_TASKS, digit_rows, text_rows, with_files
+from tests.support.task_rows import CAUSAL, DIGIT_TASKS, SEQ2SEQ, TEXT_TASKS, digit_rows, text_rows, with_files
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -33,10 +33,10 @@ def digits(native):
 
 @pytest.fixture(scope="module")
 def bases(native, scratch):
-    for kind in ("bert", "llama"):
+    for kind in ("bert", "llama", "t5"):
         directory = make_trunk(kind, scratch / f"trunk-{kind}")
         native.request("POST", "/v1/models", json={"name": f"{kind}-trunk", "source": str(directory)})
-    return {"bert": "bert-trunk", "llama": "llama-trunk"}
+    return {"bert": "bert-trunk", "llama": "llama-trunk", "t5": "t5-trunk"}
 
 
 def create(native, digits, tasks=DIGIT_TASKS, **fields):
@@ -153,6 +153,19 @@ def test_a_causal_head_also_chats(native, sdk, bases, sharing):
         sdk.embeddings.create(model=job["model_name"], input="x")
 
 
+def test_an_encoder_decoder_writes_and_judges(native, sdk, bases):
+    file = upload(native, text_rows(24))
+    tasks = with_files([TEXT_TASKS[0], SEQ2SEQ], file)
+    job = native.training.create(model=bases["t5"], tasks=tasks, hyperparameters={"max_steps": 6, "batch_size": 8})
+    job = wait_for(native, job["id"])
+    assert job["status"] == "succeeded", job["error"]
+    first = native.predict(job["model_name"], "bread and salt")["data"][0]["predictions"]
+    assert isinstance(first["reverse"]["text"], str) and first["first"]["label"] in ("a", "t", "other")
+    for name in (job["model_name"], bases["t5"]):
+        with pytest.raises(openai.NotFoundError):
+            sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "x"}])
+
+
 def test_models_of_other_kinds_make_no_predictions(native, bases):
     for name in ("echo", bases["bert"], bases["llama"]):
         with pytest.raises(ApiError) as refused:
@@ -218,6 +231,15 @@ def test_compared_with_each_task_alone(native, digits):
         assert single["metadata"]["compared_with"] == job["id"]
     changes = [row["change"] for row in rows]
     assert found["comparison"]["mean_change"] == pytest.approx(sum(changes) / 2)
+
+    def plots():
+        files = [
+            native.request("GET", f"/v1/files/{each}") for each in native.training.retrieve(job["id"])["result_files"]
+        ]
+        return [file for file in files if file["filename"] == "comparison.png"]
+
+    (plot,) = wait_until(plots, 30, "the comparison is drawn")
+    assert b"".join(native._content(plot["id"])).startswith(b"\x89PNG")
 
 
 def test_a_dry_run_says_what_it_would_take(native, bases):
@@ -316,7 +338,7 @@ def test_an_impossible_specification_is_refused_at_once(native, bases, change, p
 
 
 def test_the_schema_is_published(native):
-    schema = native.request("GET", "/v1/training/jobs/schema")
+    schema = native.request("GET", "/v1/training/schema")
     assert schema["additionalProperties"] is False and set(schema["required"]) == {"model", "tasks"}
 
 

@@ -17,7 +17,7 @@ from shared.db.submissions import body_digest
 from shared.domain.job import JobKind, parse_job_id
 from shared.domain.multi_task import TrainingCreate
 
-router = APIRouter(prefix="/v1/training/jobs", route_class=KeyedRoute)
+router = APIRouter(prefix="/v1/training", route_class=KeyedRoute)
 
 _KIND = JobKind.TRAINING
 
@@ -27,7 +27,7 @@ def _shown(connection: Connection, job: JobView) -> dict[str, Any]:
     return training_job_object(job, singles)
 
 
-@router.post("")
+@router.post("/jobs")
 def create_training_job(
     body: TrainingCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey
 ) -> Response:
@@ -45,7 +45,7 @@ def training_job_schema(caller: Reader) -> dict[str, Any]:  # noqa: ARG001  # wh
     return TrainingCreate.model_json_schema()
 
 
-@router.get("")
+@router.get("/jobs")
 def list_training_jobs(
     parts: PartsDependency,
     caller: Reader,
@@ -59,34 +59,34 @@ def list_training_jobs(
     return list_page(data, has_more=len(found) > limit)
 
 
-@router.get("/{job_id}")
+@router.get("/jobs/{job_id}")
 def retrieve_training_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
     with parts.own_transaction(caller) as connection:
         return _shown(connection, jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/jobs/{job_id}/cancel")
 def cancel_training_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return change_job(parts, caller, job_id, _KIND, jobs.cancel, _shown, key, body)
 
 
-@router.post("/{job_id}/pause")
+@router.post("/jobs/{job_id}/pause")
 def pause_training_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return change_job(parts, caller, job_id, _KIND, jobs.pause, _shown, key, body)
 
 
-@router.post("/{job_id}/resume")
+@router.post("/jobs/{job_id}/resume")
 def resume_training_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
     return change_job(parts, caller, job_id, _KIND, jobs.resume, _shown, key, body)
 
 
-@router.get("/{job_id}/events")
+@router.get("/jobs/{job_id}/events")
 def list_training_events(
     job_id: str,
     parts: PartsDependency,
@@ -98,7 +98,7 @@ def list_training_events(
     return events_page(parts, caller, job_id, _KIND, limit=limit, after=after)
 
 
-@router.get("/{job_id}/checkpoints")
+@router.get("/jobs/{job_id}/checkpoints")
 def list_training_checkpoints(
     job_id: str,
     parts: PartsDependency,
