@@ -158,8 +158,8 @@ def estimate_tasks(
     at_a_time = max(longest, min(MICRO_BATCH_TOKENS, asked.batch_size * longest))
     if model is None:
         inputs, hidden = vector_shape(body.model) or (0, 0)
-        elements = trained = hidden * (inputs + 1)
-        width, activations = _FLOAT32_BYTES, at_a_time * _FLOAT32_BYTES * (inputs + 4 * hidden)
+        elements = trained = hidden * (inputs + hidden + 2)
+        width, activations = _FLOAT32_BYTES, at_a_time * _FLOAT32_BYTES * (inputs + 6 * hidden)
     else:
         width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
         shapes, config = _weight_shapes(model), _config(model)

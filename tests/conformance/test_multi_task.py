@@ -71,18 +71,18 @@ class Plain(nn.Module):
 
     def __init__(self, job, first):
         super().__init__()
-        self.trunk = nn.Linear(64, 16)
+        self.trunk = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
         self.heads = nn.ModuleDict({head.name: nn.Linear(16, head.outputs) for head in job._heads})
         self.double()
         weights = dict(first)
-        self.trunk.load_state_dict({"weight": weights["trunk.layers.0.weight"], "bias": weights["trunk.layers.0.bias"]})
+        self.trunk.load_state_dict({name: weights[f"trunk.layers.{name}"] for name in self.trunk.state_dict()})
         for head in job._heads:
             names = {name: weights[f"heads.{head.name}.{name}"] for name in ("weight", "bias")}
             self.heads[head.name].load_state_dict(names)
 
     def losses(self, rows, chosen, tasks):
         batch = next(row_batches(rows, np.asarray(chosen), tuple(range(len(tasks))), 1 << 20))
-        hidden = torch.relu(self.trunk(batch.inputs.double()))
+        hidden = self.trunk(batch.inputs.double())
         # Passes put rows of like lengths together, so order within a batch is not the draw's: means do not care.
         return [self.loss(task, self.heads[task["name"]](hidden), batch.targets[n]) for n, task in enumerate(tasks)]
 
@@ -136,7 +136,7 @@ def plain_run(spec, tmp_path, tasks, *, method="sum"):
         for group in optimizer.param_groups:
             group["lr"] = asked.learning_rate * rate
         optimizer.step()
-    named = {f"trunk.layers.0.{name}": weight for name, weight in model.trunk.named_parameters()}
+    named = {f"trunk.layers.{name}": weight for name, weight in model.trunk.named_parameters()}
     return named | {f"heads.{name}": weight for name, weight in model.heads.named_parameters()}
 
 

@@ -20,14 +20,14 @@ class WrongBase(ValueError):
 
 
 class VectorTrunk(nn.Module):
-    """The built-in backbone: a perceptron over numeric vectors with one hidden layer."""
+    """The built-in backbone: a perceptron over numeric vectors with two hidden layers."""
 
     pooling: Pooling = "none"
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.hidden_size = hidden
-        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU())
+        self.layers = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
 
     def forward(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # noqa: ARG002  # as other trunks
         """Return [R, 1, hidden] for vectors [R, inputs]."""
