@@ -161,6 +161,8 @@ class _Preparation:
         rows = 0
         for row in self._rows(file, faults):
             rows += 1
+            if any(len(one.labels) > MOST_LABELS for one in seen):
+                break  # counting the rest would only take memory
             for number, (task, target) in enumerate(zip(self._tasks, row.targets, strict=True)):
                 self._note(task, seen[number], target)
                 if allowed is not None:

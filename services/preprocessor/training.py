@@ -121,9 +121,7 @@ class Preparations:
             if body.dry_run:
                 training.planned(connection, job, outcome)
                 return False
-            if body.compare_single_task:
-                outcome["single_jobs"] = multi_task.add_single_jobs(connection, job)
-            return training.prepared(
+            is_queued = training.prepared(
                 connection,
                 job,
                 base=base.name if base is not None else job.model,
@@ -132,6 +130,11 @@ class Preparations:
                 outcome=outcome,
                 devices=body.parallelism.devices,
             )
+            if is_queued and body.compare_single_task:  # one that was cancelled meanwhile is compared with nothing
+                training.note_outcome(
+                    connection, job.job_id, {"single_jobs": multi_task.add_single_jobs(connection, job)}
+                )
+            return is_queued
 
     def _make_rows(self, job: UnpreparedJob, body: TrainingCreate, reading: Reading) -> list[PreparedSource]:
         out = self._directory() / prepared_path(job.tenant_id)

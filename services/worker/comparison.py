@@ -1,6 +1,6 @@
 """When a multi-task job and the jobs that train its tasks alone have all ended: the plot that compares them.
 
-Whichever ends last draws it. The plot is made by a process of its own, so that no worker keeps a plotting library.
+Whichever succeeds last draws it. The plot is made by a process of its own, so that no worker keeps a plotting library.
 """
 
 import json
@@ -62,7 +62,9 @@ def _comparison(connection: Connection, job_id: UUID) -> tuple[JobView, list[dic
     job = jobs.get(connection, job_id)
     if "compared_with" in job.spec:
         job = jobs.get(connection, UUID(hex=job.spec["compared_with"]))
-    singles = {task: jobs.get(connection, single) for task, single in single_job_ids(job).items()}
+    ids = single_job_ids(job)
+    known = jobs.of_ids(connection, list(ids.values()))
+    singles = {task: known[single] for task, single in ids.items()}
     if not singles or not all(is_over(each) for each in (job, *singles.values())):
         return None
     rows = [row for row in training_job_object(job, singles)["comparison"]["tasks"] if row["change"] is not None]

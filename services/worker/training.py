@@ -368,8 +368,7 @@ class _Work:
         elif isinstance(message, Started):
             self._started(message)
         elif isinstance(message, Progress):
-            is_epoch = message.step % self._plan.epoch_steps == 0
-            self._report.add(message, awaits_evaluation=is_epoch and self._plan.has_validation)
+            self._report.add(message, awaits_evaluation=self._plan.evaluates(message.step))
         elif isinstance(message, Evaluated):
             self._report.evaluated(message)
         elif isinstance(message, CheckpointWritten):

@@ -35,8 +35,9 @@ class Plan(Protocol):
     name: str
     epoch_steps: int
 
-    @property
-    def has_validation(self) -> bool: ...
+    def evaluates(self, step: int) -> bool:
+        """Say whether the trainer evaluates after this step."""
+        ...
 
     def message(self, store: Path, output: str, lease_token: str, memory_bytes: int | None, place: Place) -> Message:
         """Return what the child is to do; `store` and `output` are directories, the latter the job's own."""
@@ -75,9 +76,8 @@ class FineTuningPlan:
         self.name = tuned_model_name(run.model, run.tenant_id, run.spec.get("suffix"), run.job_id)
         self.epoch_steps = max(1, run.steps // self._used["n_epochs"])
 
-    @property
-    def has_validation(self) -> bool:
-        return self._run.outcome.get("validation") is not None
+    def evaluates(self, step: int) -> bool:
+        return step % self.epoch_steps == 0 and self._run.outcome.get("validation") is not None
 
     def message(self, store: Path, output: str, lease_token: str, memory_bytes: int | None, place: Place) -> Train:
         used, validation = self._used, self._run.outcome.get("validation")
@@ -137,10 +137,11 @@ class MultiTaskPlan:
         rows = sum(source["training"]["rows"] for source in self._sources)
         epoch = math.ceil(rows / self._used["batch_size"])
         self.epoch_steps = epoch * max(1, math.ceil(run.steps / epoch / MOST_SERVED))
+        self._evaluation_steps = self._used["eval_steps"] or epoch
 
-    @property
-    def has_validation(self) -> bool:
-        return any(source["validation"] for source in self._sources)
+    def evaluates(self, step: int) -> bool:
+        is_due = step % self._evaluation_steps == 0 or step == self._run.steps
+        return is_due and any(source["validation"] for source in self._sources)
 
     @property
     def _dtype(self) -> str:

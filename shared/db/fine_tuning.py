@@ -42,7 +42,7 @@ def accept_fine_tuning(
         "parallelism": body.parallelism.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     }
-    require_room_for_one_more(connection, settings, caller.tenant_id)
+    require_room(connection, settings, caller.tenant_id)
     new = NewTraining(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,
@@ -57,10 +57,10 @@ def accept_fine_tuning(
     return training.accept(connection, new)
 
 
-def require_room_for_one_more(connection: Connection, settings: Settings, tenant_id: str) -> None:
-    """Raise QueueFull when a tenant has all the training jobs open that it may have."""
+def require_room(connection: Connection, settings: Settings, tenant_id: str, jobs: int = 1) -> None:
+    """Raise QueueFull when a tenant may not have so many training jobs more open."""
     most = settings.max_open_training_jobs_per_tenant
-    if training.open_jobs(connection, tenant_id) >= most:
+    if training.open_jobs(connection, tenant_id) + jobs > most:
         message = f"This tenant has {most} training jobs open, and may have no more."
         raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
 

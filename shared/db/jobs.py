@@ -85,6 +85,13 @@ def get(connection: Connection, job_id: UUID, kind: JobKind | None = None) -> Jo
     return _view(row)
 
 
+def of_ids(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, JobView]:
+    """Return those of some jobs that are there."""
+    statement = text(f"{_VIEW} WHERE job.job_id = ANY(:job_ids)")
+    rows = connection.execute(statement, {"job_ids": list(job_ids)}).mappings() if job_ids else ()
+    return {row["job_id"]: _view(row) for row in rows}
+
+
 # The page is read by index: (created_at, job_id) below the cursor's, newest first. The cursor's values are parameters:
 # an index cannot be entered at what a subquery says.
 PAGE = (

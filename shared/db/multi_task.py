@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from shared.api_objects import job_object
 from shared.db import model_registry, training
-from shared.db.fine_tuning import data_file, require_room_for_one_more
+from shared.db.fine_tuning import data_file, require_room
 from shared.db.jobs import JobView
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
@@ -30,7 +30,8 @@ def accept_training(
     """Write an accepted multi-task job and return its id. Raises InvalidRequest, QueueFull."""
     _require_base(connection, caller.tenant_id, body)
     file_ids = _require_files(connection, body)
-    require_room_for_one_more(connection, settings, caller.tenant_id)
+    singles = len(body.tasks) if body.compare_single_task else 0
+    require_room(connection, settings, caller.tenant_id, 1 + singles)
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1)
     spec = body.model_dump(mode="json", exclude={"metadata", "priority", "model"})
     return training.accept(
@@ -179,7 +180,7 @@ def single_job_ids(job: JobView) -> dict[str, UUID]:
 def add_single_jobs(connection: Connection, job: training.UnpreparedJob) -> dict[str, str]:
     """Queue a job for each task of a job alone, with all else alike; return their ids by task.
 
-    They are the tenant's own request already, so no limit of open jobs concerns them.
+    They were counted when their job was accepted.
     """
     made = {}
     for task in job.spec["tasks"]:

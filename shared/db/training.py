@@ -397,6 +397,11 @@ def succeed(
     events.add(connection, tenant_id, job_id, "message", f"New {what} model created: {product.name}.")
 
 
+def note_outcome(connection: Connection, job_id: UUID, outcome: dict[str, Any]) -> None:
+    """Add to what came of a job."""
+    connection.execute(_END, {"job_id": job_id, "outcome": outcome})
+
+
 _NOTE_COMPARISON = text("""
     UPDATE job SET outcome = jsonb_set(outcome || '{"has_comparison": true}', '{result_files}',
             coalesce(outcome -> 'result_files', '[]') || jsonb_build_array(cast(:file_id AS text)))

@@ -205,8 +205,15 @@ class TrainingCreate(BaseModel):
             without = [task.name for task in self.tasks if task.validation_file is None]
             if without:
                 yield f"early_stop_patience: needs a validation_file of every task; {without[0]!r} has none"
+        yield from self._language_faults()
         yield from self._base_faults()
         yield from self._file_faults()
+
+    def _language_faults(self) -> Iterator[str]:
+        """A base has one language model: two tasks on it would answer alike."""
+        language = [number for number, task in enumerate(self.tasks) if task.kind in ("causal_lm", "seq2seq")]
+        if len(language) > 1:
+            yield f"tasks[{language[1]}].kind: a base has one language model, which {self.tasks[language[0]].name!r} is"
 
     def _base_faults(self) -> Iterator[str]:
         if vector_shape(self.model) is None:

@@ -10,6 +10,10 @@ from shared.domain.prepared_tasks import TaskKind
 from shared.domain.training_file import loads, shown
 
 MOST_WORDS = 100_000
+MOST_INPUT = 1e30
+"""Of a vector's number, which becomes a float32."""
+MOST_TARGET = 1e100
+"""Of a regression's target, whose squares are added up."""
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -62,7 +66,7 @@ def vector_of(entry: dict[str, Any], name: str, width: int) -> list[float]:
     if not isinstance(value, list) or len(value) != width:
         found = f"{len(value)} of them" if isinstance(value, list) else shown(value)
         raise Fault("invalid_vector", f"This must be a list of {width} numbers; it is {found}.", name)
-    return [_number(number, f"{name}[{index}]", "invalid_vector") for index, number in enumerate(value)]
+    return [_number(number, f"{name}[{index}]", "invalid_vector", MOST_INPUT) for index, number in enumerate(value)]
 
 
 def target_of(entry: dict[str, Any], kind: TaskKind, name: str, words: int) -> Any:
@@ -79,7 +83,7 @@ def target_of(entry: dict[str, Any], kind: TaskKind, name: str, words: int) -> A
                 raise Fault("invalid_label", f"This must be a list of labels; it is {shown(value)}.", name)
             return [_label(label, f"{name}[{number}]") for number, label in enumerate(value)]
         case "regression":
-            return _number(value, name, "invalid_target")
+            return _number(value, name, "invalid_target", MOST_TARGET)
         case "token_classification":
             if not isinstance(value, list):
                 raise Fault("invalid_label", f"This must be a list of labels; it is {shown(value)}.", name)
@@ -109,9 +113,11 @@ def _label(value: Any, where: str) -> str:
     )
 
 
-def _number(value: Any, where: str, code: str) -> float:
+def _number(value: Any, where: str, code: str, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Fault(code, f"This must be a number; it is {shown(value)}.", where)
+    if abs(value) > most:
+        raise Fault(code, f"This must be between -{most:g} and {most:g}; it is {shown(value)}.", where)
     return float(value)
 
 

@@ -293,6 +293,86 @@ def test_a_task_that_learns_no_more_stops(digits, tmp_path):
     assert set(job.trainer.best_steps) - {0} <= set(kept)
 
 
+def test_a_task_whose_phase_has_not_begun_does_not_stop(digits, tmp_path):
+    """Its loss may rise meanwhile, as the trunk learns something else."""
+    body = {"mode": "sequential", "tasks": with_files(DIGIT_TASKS[:3], *digits), "early_stop_patience": 1}
+    spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=90, eval_steps=3, learning_rate=3e-2)
+    _, said, finished = run_tasks(spec)
+    evaluations = [message for message in said if isinstance(message, Evaluated)]
+    rising = [m.tasks["shape"].metrics["loss"] for m in evaluations if m.step <= 30]
+    assert max(rising[1:]) > rising[0]
+    for message in evaluations:
+        assert not message.tasks["parity"].is_stopped or message.step > 30
+        assert not message.tasks["shape"].is_stopped or message.step > 33
+    trained = {name for m in said if isinstance(m, Progress) for name in m.tasks}
+    assert trained == {"digit", "parity", "shape"} and finished.step > 60
+
+
+def test_learnt_weights_move_at_the_rates_of_language_models(digits, tmp_path):
+    """And only those of tasks that a step has rows of."""
+    other = write_jsonl(tmp_path / "other.jsonl", digit_rows(1)[0][:100])
+    tasks = [*with_files([DIGIT_TASKS[0]], *digits), *with_files([DIGIT_TASKS[3]], other)]
+    body = {"balancing": "uncertainty", "tasks": tasks, "sampling": {"batches": "homogeneous"}}
+    spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=60, learning_rate=2e-5, schedule="constant")
+    job, said, _ = run_tasks(spec)
+    steps = [message.tasks for message in said if isinstance(message, Progress)]
+    assert all(len(tasks) == 1 for tasks in steps)
+    for name in ("digit", "ink"):
+        weights = [tasks[name].weight for tasks in steps if name in tasks]
+        assert weights[0] == 0.5 and abs(weights[-1] - 0.5) > 0.02
+    variances = [float(each.detach()) for each in job.trainer._weights.parameters.values()]
+    seen = [sum(name in tasks for tasks in steps) for name in ("digit", "ink")]
+    assert all(abs(value) <= 1.01e-2 * count for value, count in zip(variances, seen, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_language_head_is_its_tasks_own(trunks, tmp_path, kind):
+    """What only a language task reads stays as it is in steps without its rows; what all read does not."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", text_rows(8))
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(40))
+    language = SEQ2SEQ if kind == "t5" else CAUSAL
+    tasks = [*with_files([TEXT_TASKS[0]], rows), *with_files([language], texts)]
+    body = {"model": "tiny", "tasks": tasks, "sampling": {"batches": "homogeneous"}}
+    spec = task_spec(trunks[kind], body, tmp_path / "job", max_steps=2, batch_size=4, weight_decay=0.5)
+    job, _ = first_weights(spec, tmp_path)
+    own = job._model.own[1]
+    assert all("decoder" in name for name in own) and bool(own) == (kind == "t5")
+    assert not own.keys() & job._model.shared.keys() and set(job._model.trainable) >= set(own)
+
+
+def test_odd_inputs_are_refused_and_harm_nobody(trunks, tmp_path):
+    from services.worker.engine.loading import load_model, model_bytes
+    from services.worker.protocol import ModelSpec, Request
+
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
+    body = {"model": "tiny", "tasks": with_files(TEXT_TASKS[:1], file)}
+    _, _, finished = run_tasks(task_spec(trunks["bert"], body, tmp_path / "job", max_steps=1))
+    spec = ModelSpec("heads", "multi_task", finished.model, heads=finished.model)
+    engine = load_model(spec, "cpu:0")
+    assert model_bytes(spec) == pytest.approx(engine.weight_bytes, rel=0.2)
+    vocabulary = engine._model.trunk.vocabulary
+    real = engine._tokenizer
+
+    class Odd:
+        pad_token_id = real.pad_token_id
+
+        def __call__(self, text, **more):
+            return {"input_ids": [vocabulary + 3]} if text == "beyond" else real(text, **more)
+
+    engine._tokenizer = Odd()
+    for number, text in enumerate(["", "beyond", "the river"]):
+        engine.add(Request(number, "predict", prompts=[text]))
+    engine.add(Request(3, "embed", prompts=["x"]))
+    engine.add(Request(4, "predict", vectors=[[1.0]]))
+    answers = {}
+    while engine.wait_seconds() is not None:
+        answers |= {response.id: response for response in engine.step().responses}
+    assert {number: answer.fault is None for number, answer in answers.items()} == {
+        0: False, 1: False, 2: True, 3: False, 4: False,
+    }  # fmt: skip
+    assert all(answers[number].fault.status == 400 for number in (0, 1, 3, 4))
+
+
 def test_all_tasks_stopped_end_the_run(digits, tmp_path):
     body = {"early_stop_patience": 1}
     spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=2000, eval_steps=10, learning_rate=5e-2)
@@ -302,7 +382,7 @@ def test_all_tasks_stopped_end_the_run(digits, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_told_by_its_task(digits, tmp_path):
     rows = digit_rows()[0][:40]
-    huge = write_jsonl(tmp_path / "huge.jsonl", [row | {"ink": 1e300} for row in rows[:20]] + rows[20:])
+    huge = write_jsonl(tmp_path / "huge.jsonl", [row | {"ink": 1e60} for row in rows[:20]] + rows[20:])
     ink = DIGIT_TASKS[3] | {"standardize": False}
     tasks = [*with_files([DIGIT_TASKS[0]], digits[0]), *with_files([ink], huge)]
     with pytest.raises(LossNotFinite, match="task 'ink'"):

@@ -258,7 +258,10 @@ def test_train_says_what_it_would_take_and_then_does_it(cli, specification):
     assert "20 steps of 8 rows" in plan and "0 50 %, 1 50 %" in plan and "mean 19.5, deviation 11.54" in plan
     done = cli("train", "spec.yaml", "--wait", "--idempotency-key", "train-once")
     assert "served as ft:vector-2-4:" in done and "accuracy" in done and "rmse" in done
+    keyed = [cli("train", "spec.yaml", "--idempotency-key", "train-once").strip() for _ in range(2)]
+    assert keyed[0] == keyed[1] and keyed[0].startswith("train_")
     again = json.loads(cli("train", "spec.yaml", "--wait", "--json"))
+    assert again["id"] != keyed[0]
     assert again["status"] == "succeeded" and [task["name"] for task in again["tasks"]] == ["odd", "size"]
 
 

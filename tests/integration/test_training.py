@@ -79,6 +79,8 @@ def test_a_job_from_files_to_predictions(native, digits):
     steps = [event for event in told(native, job["id"]) if event["type"] == "metrics"]
     assert [event["data"]["step"] for event in steps] == list(range(60, 0, -1))
     assert set(steps[0]["data"]["tasks"]) == set(tasks) and steps[0]["data"]["tasks"]["digit"]["valid_loss"] > 0
+    validated = {event["data"]["step"] for event in steps if event["data"].get("valid_loss") is not None}
+    assert validated == {20, 40, 60}
     assert steps[0]["data"]["train_loss"] < steps[-1]["data"]["train_loss"] / 2
 
     names = {native.request("GET", f"/v1/files/{each}")["filename"]: each for each in job["result_files"]}
@@ -278,6 +280,14 @@ TASK = {"name": "topic", "kind": "classification", "label_field": "label"}
             "must be a number; it is seven",
         ),
         (
+            {"name": "size", "kind": "regression", "label_field": "n"},
+            [*GOOD, {"text": "x", "n": 1e300}],
+            None,
+            "invalid_target",
+            13,
+            "between -1e+100 and 1e+100",
+        ),
+        (
             {"name": "tags", "kind": "token_classification", "label_field": "tags"},
             [{"text": ["a", "b"], "tags": ["X", "Y"]}, {"text": ["a", "b"], "tags": ["X"]}],
             None,
@@ -309,6 +319,7 @@ def test_bad_data_is_refused_with_task_file_and_line(native, bases, task, traini
         ({"tasks": [{"name": "x", "kind": "classification"}]}, "tasks.0"),
         ({"tasks": [TASK | {"training_file": "file-0"}]}, "tasks[0].training_file"),
         ({"tasks": [TASK | {"weight": 0}]}, "tasks.0.weight"),
+        ({"tasks": [{"name": "one", "kind": "causal_lm"}, {"name": "two", "kind": "causal_lm"}]}, None),
         ({"tasks": [TASK | {"kind": "causal_lm"}]}, "tasks[0].kind"),
         ({"tasks": [TASK | {"kind": "seq2seq"}]}, "tasks[0].kind"),
         ({"model": "nobody"}, "model"),

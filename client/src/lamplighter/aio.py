@@ -32,7 +32,7 @@ from lamplighter.policy import (
     unreachable,
     upload_form,
 )
-from lamplighter.training import FILE_FIELDS, with_uploads
+from lamplighter.training import local_files, with_ids
 
 
 class AsyncClient:
@@ -116,9 +116,11 @@ class AsyncClient:
     async def create_training(self, *, idempotency_key: str | None = None, **spec: Any) -> dict[str, Any]:
         """Queue a multi-task job and return it; `spec` is the body. Files given as a `Path` are uploaded first."""
         tasks = spec.get("tasks", [])
-        paths = {task[name] for task in tasks for name in FILE_FIELDS if isinstance(task.get(name), Path)}
-        ids = {path: (await self.upload(path, purpose="fine-tune"))["id"] for path in sorted(paths)}
-        body = spec | {"tasks": with_uploads(tasks, ids.__getitem__)}
+        sent = {}
+        for number, path in enumerate(local_files(tasks)):
+            key = file_key(idempotency_key, number)
+            sent[path] = (await self.upload(path, purpose="fine-tune", idempotency_key=key))["id"]
+        body = spec | {"tasks": with_ids(tasks, sent)}
         return await self.request("POST", "/v1/training/jobs", json=body, headers=key_header(idempotency_key))
 
     async def predict(self, model: str, input: Any, *, tasks: list[str] | None = None) -> dict[str, Any]:  # noqa: A002  # the API's name

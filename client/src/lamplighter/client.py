@@ -43,9 +43,7 @@ class Client:
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         headers = {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_seconds)
-        self.training = Training(
-            self.request, lambda path: str(self.upload(path, purpose="fine-tune")["id"]), key_header
-        )
+        self.training = Training(self.request, self._upload_rows, key_header)
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +115,9 @@ class Client:
         lines = input_lines(requests, endpoint)
         file = self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
+
+    def _upload_rows(self, path: Path, idempotency_key: str | None) -> str:
+        return str(self.upload(path, purpose="fine-tune", idempotency_key=idempotency_key)["id"])
 
     def predict(self, model: str, input: Any, *, tasks: list[str] | None = None) -> dict[str, Any]:  # noqa: A002  # the API's name
         """Return what the heads of a multi-task model say of a text, a vector, or a list of them."""

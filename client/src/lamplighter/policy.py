@@ -90,11 +90,14 @@ def key_header(idempotency_key: str | None) -> dict[str, str]:
     return {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
 
 
-def file_key(idempotency_key: str | None) -> str | None:
-    """Return the key of the upload that belongs to a batch's key: the server takes a key for one request only."""
+def file_key(idempotency_key: str | None, number: int | None = None) -> str | None:
+    """Return the key of the upload that belongs to a job's key: the server takes a key for one request only.
+
+    number: Of the file, where a job has several.
+    """
     if idempotency_key is None:
         return None
-    key = f"{idempotency_key}:file"
+    key = f"{idempotency_key}:file" + ("" if number is None else f":{number}")
     return key if len(key) <= MAX_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
 
 

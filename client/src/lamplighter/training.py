@@ -4,22 +4,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lamplighter.policy import file_key
+
 FILE_FIELDS = ("training_file", "validation_file")
 
 Request = Callable[..., dict[str, Any]]
 
 
 class Training:
-    """Calls below /v1/training/jobs. `upload` sends a local file; `key_header` names a POST."""
+    """Calls below /v1/training/jobs. `upload` sends a local file under a key of its own; `key_header` names a POST."""
 
     def __init__(
-        self, request: Request, upload: Callable[[Path], str], key_header: Callable[..., dict[str, str]]
+        self, request: Request, upload: Callable[[Path, str | None], str], key_header: Callable[..., dict[str, str]]
     ) -> None:
         self._request, self._upload, self._key_header = request, upload, key_header
 
     def create(self, *, idempotency_key: str | None = None, **spec: Any) -> dict[str, Any]:
-        """Queue a job and return it; `spec` is the body. Files that are given as a `Path` are uploaded first."""
-        body = spec | {"tasks": with_uploads(spec.get("tasks", []), self._upload)}
+        """Queue a job and return it; `spec` is the body. Files that are given as a `Path` are uploaded first.
+
+        However often it is called with the same key and files, it is one job.
+        """
+        tasks = spec.get("tasks", [])
+        sent = {
+            path: self._upload(path, file_key(idempotency_key, number))
+            for number, path in enumerate(local_files(tasks))
+        }
+        body = spec | {"tasks": with_ids(tasks, sent)}
         return self._request("POST", "/v1/training/jobs", json=body, headers=self._key_header(idempotency_key))
 
     def retrieve(self, job_id: str) -> dict[str, Any]:
@@ -39,17 +49,17 @@ class Training:
         return found
 
 
-def with_uploads(tasks: list[dict[str, Any]], upload: Callable[[Path], str]) -> list[dict[str, Any]]:
-    """Return tasks in which every `Path` is the id of its uploaded file; each file is sent once."""
-    sent: dict[Path, str] = {}
-    named = []
-    for task in tasks:
-        changed = dict(task)
-        for field in FILE_FIELDS:
-            path = task.get(field)
-            if isinstance(path, Path):
-                if path not in sent:
-                    sent[path] = upload(path)
-                changed[field] = sent[path]
-        named.append(changed)
-    return named
+def local_files(tasks: list[dict[str, Any]]) -> list[Path]:
+    """Return the files of tasks that are given as a `Path`, each once, in their order."""
+    named = [task.get(field) for task in tasks if isinstance(task, dict) for field in FILE_FIELDS]
+    return list(dict.fromkeys(name for name in named if isinstance(name, Path)))
+
+
+def with_ids(tasks: list[dict[str, Any]], sent: dict[Path, str]) -> list[dict[str, Any]]:
+    """Return tasks in which every `Path` is the id of its uploaded file."""
+    return [
+        {name: sent[value] if isinstance(value, Path) else value for name, value in task.items()}
+        if isinstance(task, dict)
+        else task
+        for task in tasks
+    ]

@@ -23,8 +23,15 @@ _KIND = JobKind.TRAINING
 
 
 def _shown(connection: Connection, job: JobView) -> dict[str, Any]:
-    singles = {task: jobs.get(connection, job_id, _KIND) for task, job_id in single_job_ids(job).items()}
-    return training_job_object(job, singles)
+    return _shown_all(connection, [job])[0]
+
+
+def _shown_all(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
+    singles = jobs.of_ids(connection, [job_id for job in found for job_id in single_job_ids(job).values()])
+    return [
+        training_job_object(job, {task: singles[job_id] for task, job_id in single_job_ids(job).items()})
+        for job in found
+    ]
 
 
 @router.post("/jobs")
@@ -55,7 +62,7 @@ def list_training_jobs(
     cursor = parse_job_id(after, _KIND) if after else None
     with parts.own_transaction(caller) as connection:
         found = jobs.page(connection, limit=limit + 1, after=cursor, kind=_KIND, tenant_id=caller.tenant_id)
-        data = [_shown(connection, job) for job in found[:limit]]
+        data = _shown_all(connection, found[:limit])
     return list_page(data, has_more=len(found) > limit)
 
 

@@ -32,6 +32,8 @@ class EncoderEngine(RowEngine[bytes]):
         if request.task != "embed":
             raise Refused("This model makes embeddings only.", "model", "model_not_supported")
         rows = [self._encode(prompt) for prompt in request.prompts]
+        if not all(rows):
+            raise Refused("An input has no token.", "input", "invalid_value")
         if any(token >= self._model.config.vocab_size for row in rows for token in row):
             raise Refused("A token id is beyond the model's vocabulary.", "input", "invalid_value")
         return rows

@@ -19,7 +19,7 @@ from services.worker.engine.generation import GenerationEngine, is_out_of_memory
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS
 from services.worker.engine.prediction import PredictionEngine
 from services.worker.engine.prompts import Prompts, eos_tokens
-from services.worker.multi_task.description import Description
+from services.worker.multi_task.description import HEADS_FILE, Description
 from services.worker.multi_task.model import load_for_serving
 from services.worker.protocol import ModelSpec
 from shared.domain.errors import ModelRefused
@@ -55,10 +55,11 @@ def model_bytes(spec: ModelSpec, kv_tokens: int = DEFAULT_KV_TOKENS) -> int:
 
 def _heads_bytes(spec: ModelSpec) -> int:
     """Return what a multi-task model holds: the trunk's weights, and the heads', which are small."""
-    heads = sum(path.stat().st_size for path in Path(spec.heads).glob("*.safetensors"))
+    own = {path.name: path.stat().st_size for path in Path(spec.heads).glob("*.safetensors")}
     if not (Path(spec.source) / "config.json").exists():
-        return heads  # the built-in backbone
-    return heads + _weight_bytes(spec, _config(spec))
+        return sum(own.values())  # the built-in backbone
+    beside = own.get(HEADS_FILE, 0) if spec.source == spec.heads else sum(own.values())
+    return beside + _weight_bytes(spec, _config(spec))
 
 
 def _config(spec: ModelSpec) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _weight_bytes(spec: ModelSpec, config: dict[str, Any]) -> int:
     stored_width = _width(str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     width = _width(spec.dtype)
     weights = math.ceil(stored / stored_width * width)
-    if spec.kind != "encoder" and config.get("tie_word_embeddings", True):
+    if spec.kind not in ("encoder", "multi_task") and config.get("tie_word_embeddings", True):
         # The head is the embedding's table once more, in the form that products want.
         weights += config.get("vocab_size", 0) * (config.get("hidden_size") or config.get("n_embd") or 0) * width
     return weights

@@ -1,9 +1,11 @@
 """Multi-task models: one pass of the trunk for a row, then every head that somebody asks of it."""
 
 import re
+from bisect import bisect_right
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from services.worker.engine.rows import Pending, Refused, Row, RowEngine
 from services.worker.multi_task.description import HeadDescription
@@ -11,8 +13,9 @@ from services.worker.multi_task.model import MultiTaskModel
 from services.worker.multi_task.trunk import TextTrunk
 from services.worker.protocol import Request, Response
 
-MOST_ANSWER_TOKENS = 256
+MOST_ANSWER_TOKENS = 128
 """Of a seq2seq head's text."""
+GENERATED_AT_A_TIME = 16
 _WORD = re.compile(r"\S+")
 
 Predicted = dict[str, dict[str, Any]]
@@ -48,8 +51,13 @@ class PredictionEngine(RowEngine[Predicted]):
             return self._vectors(request)
         if request.vectors:
             raise Refused("This model reads texts, not numbers.", "input", "invalid_value")
-        texts = [str(prompt) for prompt in request.prompts]
-        return [list(self._tokenizer(text)["input_ids"]) for text in texts]
+        rows = [list(self._tokenizer(str(prompt))["input_ids"]) for prompt in request.prompts]
+        vocabulary = self._model.trunk.vocabulary
+        for row in rows:
+            if not row or max(row) >= vocabulary:
+                what = "has no token" if not row else f"has a token beyond the model's vocabulary of {vocabulary}"
+                raise Refused(f"An input {what}.", "input", "invalid_value")
+        return rows
 
     def _vectors(self, request: Request) -> list[list[Any]]:
         rows = request.vectors
@@ -81,7 +89,11 @@ class PredictionEngine(RowEngine[Predicted]):
         asked = {self._numbers[name] for row in batch for name in self._tasks(row)}
         plain = [task for task in sorted(asked) if self._heads[task].kind != "seq2seq"]
         logits = self._model.logits(inputs, mask, plain) if plain else {}
-        texts = {task: self._generate(inputs, mask) for task in asked if self._heads[task].kind == "seq2seq"}
+        texts = {
+            task: self._generate(inputs, mask, [self._heads[task].name in self._tasks(row) for row in batch])
+            for task in asked
+            if self._heads[task].kind == "seq2seq"
+        }
         scores = {task: self._scores(self._heads[task], values.float()).cpu() for task, values in logits.items()}
         return [
             {name: self._predicted(row, place, self._numbers[name], scores, texts) for name in self._tasks(row)}
@@ -104,18 +116,28 @@ class PredictionEngine(RowEngine[Predicted]):
             return logits[:, 0].double() * head.deviation + head.mean
         return torch.sigmoid(logits) if head.kind == "multilabel" else torch.softmax(logits, dim=-1)
 
-    def _generate(self, inputs: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Return what the decoder says of each row, its likeliest token at a time."""
-        model = self._model.trunk.plain
-        made = model.generate(
-            input_ids=inputs,
-            attention_mask=mask.long(),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=MOST_ANSWER_TOKENS,
-        )
-        texts: list[str] = self._tokenizer.batch_decode(made, skip_special_tokens=True)
+    def _generate(self, inputs: torch.Tensor, mask: torch.Tensor, wanted: list[bool]) -> list[str]:
+        """Return what the decoder says of the rows that want it, its likeliest token at a time; "" for the others."""
+        texts = [""] * len(wanted)
+        rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
+        for start in range(0, len(rows), GENERATED_AT_A_TIME):
+            chosen = rows[start : start + GENERATED_AT_A_TIME]
+            made = self._model.trunk.plain.generate(
+                input_ids=inputs[chosen],
+                attention_mask=mask[chosen].long(),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=MOST_ANSWER_TOKENS,
+                stopping_criteria=StoppingCriteriaList([self._moves]),
+            )
+            for row, text in zip(chosen, self._tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
+                texts[row] = text
         return texts
+
+    def _moves(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """Never stop; only show, after each token, that the engine is at work."""
+        self._steps += 1
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def _predicted(
         self, row: Row, place: int, task: int, scores: dict[int, torch.Tensor], texts: dict[int, list[str]]
@@ -138,15 +160,19 @@ class PredictionEngine(RowEngine[Predicted]):
         """Return a label for each word of a text: that of the first token which ends in it, as in training."""
         text = str(self._pending[row.request_id].request.prompts[row.index])
         ends = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        words = list(_WORD.finditer(text))
+        starts = [word.start() for word in words]
+        first: dict[int, int] = {}
+        for token, (start, end) in enumerate(ends):
+            # By its last character, as in training: a token may start with the space before its word.
+            number = bisect_right(starts, end - 1) - 1
+            if end > start and number >= 0 and end <= words[number].end():
+                first.setdefault(number, token)
         said = []
-        for word in _WORD.finditer(text):
-            first = next((i for i, (a, b) in enumerate(ends) if b > a and word.start() < b <= word.end()), None)
-            if first is None:
-                continue  # its characters are nothing to the tokenizer
-            best = int(scores[first].argmax())
-            probability = float(scores[first, best])
+        for number, token in sorted(first.items()):
+            word, best = words[number], int(scores[token].argmax())
             span = {"text": word.group(), "start": word.start(), "end": word.end()}
-            said.append(span | {"label": head.labels[best], "probability": probability})
+            said.append(span | {"label": head.labels[best], "probability": float(scores[token, best])})
         return said
 
     def _respond(self, pending: Pending[Predicted]) -> Response:

@@ -25,7 +25,7 @@ class Outcome:
 
     loss: torch.Tensor
     targets: int
-    counts: torch.Tensor
+    counts: torch.Tensor | None
 
 
 def linear_head(description: HeadDescription, hidden: int, seed: int, dtype: torch.dtype) -> nn.Linear:
@@ -35,8 +35,8 @@ def linear_head(description: HeadDescription, hidden: int, seed: int, dtype: tor
     return nn.Linear(hidden, description.outputs).to(dtype)
 
 
-def outcome(head: HeadDescription, logits: torch.Tensor, target: torch.Tensor) -> Outcome:
-    """Return the loss and counts of a head's outputs.
+def outcome(head: HeadDescription, logits: torch.Tensor, target: torch.Tensor, *, counting: bool) -> Outcome:
+    """Return the loss of a head's outputs, and with `counting` the counts.
 
     logits: [R, outputs]; of token kinds and language models [R, T, outputs]. target: as in `task_data.RowBatch`.
     Losses are computed in float32 at least.
@@ -49,6 +49,8 @@ def outcome(head: HeadDescription, logits: torch.Tensor, target: torch.Tensor) -
     kept = target != IGNORED
     chosen, wanted = logits[kept], target[kept]
     loss = functional.cross_entropy(chosen, wanted, reduction="sum")
+    if not counting:
+        return Outcome(loss, len(wanted), None)
     answers = chosen.detach().argmax(-1)
     if head.kind in CONFUSED:
         labels = len(head.labels)

@@ -289,7 +289,10 @@ class TrainingJob(ABC, Generic[Spec]):
 
     def _write_product(self, directory: Path) -> None:
         self._model.save_product(directory)
-        self._drawn = self._plots(directory)
+        try:
+            self._drawn = self._plots(directory)
+        except Exception:  # a library's, about an image: no reason to lose what was trained
+            log.exception("plots were not drawn")
 
 
 def _environment(device: torch.device, processes: int) -> dict[str, str]:

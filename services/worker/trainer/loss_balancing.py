@@ -52,17 +52,20 @@ class LossWeights:
             ]
         tasks = len(self._task_weights)
         self.dwa = DwaState([0.0] * tasks, [0] * tasks)
-        self._log_variances = torch.nn.Parameter(torch.zeros(tasks, dtype=torch.float64))
+        # One by one: what a step has no row of keeps its value, momentum and all, as a head does.
+        self._log_variances = [torch.nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(tasks)]
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {"balancing.log_variances": self._log_variances} if self._method == "uncertainty" else {}
+        if self._method != "uncertainty":
+            return {}
+        return {f"balancing.log_variance.{task}": each for task, each in enumerate(self._log_variances)}
 
     def weights(self) -> list[float]:
         """Return each task's weight for the next step."""
         factors = [1.0] * len(self._task_weights)
         if self._method == "uncertainty":
-            factors = (0.5 * torch.exp(-self._log_variances.detach())).tolist()
+            factors = [0.5 * math.exp(-float(each.detach())) for each in self._log_variances]
         elif self._method == "dwa":
             factors = self._dwa_factors()
         return [weight * factor for weight, factor in zip(self._task_weights, factors, strict=True)]
@@ -80,11 +83,9 @@ class LossWeights:
     def note(self, losses: dict[int, float], *, ends_epoch: bool) -> None:
         """Take in the mean losses of a step's tasks, unweighted; sets the gradients of `parameters`."""
         if self._method == "uncertainty":
-            gradient = torch.zeros_like(self._log_variances)
             for task, loss in losses.items():
-                scaled = self._task_weights[task] * loss
-                gradient[task] = 0.5 - 0.5 * math.exp(-float(self._log_variances.detach()[task])) * scaled
-            self._log_variances.grad = gradient
+                each, scaled = self._log_variances[task], self._task_weights[task] * loss
+                each.grad = torch.full_like(each, 0.5 - 0.5 * math.exp(-float(each.detach())) * scaled)
         if self._method != "dwa":
             return
         for task, loss in losses.items():

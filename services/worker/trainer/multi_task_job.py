@@ -98,7 +98,7 @@ class MultiTaskJob(TrainingJob[TrainTasks]):
             learning_rate=told.learning_rate,
             gradient_norm=told.gradient_norm,
             tokens=told.tokens,
-            trained_tokens=told.targets,
+            trained_tokens=told.tokens,
             seconds=0.0,
             tasks=told.tasks,
         )

@@ -71,7 +71,8 @@ class TaskSums:
             loss = one.loss.detach().double()
             self.losses[task] = self.losses[task] + loss if task in self.losses else loss
             self.targets[task] = self.targets.get(task, 0) + one.targets
-            self.counts[task] = self.counts[task] + one.counts if task in self.counts else one.counts
+            if one.counts is not None:
+                self.counts[task] = self.counts[task] + one.counts if task in self.counts else one.counts
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,6 @@ class TasksStep:
     learning_rate: float
     gradient_norm: float
     tokens: int
-    targets: int
     tasks: dict[str, TaskStep]
 
 
@@ -163,10 +163,9 @@ class MultiTaskTrainer:
         self._weights.note(means, ends_epoch=is_last)
         rate, norm = self._stepper.update(step, loss)
         tokens = sum(int(self._training[source].lengths[rows].sum()) for source, rows in draw.rows.items())
-        targets = sum(draw.targets.values())
-        self._note(loss, tokens, targets)
+        self._note(loss, tokens)
         told = {self._name(task): TaskStep(mean, weights[task], draw.targets[task]) for task, mean in means.items()}
-        return TasksStep(loss, rate, norm, tokens, targets, told)
+        return TasksStep(loss, rate, norm, tokens, told)
 
     def _draw(self, step: int) -> _Draw:
         rows = self._sampler.batch(step, self.state.segments)
@@ -280,11 +279,11 @@ class MultiTaskTrainer:
                 f"Step {self.state.step + 1}: the loss of task {named} is not a finite number any more."
             )
 
-    def _note(self, loss: float, tokens: int, targets: int) -> None:
+    def _note(self, loss: float, tokens: int) -> None:
         state = self.state
         state.step += 1
         state.tokens += tokens
-        state.trained_tokens += targets
+        state.trained_tokens += tokens  # every row is learnt from, whatever its targets
         state.dwa = self._weights.dwa
         state.metrics |= {"train_loss": loss}
 
@@ -323,7 +322,7 @@ class MultiTaskTrainer:
             def work(draw: _Draw = draw) -> TaskSums:
                 part = TaskSums()
                 for batch in self._passes({source: data}, draw):
-                    part.add(self._model.outcomes(batch, tasks))
+                    part.add(self._model.outcomes(batch, tasks, counting=True))
                 return part
 
             part = self._within_memory({source: data}, draw.rows, work)
@@ -335,6 +334,8 @@ class MultiTaskTrainer:
         shape = self._counts_shape(task)
         counts = sums.counts.get(task, torch.zeros(shape, dtype=torch.float64)).cpu()
         loss = float(sums.losses.get(task, 0.0))
+        if self._ranks.shares == 1:
+            return loss, sums.targets[task], counts
         numbers = self._ranks.sum_shares(loss, float(sums.targets[task]), *counts.reshape(-1).tolist())
         return numbers[0], int(numbers[1]), torch.tensor(numbers[2:], dtype=torch.float64).reshape(shape)
 
@@ -351,12 +352,23 @@ class MultiTaskTrainer:
         mean = state.metrics["loss"]
         if not np.isfinite(mean):
             raise LossNotFinite(f"Step {self.state.step}: the validation loss of task {name!r} is not a finite number.")
-        if state.is_stopped:
+        if state.is_stopped or not self._has_begun(task):
             return
         if state.best_loss is None or mean < state.best_loss:
             state.best_loss, state.best_step, state.worse = mean, self.state.step, 0
         else:
             state.worse += 1
+
+    def _has_begun(self, task: int) -> bool:
+        """Say whether a task was trained yet: in sequential training, whether its phase has begun."""
+        if not self._mix.is_sequential:
+            return True
+        phase = next(source for source, tasks in enumerate(self._mix.tasks) if task in tasks)
+        return self.state.step > self._sampler.phase_starts(self.total_steps)[phase] or self._was_drawn(phase)
+
+    def _was_drawn(self, source: int) -> bool:
+        """Say whether a source had a share before now: also when its turn came early, as another's task had stopped."""
+        return any(part.shares[source] > 0 and part.start < self.state.step for part in self.state.segments)
 
     def _stop_tasks(self) -> None:
         """Stop tasks that have not become better for long: their rows leave the mix, their heads stay as they are."""
@@ -392,7 +404,7 @@ class MultiTaskTrainer:
         """Write optimizer and state; the weights are the model's to save. Raises OSError."""
         if directory is not None:
             self._stepper.save(directory)
-            log_variances = {name: weight.detach().tolist() for name, weight in self._weights.parameters.items()}
+            log_variances = {name: float(weight.detach()) for name, weight in self._weights.parameters.items()}
             kept = {"state": self.state, "balancing": log_variances}
             (directory / STATE_FILE).write_bytes(msgspec.json.encode(kept))
 
@@ -409,7 +421,7 @@ class MultiTaskTrainer:
 
 class _Kept(msgspec.Struct):
     state: TasksState
-    balancing: dict[str, list[float]]
+    balancing: dict[str, float]
 
 
 def _mix_of(spec: TrainTasks, training: list[PreparedRows]) -> TaskMix:

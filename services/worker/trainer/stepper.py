@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHORT_OF_MEMORY = "short of memory"
+LEAST_BALANCING_RATE = 1e-2
+"""The highest rate of a balancing method's parameters, unless the model's is higher: Adam moves them by about that a
+step, and they have to come from 0 to the logarithm of a loss."""
 
 Result = TypeVar("Result")
 
@@ -39,7 +42,8 @@ class Steps(Protocol):
 class Stepper:
     """Updates `parameters` by their gradients; has work done again with less at a time when memory runs out.
 
-    undecayed: More parameters, which no weight decay and no bound of the norm concerns: those of a balancing method.
+    balancing: More parameters, of a balancing method: no weight decay and no bound of the norm concerns them, and they
+        learn at a rate of their own, as a model's may be far too low for them.
     """
 
     def __init__(
@@ -49,12 +53,16 @@ class Stepper:
         total_steps: int,
         ranks: Ranks,
         device: torch.device,
-        undecayed: dict[str, torch.nn.Parameter] | None = None,
+        balancing: dict[str, torch.nn.Parameter] | None = None,
     ) -> None:
         self._bounded, self._asked, self._ranks, self._device = parameters, asked, ranks, device
-        self.parameters = parameters | (undecayed or {})
+        self.parameters = parameters | (balancing or {})
         self._schedule = Schedule.of(asked, total_steps)
-        self.optimizer = build_optimizer(self.parameters.values(), asked)
+        self.optimizer = build_optimizer(parameters.values(), asked)
+        if balancing:
+            self.optimizer.add_param_group(
+                {"params": list(balancing.values()), "weight_decay": 0.0, "is_balancing": True, "fused": False}
+            )
 
     @property
     def trainable_parameters(self) -> int:
@@ -78,8 +86,9 @@ class Stepper:
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise LossNotFinite(f"Step {step + 1}: the loss is {loss}, the norm of its gradient {norm}.")
         rate = self._schedule.learning_rate(step)
+        balancing_rate = rate * max(1.0, LEAST_BALANCING_RATE / self._schedule.peak)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = balancing_rate if group.get("is_balancing") else rate
         self.optimizer.step()
         self.zero()
         return rate, norm

@@ -22,6 +22,7 @@ from services.worker.trainer.data import Indices, StepSampler
 from shared.domain.prepared_tasks import Strategy
 
 BLOCK = 256
+BLOCKS_AT_A_TIME = 4096
 GOLDEN = (math.sqrt(5) - 1) / 2
 _ORDER_KEY, _BLOCK_KEY = 1, 2
 """Tell the streams of random numbers of one seed apart."""
@@ -94,6 +95,8 @@ class TaskSampler:
         self._mix, self._batch_size, self._seed, self._is_mixed = mix, batch_size, seed, is_mixed
         self._rows_of_draw = 1 if is_mixed else batch_size
         self._orders: dict[int, tuple[int, Indices]] = {}
+        self._counted: dict[Segment, tuple[int, Indices]] = {}
+        """How many blocks of a segment were counted, and what: a memory, as all of it follows from the step."""
         # One source is an ordinary data set, whose last step of an epoch has what is left of it.
         self._only = StepSampler(mix.rows[0], batch_size, seed) if len(mix.rows) == 1 else None
 
@@ -138,10 +141,19 @@ class TaskSampler:
             in_turn[turns] = (draws - np.arange(len(turns)) + len(turns) - 1) // len(turns)
             return in_turn
         blocks, rest = divmod(draws, BLOCK)
-        offsets = (np.arange(blocks) * GOLDEN % 1.0)[:, None]
-        below = _points_below(_edges(segment)[None, :], offsets).sum(axis=0)
-        counts: Indices = np.diff(below)
-        counts += np.bincount(self._block(segment, blocks)[:rest], minlength=len(counts))
+        counts = self._in_blocks(segment, blocks)
+        return counts + np.bincount(self._block(segment, blocks)[:rest], minlength=len(counts))
+
+    def _in_blocks(self, segment: Segment, blocks: int) -> Indices:
+        """Return how often each source is in the first blocks of a segment; only blocks not counted yet are."""
+        known, counts = self._counted.get(segment, (0, np.zeros(len(segment.shares), dtype=np.int64)))
+        if known > blocks:
+            known, counts = 0, np.zeros(len(segment.shares), dtype=np.int64)
+        for start in range(known, blocks, BLOCKS_AT_A_TIME):
+            numbers = np.arange(start, min(start + BLOCKS_AT_A_TIME, blocks))
+            below = _points_below(_edges(segment)[None, :], (numbers * GOLDEN % 1.0)[:, None])
+            counts = counts + np.diff(below, axis=1).sum(axis=0)
+        self._counted[segment] = (blocks, counts)
         return counts
 
     def _sources(self, segment: Segment, first: int, count: int) -> Indices:

@@ -47,7 +47,20 @@ class TrainableTasks:
             else {}
             for task, head in enumerate(model.heads)
         }
+        self._divide_language_head()
         module.train()
+
+    def _divide_language_head(self) -> None:
+        """Give what only a language task reads, a decoder or a head that is not tied, to that task."""
+        trunk = self._model.trunk
+        language = [task for task, head in enumerate(self._model.heads) if not head.outputs]
+        if not language or not isinstance(trunk, TextTrunk):
+            return
+        (task,) = language
+        backbone = trunk.plain.get_encoder() if trunk.is_encoder_decoder else trunk.plain.base_model
+        read_by_all = {id(weight) for weight in backbone.parameters()}
+        self.own[task] = {name: weight for name, weight in self.shared.items() if id(weight) not in read_by_all}
+        self.shared = {name: weight for name, weight in self.shared.items() if name not in self.own[task]}
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +84,13 @@ class TrainableTasks:
         """Switch dropout on or off."""
         self._module.train(is_training)
 
-    def outcomes(self, batch: RowBatch, tasks: Iterable[int]) -> dict[int, Outcome]:
-        """Return the loss and counts of some of a batch's tasks, from one pass of the trunk."""
+    def outcomes(self, batch: RowBatch, tasks: Iterable[int], *, counting: bool = False) -> dict[int, Outcome]:
+        """Return the loss, and where asked for the counts, of some of a batch's tasks from one pass of the trunk."""
         with self._precision():
             logits = self._model.logits(batch.inputs, batch.mask, tasks, batch.targets)
-        return {task: outcome(self.heads[task], logits[task], batch.targets[task]) for task in logits}
+        return {
+            task: outcome(self.heads[task], logits[task], batch.targets[task], counting=counting) for task in logits
+        }
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._is_autocast:
