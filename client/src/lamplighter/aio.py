@@ -32,7 +32,7 @@ from lamplighter.policy import (
     unreachable,
     upload_form,
 )
-from lamplighter.training import local_files, with_ids
+from lamplighter.training import AsyncTraining
 
 
 class AsyncClient:
@@ -41,6 +41,7 @@ class AsyncClient:
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         headers = {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout_seconds)
+        self.training = AsyncTraining(self.request, self._upload_rows, key_header)
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,15 +114,8 @@ class AsyncClient:
         file = await self.upload("requests.jsonl", lines, idempotency_key=file_key(idempotency_key))
         return await self.create_batch(file["id"], endpoint, idempotency_key=idempotency_key, **fields)
 
-    async def create_training(self, *, idempotency_key: str | None = None, **spec: Any) -> dict[str, Any]:
-        """Queue a multi-task job and return it; `spec` is the body. Files given as a `Path` are uploaded first."""
-        tasks = spec.get("tasks", [])
-        sent = {}
-        for number, path in enumerate(local_files(tasks)):
-            key = file_key(idempotency_key, number)
-            sent[path] = (await self.upload(path, purpose="fine-tune", idempotency_key=key))["id"]
-        body = spec | {"tasks": with_ids(tasks, sent)}
-        return await self.request("POST", "/v1/training/jobs", json=body, headers=key_header(idempotency_key))
+    async def _upload_rows(self, path: Path, idempotency_key: str | None) -> str:
+        return str((await self.upload(path, purpose="fine-tune", idempotency_key=idempotency_key))["id"])
 
     async def predict(self, model: str, input: Any, *, tasks: list[str] | None = None) -> dict[str, Any]:  # noqa: A002  # the API's name
         """Return what the heads of a multi-task model say of a text, a vector, or a list of them."""
