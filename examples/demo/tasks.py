@@ -93,9 +93,9 @@ def _show(console: Console, job: dict[str, Any], rows: Rows) -> None:
 
 def _predict(client: Client, console: Console, model: str, held_out: list[dict[str, Any]]) -> None:
     """Have all heads answer for the held-out rows in one batch."""
-    batch = client.submit([{"model": model, "input": row["text"][:250]} for row in held_out], "/v1/predictions")
+    batch = client.submit([{"model": model, "input": row["text"]} for row in held_out], "/v1/predictions")
     job = _follow(client, batch["id"], quiet=False)
-    if job["status"] != "succeeded":
+    if job["status"] != "succeeded" or job["progress"]["failed"]:
         raise SystemExit(f"the predictions ended as {job['status']}: {job['error']}")
     lines = list(client.results(batch["id"]))
     console.print(f"predictions: {len(lines)} lines, {len(TASKS)} heads each")

@@ -348,6 +348,7 @@ class TrainTasks(TrainingSpec, tag="train_tasks", kw_only=True):
     `last_layers`: how many are trained of a trunk that is shared so. `temperature`, `cap`, `rehearsal`: the sampler's
     (`trainer.task_sampler.TaskMix`). `balancing`: a method's name (`shared.domain.balancing`). `is_mixed`: the rows of
     a step come from all sources, and not from one. `patience`: evaluations without a better loss until a task stops.
+    `max_length`, `truncate`: of a row's tokens, and whether longer ones were cut; the product does likewise.
     """
 
     sharing: TaskSharing
@@ -363,6 +364,7 @@ class TrainTasks(TrainingSpec, tag="train_tasks", kw_only=True):
     balancing: str = "sum"
     patience: int | None = None
     max_length: int | None = None
+    truncate: bool = False
 
 
 class Budget(msgspec.Struct, tag="budget"):

@@ -175,6 +175,7 @@ class MultiTaskPlan:
             balancing=spec["balancing"],
             patience=spec.get("early_stop_patience"),
             max_length=self._used["max_length"],
+            truncate=self._used["truncate"],
         )
 
     def _hyperparameters(self) -> Hyperparameters:

@@ -373,6 +373,30 @@ def test_odd_inputs_are_refused_and_harm_nobody(trunks, tmp_path):
     assert all(answers[number].fault.status == 400 for number in (0, 1, 3, 4))
 
 
+def test_a_model_of_cut_rows_cuts_what_it_is_asked(trunks, tmp_path):
+    """At the same token: a longer text is answered as its beginning."""
+    from services.worker.engine.loading import load_model
+    from services.worker.protocol import ModelSpec, Request
+
+    file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
+    answers = {}
+    for truncate in (False, True):
+        asked = {"max_length": 16, "truncate": True}
+        body = {"model": "tiny", "tasks": with_files(TEXT_TASKS[:1], file), "hyperparameters": asked}
+        spec = task_spec(
+            trunks["bert"], body, tmp_path / f"job-{truncate}", max_steps=1, max_length=16, truncate=truncate
+        )
+        _, _, finished = run_tasks(spec)
+        engine = load_model(ModelSpec("heads", "multi_task", finished.model, heads=finished.model), "cpu:0")
+        for number, text in enumerate(["0123456789abcdef", "0123456789abcdef and more"]):
+            engine.add(Request(number, "predict", prompts=[text]))
+        while engine.wait_seconds() is not None:
+            answers |= {(truncate, each.id): each for each in engine.step().responses}
+    assert answers[False, 1].fault.code == "context_length_exceeded" and answers[False, 0].fault is None
+    exact, longer = (answers[True, number].predictions[0]["first"] for number in (0, 1))
+    assert longer["probabilities"] == pytest.approx(exact["probabilities"], abs=1e-6)
+
+
 def test_all_tasks_stopped_end_the_run(digits, tmp_path):
     body = {"early_stop_patience": 1}
     spec = digit_spec(digits, tmp_path / "job", body=body, max_steps=2000, eval_steps=10, learning_rate=5e-2)

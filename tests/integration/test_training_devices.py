@@ -184,3 +184,23 @@ def test_what_cannot_be_is_refused_when_it_is_asked_for(sdk, native, asked):
     with pytest.raises(openai.BadRequestError) as refused:
         create(sdk, "tunable", extra_body={"parallelism": asked})
     assert refused.value.param.startswith("parallelism")
+
+
+def test_several_tasks_on_two_devices(native, lent):
+    """The same rows and, to rounding, the same losses task by task as on one; the device is given back."""
+    from tests.integration.test_training import create as create_tasks
+    from tests.integration.test_training import told, upload
+    from tests.integration.test_training import wait_for as wait_for_tasks
+    from tests.support.task_rows import digit_rows
+
+    training, validation = digit_rows()
+    files = upload(native, training), upload(native, validation[:50])
+    found = {}
+    for devices in (1, 2):
+        job = create_tasks(native, files, balancing="uncertainty", parallelism={"data": devices})
+        job = wait_for_tasks(native, job["id"])
+        assert job["status"] == "succeeded", job["error"]
+        steps = {e["data"]["step"]: e["data"]["tasks"] for e in told(native, job["id"]) if e["type"] == "metrics"}
+        found[devices] = {(step, name): one["loss"] for step, tasks in steps.items() for name, one in tasks.items()}
+    assert len(found[1]) == 240 and found[2] == pytest.approx(found[1], rel=1e-3)
+    wait_until(lambda: lent() == 0, 15)

@@ -147,7 +147,7 @@ def _prediction_engine(spec: ModelSpec, device: torch.device) -> PredictionEngin
         return PredictionEngine(model, None, 1, shape[0])
     tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     context = description.max_length or _context(spec, _config(spec))
-    return PredictionEngine(model, tokenizer, context, 0)
+    return PredictionEngine(model, tokenizer, context, 0, truncate=description.truncate)
 
 
 def _refuse_missing(names: Collection[str], kind: str) -> None:

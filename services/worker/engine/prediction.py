@@ -24,9 +24,13 @@ Predicted = dict[str, dict[str, Any]]
 class PredictionEngine(RowEngine[Predicted]):
     """Answers with the heads of one multi-task model."""
 
-    def __init__(self, model: MultiTaskModel, tokenizer: Any, most_tokens: int, width: int) -> None:
-        """`tokenizer` None: the model reads vectors of `width` numbers."""
+    def __init__(
+        self, model: MultiTaskModel, tokenizer: Any, most_tokens: int, width: int, *, truncate: bool = False
+    ) -> None:
+        """`tokenizer` None: the model reads vectors of `width` numbers. `truncate`: cut longer texts."""
         super().__init__(model, most_tokens)
+        # As the rows of training were cut: what the tokenizer puts around a text stays.
+        self._cut: dict[str, Any] = {"truncation": True, "max_length": most_tokens} if truncate else {}
         self._tokenizer, self._width = tokenizer, width
         self._numbers = {head.name: number for number, head in enumerate(model.heads)}
         self._usual = [head.name for head in model.heads if head.kind != "causal_lm"]
@@ -51,7 +55,7 @@ class PredictionEngine(RowEngine[Predicted]):
             return self._vectors(request)
         if request.vectors:
             raise Refused("This model reads texts, not numbers.", "input", "invalid_value")
-        rows = [list(self._tokenizer(str(prompt))["input_ids"]) for prompt in request.prompts]
+        rows = [list(self._tokenizer(str(prompt), **self._cut)["input_ids"]) for prompt in request.prompts]
         vocabulary = self._model.trunk.vocabulary
         for row in rows:
             if not row or max(row) >= vocabulary:
@@ -159,7 +163,7 @@ class PredictionEngine(RowEngine[Predicted]):
     def _words(self, row: Row, head: HeadDescription, scores: torch.Tensor) -> list[dict[str, Any]]:
         """Return a label for each word of a text: that of the first token which ends in it, as in training."""
         text = str(self._pending[row.request_id].request.prompts[row.index])
-        ends = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        ends = self._tokenizer(text, return_offsets_mapping=True, **self._cut)["offset_mapping"]
         words = list(_WORD.finditer(text))
         starts = [word.start() for word in words]
         first: dict[int, int] = {}

@@ -36,7 +36,10 @@ class HeadDescription(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """A multi-task model: `base` is the name of what it was trained from, `max_length` in tokens."""
+    """A multi-task model: `base` is the name of what it was trained from, `max_length` in tokens.
+
+    `truncate`: longer texts are cut, as they were in training, and not refused.
+    """
 
     version: int = VERSION
     base: str
@@ -44,6 +47,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Pooling
     dtype: str
     max_length: int | None
+    truncate: bool = False
     heads: list[HeadDescription]
 
     @classmethod

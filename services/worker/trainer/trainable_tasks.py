@@ -126,6 +126,7 @@ class TrainableTasks:
             pooling=trunk.pooling,
             dtype=spec.hyperparameters.dtype,
             max_length=spec.max_length,
+            truncate=spec.truncate,
             heads=self.heads,
         ).write(directory)
 
