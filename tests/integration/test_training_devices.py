@@ -1,5 +1,6 @@
 """A job on two devices: both are taken at once, lose nothing when one is lost, and are given back."""
 
+import contextlib
 import json
 import os
 import signal
@@ -63,9 +64,10 @@ def trainers(stack):
     launcher = psutil.Process(stack.processes["launcher"].running.pid)
     found = {}
     for process in launcher.children(recursive=True):
-        command = process.cmdline()
-        if "services.worker.trainer.process" in command:
-            found[command[command.index("--device") + 1]] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            command = process.cmdline()
+            if "services.worker.trainer.process" in command:
+                found[command[command.index("--device") + 1]] = process
     return found
 
 
