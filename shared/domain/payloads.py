@@ -8,10 +8,20 @@ from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from shared.domain.errors import InvalidRequest, NotFound, RequestError
 from shared.domain.nesting import refuse_deep
+from shared.domain.prepared_tasks import MOST_INPUT
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/predictions"]
 BATCH_ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
@@ -24,7 +34,7 @@ MAX_DELAY_MS = 60_000
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Input = Annotated[float, Field(ge=-MOST_INPUT, le=MOST_INPUT)]
 MAX_VECTOR = 65_536
 
 
@@ -228,15 +238,25 @@ class PredictionPayload(Payload):
 
     input: (
         Text
-        | Annotated[list[Finite], Field(min_length=1, max_length=MAX_VECTOR)]
+        | Annotated[list[Input], Field(min_length=1, max_length=MAX_VECTOR)]
         | Annotated[list[Text], Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS)]
         | Annotated[
-            list[Annotated[list[Finite], Field(min_length=1, max_length=MAX_VECTOR)]],
+            list[Annotated[list[Input], Field(min_length=1, max_length=MAX_VECTOR)]],
             Field(min_length=1, max_length=MAX_EMBEDDING_INPUTS),
         ]
     )
     tasks: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
     user: str | None = None
+
+    @field_validator("input", mode="wrap")
+    @classmethod
+    def _is_told_at_once(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """Say what all the alternatives are, and not why the first of them does not fit."""
+        try:
+            return check(value)
+        except ValidationError:
+            kinds = f"a text, a list of numbers from {-MOST_INPUT:g} to {MOST_INPUT:g}"
+            raise ValueError(f"must be {kinds}, or a list of at most {MAX_EMBEDDING_INPUTS} of one of these") from None
 
     @property
     def texts(self) -> list[str]:

@@ -28,6 +28,8 @@ Strategy = Literal["uniform", "proportional", "temperature", "weights", "round_r
 FORMAT_VERSION = 1
 IGNORED = -100
 """The target of a token that has none, as torch's losses know it."""
+MOST_INPUT = 1e30
+"""Of a vector's number, which becomes a float32."""
 MOST_LABELS = 4096
 """Of one task: what is counted of its answers is a matrix of labels by labels."""
 LABELLED: tuple[TaskKind, ...] = ("classification", "multilabel", "token_classification")

@@ -6,12 +6,10 @@ from typing import Any
 
 from shared.domain.batch_file import LineError
 from shared.domain.nesting import MAX_DEPTH, is_too_deep
-from shared.domain.prepared_tasks import TaskKind
+from shared.domain.prepared_tasks import MOST_INPUT, TaskKind
 from shared.domain.training_file import loads, shown
 
 MOST_WORDS = 100_000
-MOST_INPUT = 1e30
-"""Of a vector's number, which becomes a float32."""
 MOST_TARGET = 1e100
 """Of a regression's target, whose squares are added up."""
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
@@ -106,7 +104,7 @@ def _label(value: Any, where: str) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    if isinstance(value, str) and value and len(value) <= 200:
+    if isinstance(value, str) and value and len(value) <= 200 and "\0" not in value:
         return value
     raise Fault(
         "invalid_label", f"A label is a text of 1 to 200 characters, or a whole number; this is {shown(value)}.", where

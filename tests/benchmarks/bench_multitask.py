@@ -58,13 +58,13 @@ def digit_files(directory: Path, seed: int, scale: float) -> tuple[str, str]:
 
 def bench_correctness(table: Table, directory: Path) -> None:
     """Rows 1: one task alone is ordinary training; balancing, sampling, two processes."""
-    from tests.conformance.test_multi_task import EXACT, digit_spec, plain_run
+    from tests.support.task_oracle import EXACT, digit_spec, plain_run
 
     files = digit_files(directory, 0, 1.0)
     apart = 0.0
     for task in DIGIT_TASKS:
         spec = digit_spec(files, directory / f"alone-{task['name']}", [task], **EXACT)
-        expected = plain_run(spec, directory, [task])
+        expected = plain_run(spec, [task])
         job, _, _ = run_tasks(spec)
         differences = [(w - expected[n]).detach().abs().max() for n, w in job._model.trainable.items()]
         apart = max(apart, float(max(differences)))

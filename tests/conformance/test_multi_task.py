@@ -1,19 +1,15 @@
 """Multi-task training against plain loops in torch, for every kind of head and trunk."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
 from services.worker.multi_task.model import load_for_serving
 from services.worker.protocol import Evaluated, Progress
 from services.worker.trainer.errors import LossNotFinite
-from services.worker.trainer.loss_balancing import combine
-from services.worker.trainer.task_data import PreparedRows, row_batches
 from tests.support.models import TRUNKS, make_trunk
+from services.worker.trainer.task_data import row_batches, share_of_rows
+from tests.support.task_oracle import EXACT, digit_spec, first_weights, plain_run
 from tests.support.task_rows import (
     CAUSAL,
     DIGIT_TASKS,
@@ -33,8 +29,6 @@ pytestmark = [
     # peft reads what transformers is about to rename.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-
-EXACT = dict(dtype="float64", learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7)
 
 
 @pytest.fixture(autouse=True)
@@ -61,95 +55,10 @@ def trunks(tmp_path_factory):
     return {kind: make_trunk(kind, directory / kind) for kind in TRUNKS}
 
 
-def digit_spec(digits, output, tasks=DIGIT_TASKS, *, body=None, **fields):
-    body = {"model": "vector:64:16", "tasks": with_files(tasks, *digits)} | (body or {})
-    return task_spec("none", body, output, **{"batch_size": 16, "max_steps": 12} | fields)
-
-
-class Plain(nn.Module):
-    """The same model and update as users write them: the sum of mean losses, AdamW, clipping, the usual schedule."""
-
-    def __init__(self, job, first):
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
-        self.heads = nn.ModuleDict({head.name: nn.Linear(16, head.outputs) for head in job._heads})
-        self.double()
-        weights = dict(first)
-        self.trunk.load_state_dict({name: weights[f"trunk.layers.{name}"] for name in self.trunk.state_dict()})
-        for head in job._heads:
-            names = {name: weights[f"heads.{head.name}.{name}"] for name in ("weight", "bias")}
-            self.heads[head.name].load_state_dict(names)
-
-    def losses(self, rows, chosen, tasks):
-        batch = next(row_batches(rows, np.asarray(chosen), tuple(range(len(tasks))), 1 << 20))
-        hidden = self.trunk(batch.inputs.double())
-        # Passes put rows of like lengths together, so order within a batch is not the draw's: means do not care.
-        return [self.loss(task, self.heads[task["name"]](hidden), batch.targets[n]) for n, task in enumerate(tasks)]
-
-    @staticmethod
-    def loss(task, logits, target):
-        if task["kind"] == "classification":
-            return functional.cross_entropy(logits, target)
-        if task["kind"] == "multilabel":
-            return functional.binary_cross_entropy_with_logits(logits, target)
-        return functional.mse_loss(logits[:, 0], target)
-
-
-def first_weights(spec, tmp_path):
-    """Return a job that has done nothing, and its weights."""
-    from services.worker.trainer.gate import Gate, Pulse
-    from services.worker.trainer.multi_task_job import MultiTaskJob
-    from services.worker.trainer.ranks import Ranks
-
-    job = MultiTaskJob(spec, torch.device("cpu"), lambda _: None, Gate(), Pulse(), Ranks())
-    return job, {name: weight.detach().clone() for name, weight in job._model.trainable.items()}
-
-
-def plain_run(spec, tmp_path, tasks, *, method="sum"):
-    """Train `Plain` on the same batches; return its weights by our names."""
-    job, first = first_weights(spec, tmp_path)
-    model = Plain(job, first)
-    asked, steps = spec.hyperparameters, job.trainer.total_steps
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": asked.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=asked.learning_rate,
-    )
-    warm = math.ceil(steps * asked.warmup_ratio)
-    rows = PreparedRows(job._training[0].manifest and next(iter([_path(spec)])), 0, tuple(range(len(tasks))))
-    for step in range(steps):
-        chosen = job.trainer._sampler.batch(step, job.trainer.state.segments)[0]
-        losses = model.losses(rows, chosen, tasks)
-        optimizer.zero_grad()
-        if method == "sum":
-            sum(losses).backward()
-        else:
-            shared = list(model.trunk.parameters())
-            by_task = [list(torch.autograd.grad(loss, shared, retain_graph=True)) for loss in losses]
-            sum(losses).backward()
-            seed = int(np.random.SeedSequence([spec.seed, step, 2]).generate_state(1)[0])
-            for weight, gradient in zip(shared, combine(method, by_task, seed)[0], strict=True):
-                weight.grad = gradient
-        torch.nn.utils.clip_grad_norm_(model.parameters(), asked.max_grad_norm)
-        rate = step / warm if step < warm else (steps - step) / max(1, steps - warm)
-        for group in optimizer.param_groups:
-            group["lr"] = asked.learning_rate * rate
-        optimizer.step()
-    named = {f"trunk.layers.{name}": weight for name, weight in model.trunk.named_parameters()}
-    return named | {f"heads.{name}": weight for name, weight in model.heads.named_parameters()}
-
-
-def _path(spec):
-    from pathlib import Path
-
-    return Path(spec.sources[0].data)
-
-
 @pytest.mark.parametrize("task", DIGIT_TASKS, ids=lambda task: task["name"])
 def test_one_task_alone_is_ordinary_training(digits, tmp_path, task):
     spec = digit_spec(digits, tmp_path / "job", [task], **EXACT)
-    expected = plain_run(spec, tmp_path, [task])
+    expected = plain_run(spec, [task])
     job, _, _ = run_tasks(spec)
     for name, weight in job._model.trainable.items():
         assert torch.allclose(weight, expected[name], rtol=0, atol=1e-12), name
@@ -161,7 +70,7 @@ def test_several_tasks_are_a_plain_loop_over_their_losses(digits, tmp_path, meth
     """Also computed five rows at a time."""
     body = {"balancing": method}
     spec = digit_spec(digits, tmp_path / "job", body=body, micro_batch_tokens=at_a_time, **EXACT)
-    expected = plain_run(spec, tmp_path, DIGIT_TASKS, method=method)
+    expected = plain_run(spec, DIGIT_TASKS, method=method)
     job, _, _ = run_tasks(spec)
     apart = max(float((w - expected[n]).detach().abs().max()) for n, w in job._model.trainable.items())
     assert apart < 1e-9
@@ -231,7 +140,7 @@ def test_pads_change_no_answer(trunks, tmp_path, kind):
     file = write_jsonl(tmp_path / "rows.jsonl", text_rows())
     tasks = [task for task in TEXT_TASKS if task["kind"] != "token_classification"]
     spec = task_spec(trunks[kind], {"model": "tiny", "tasks": with_files(tasks, file)}, tmp_path / "job")
-    job, _ = first_weights(spec, tmp_path)
+    job, _ = first_weights(spec)
     job._model.train(False)
     rows = job._training[0]
     assert len(set(rows.lengths[:6].tolist())) > 2
@@ -334,7 +243,7 @@ def test_a_language_head_is_its_tasks_own(trunks, tmp_path, kind):
     tasks = [*with_files([TEXT_TASKS[0]], rows), *with_files([language], texts)]
     body = {"model": "tiny", "tasks": tasks, "sampling": {"batches": "homogeneous"}}
     spec = task_spec(trunks[kind], body, tmp_path / "job", max_steps=2, batch_size=4, weight_decay=0.5)
-    job, _ = first_weights(spec, tmp_path)
+    job, _ = first_weights(spec)
     own = job._model.own[1]
     assert all("decoder" in name for name in own) and bool(own) == (kind == "t5")
     assert not own.keys() & job._model.shared.keys() and set(job._model.trainable) >= set(own)
@@ -371,6 +280,66 @@ def test_odd_inputs_are_refused_and_harm_nobody(trunks, tmp_path):
         0: False, 1: False, 2: True, 3: False, 4: False,
     }  # fmt: skip
     assert all(answers[number].fault.status == 400 for number in (0, 1, 3, 4))
+
+
+def test_a_pass_has_rows_of_several_sources(trunks, tmp_path):
+    """And every task's loss is that of its own rows alone, whatever lies beside them."""
+    rows = text_rows(24)
+    tasks = [
+        task | {"training_file": write_jsonl(tmp_path / f"{task['name']}.jsonl", rows[number * 6 : number * 6 + 6])}
+        for number, task in enumerate([TEXT_TASKS[0], TEXT_TASKS[3], CAUSAL, TEXT_TASKS[2]])
+    ]
+    job, _ = first_weights(task_spec(trunks["llama"], {"model": "tiny", "tasks": tasks}, tmp_path / "job"))
+    data = dict(enumerate(job._training))
+    draw = {source: np.arange(6) for source in data}
+    by_source = {source: rows.tasks for source, rows in data.items()}
+    with torch.no_grad():
+        (together,) = row_batches(data, draw, by_source, 1 << 20)
+        assert together.inputs.shape[0] == 24 and len(set(together.mask.sum(1).tolist())) > 3
+        many = job._model.outcomes(together)
+        for source, rows in data.items():
+            (task,) = rows.tasks
+            one = job._model.outcomes(rows.batch(draw[source], rows.tasks))[task]
+            assert one.targets == many[task].targets
+            assert float(many[task].loss) == pytest.approx(float(one.loss), rel=1e-5)
+    # Divided among passes and ranks each row is computed once.
+    found = []
+    for rank in range(3):
+        for batch in row_batches(data, share_of_rows(data, draw, rank, 3), by_source, 60):
+            found += [tuple(row[mask].tolist()) for row, mask in zip(batch.inputs, batch.mask, strict=True)]
+    whole = [tuple(row[mask].tolist()) for row, mask in zip(together.inputs, together.mask, strict=True)]
+    assert sorted(found) == sorted(whole)
+
+
+def test_answers_are_bounded(trunks, tmp_path):
+    """A short call has no answer that fills memories."""
+    from services.worker.engine import prediction
+    from services.worker.engine.loading import load_model
+    from services.worker.protocol import ModelSpec, Request
+
+    rows = [
+        {"text": f"row {number}", "label": f"l{number % 150}", "words": ["a"], "tags": ["X"]} for number in range(300)
+    ]
+    rows[0]["tags"] = ["Y"]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    tasks = [{"name": "label", "kind": "classification", "label_field": "label"}]
+    tasks += [{"name": "tags", "kind": "token_classification", "text_field": "words", "label_field": "tags"}]
+    body = {"model": "tiny", "tasks": with_files(tasks, file)}
+    _, _, finished = run_tasks(task_spec(trunks["bert"], body, tmp_path / "job", max_steps=1))
+    engine = load_model(ModelSpec("heads", "multi_task", finished.model, heads=finished.model), "cpu:0")
+
+    def ask(count, text="x", tasks=None):
+        engine.add(Request(1, "predict", prompts=[text] * count, tasks=tasks))
+        responses = []
+        while engine.wait_seconds() is not None:
+            responses += engine.step().responses
+        return responses[0]
+
+    named = ask(1, tasks=["label"]).predictions[0]["label"]
+    assert len(named["probabilities"]) == prediction.MOST_PROBABILITIES
+    assert named["label"] == max(named["probabilities"], key=named["probabilities"].get)
+    assert ask(prediction.MOST_ANSWERS // 2 + 1).fault.status == 400
+    assert "tokens" in ask(300, "w " * 120, tasks=["tags"]).fault.message
 
 
 def test_a_model_of_cut_rows_cuts_what_it_is_asked(trunks, tmp_path):

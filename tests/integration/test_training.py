@@ -168,6 +168,28 @@ def test_an_encoder_decoder_writes_and_judges(native, sdk, bases):
             sdk.chat.completions.create(model=name, messages=[{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([[1.0] * 64] * 2049, "at most 2048"),
+        ([1e39] * 64, "-1e+30 to 1e+30"),
+        (["a", 1], "a text, a list of numbers"),
+        ([True] * 64, "a text, a list of numbers"),
+        ([], "a text, a list of numbers"),
+        ([[1.0] * 64, [1.0]], "vectors of 64 numbers"),
+        ("text", "vectors of 64 numbers"),
+    ],
+)
+def test_odd_inputs_are_refused_by_name(native, digits, given, says, request):
+    name = request.config.cache.get("digits-model", None)
+    if name is None or name not in {model["id"] for model in native.request("GET", "/v1/models")["data"]}:
+        name = wait_for(native, create(native, digits, hyper={"max_steps": 2})["id"])["model_name"]
+        request.config.cache.set("digits-model", name)
+    with pytest.raises(ApiError, match=says) as refused:
+        native.predict(name, given)
+    assert refused.value.status == 400 and refused.value.param == "input"
+
+
 def test_models_of_other_kinds_make_no_predictions(native, bases):
     for name in ("echo", bases["bert"], bases["llama"]):
         with pytest.raises(ApiError) as refused:
@@ -271,6 +293,8 @@ TASK = {"name": "topic", "kind": "classification", "label_field": "label"}
         (TASK, [*GOOD, {"text": "no label"}], None, "missing_field", 13, "The field 'label' is missing"),
         (TASK, [*GOOD, {"label": "a"}], None, "missing_field", 13, "The field 'text' is missing"),
         (TASK, [*GOOD, b"{broken\n"], None, "invalid_json_line", 13, "not parseable"),
+        (TASK, [*GOOD, {"text": "x", "label": "nul\0"}], None, "invalid_label", 13, "1 to 200 characters"),
+        (TASK, [{"text": "x", "label": f"l{n}"} for n in range(4200)], None, "too_many_labels", None, "at most 4096"),
         (
             {"name": "size", "kind": "regression", "label_field": "n"},
             [*GOOD, {"text": "x", "n": "seven"}],

@@ -7,9 +7,9 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, Writer, answer_once
-from services.gateway.routes.runs import change_job, checkpoints_page, events_page
-from services.gateway.schemas import AnyFields, list_page
+from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, answer_once
+from services.gateway.routes.runs import add_run_routes
+from services.gateway.schemas import list_page
 from services.gateway.warnings import warn_of_unknown
 from shared.db import jobs
 from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object
@@ -82,46 +82,4 @@ def retrieve_fine_tuning_job(job_id: str, parts: PartsDependency, caller: Reader
         return fine_tuning_job_object(jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
 
 
-@router.post("/{job_id}/cancel")
-def cancel_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.cancel, _shown, key, body)
-
-
-@router.post("/{job_id}/pause")
-def pause_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.pause, _shown, key, body)
-
-
-@router.post("/{job_id}/resume")
-def resume_fine_tuning_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.resume, _shown, key, body)
-
-
-@router.get("/{job_id}/events")
-def list_fine_tuning_events(
-    job_id: str,
-    parts: PartsDependency,
-    caller: Reader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: str | None = None,
-) -> dict[str, Any]:
-    """List what happened, newest first: messages, and the metrics of steps."""
-    return events_page(parts, caller, job_id, _KIND, limit=limit, after=after)
-
-
-@router.get("/{job_id}/checkpoints")
-def list_fine_tuning_checkpoints(
-    job_id: str,
-    parts: PartsDependency,
-    caller: Reader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 10,
-    after: str | None = None,
-) -> dict[str, Any]:
-    """List what can be served of a run, newest first. An id ends in its step's number."""
-    return checkpoints_page(parts, caller, job_id, _KIND, limit=limit, after=after)
+add_run_routes(router, "", _KIND, _shown)

@@ -7,9 +7,9 @@ from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, Writer, answer_once
-from services.gateway.routes.runs import change_job, checkpoints_page, events_page
-from services.gateway.schemas import AnyFields, list_page
+from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, Submitter, answer_once
+from services.gateway.routes.runs import add_run_routes
+from services.gateway.schemas import list_page
 from shared.db import jobs
 from shared.db.jobs import JobView
 from shared.db.multi_task import accept_training, single_job_ids, training_job_object
@@ -72,46 +72,4 @@ def retrieve_training_job(job_id: str, parts: PartsDependency, caller: Reader) -
         return _shown(connection, jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
 
 
-@router.post("/jobs/{job_id}/cancel")
-def cancel_training_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.cancel, _shown, key, body)
-
-
-@router.post("/jobs/{job_id}/pause")
-def pause_training_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.pause, _shown, key, body)
-
-
-@router.post("/jobs/{job_id}/resume")
-def resume_training_job(
-    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
-) -> Response:
-    return change_job(parts, caller, job_id, _KIND, jobs.resume, _shown, key, body)
-
-
-@router.get("/jobs/{job_id}/events")
-def list_training_events(
-    job_id: str,
-    parts: PartsDependency,
-    caller: Reader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: str | None = None,
-) -> dict[str, Any]:
-    """List what happened, newest first: messages, and the metrics of steps with each task's loss."""
-    return events_page(parts, caller, job_id, _KIND, limit=limit, after=after)
-
-
-@router.get("/jobs/{job_id}/checkpoints")
-def list_training_checkpoints(
-    job_id: str,
-    parts: PartsDependency,
-    caller: Reader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 10,
-    after: str | None = None,
-) -> dict[str, Any]:
-    """List what can be served of a run, newest first: ends of epochs, and where a task was at its best."""
-    return checkpoints_page(parts, caller, job_id, _KIND, limit=limit, after=after)
+add_run_routes(router, "/jobs", _KIND, _shown)

@@ -16,6 +16,12 @@ from services.worker.protocol import Request, Response
 MOST_ANSWER_TOKENS = 128
 """Of a seq2seq head's text."""
 GENERATED_AT_A_TIME = 16
+MOST_ANSWERS = 8192
+"""Inputs of a call times the tasks that are asked of each: a short call must not have an answer that fills memories."""
+MOST_WORD_TOKENS = 65_536
+"""Of a call whose answer has a label for each word."""
+MOST_PROBABILITIES = 100
+"""Named for an input, the likeliest first where there are more labels."""
 _WORD = re.compile(r"\S+")
 
 Predicted = dict[str, dict[str, Any]]
@@ -51,6 +57,11 @@ class PredictionEngine(RowEngine[Predicted]):
         if request.task != "predict":
             raise Refused("This model makes predictions only.", "model", "model_not_supported")
         self._require_tasks(request.tasks)
+        asked = request.tasks or self._usual
+        answers = len(asked) * max(len(request.prompts), len(request.vectors))
+        if answers > MOST_ANSWERS:
+            message = f"With {len(asked)} tasks, {answers} answers are asked for; one call may have {MOST_ANSWERS}."
+            raise Refused(message, "input", "invalid_value")
         if self._tokenizer is None:
             return self._vectors(request)
         if request.vectors:
@@ -61,6 +72,10 @@ class PredictionEngine(RowEngine[Predicted]):
             if not row or max(row) >= vocabulary:
                 what = "has no token" if not row else f"has a token beyond the model's vocabulary of {vocabulary}"
                 raise Refused(f"An input {what}.", "input", "invalid_value")
+        has_words = any(self._heads[self._numbers[name]].kind == "token_classification" for name in asked)
+        if has_words and sum(map(len, rows)) > MOST_WORD_TOKENS:
+            message = f"The inputs have {sum(map(len, rows))} tokens; where words are labelled, one call may have "
+            raise Refused(f"{message}{MOST_WORD_TOKENS}.", "input", "invalid_value")
         return rows
 
     def _vectors(self, request: Request) -> list[list[Any]]:
@@ -155,9 +170,10 @@ class PredictionEngine(RowEngine[Predicted]):
             return {"value": float(found)}
         if head.kind == "token_classification":
             return {"tokens": self._words(row, head, found)}
-        named = dict(zip(head.labels, map(float, found.tolist()), strict=True))
         if head.kind == "multilabel":
-            return {"labels": [label for label, score in named.items() if score > 0.5], "probabilities": named}
+            present = [head.labels[number] for number in (found > 0.5).nonzero()[:, 0].tolist()]
+            return {"labels": present, "probabilities": _named(head, found)}
+        named = _named(head, found)
         return {"label": head.labels[int(found.argmax())], "probabilities": named}
 
     def _words(self, row: Row, head: HeadDescription, scores: torch.Tensor) -> list[dict[str, Any]]:
@@ -182,3 +198,12 @@ class PredictionEngine(RowEngine[Predicted]):
     def _respond(self, pending: Pending[Predicted]) -> Response:
         predictions = [each for each in pending.results if each is not None]
         return Response(pending.request.id, predictions=predictions, prompt_tokens=pending.tokens)
+
+
+def _named(head: HeadDescription, scores: torch.Tensor) -> dict[str, float]:
+    """Return the probabilities by label: of all in their order, or of the likeliest ones."""
+    if len(head.labels) <= MOST_PROBABILITIES:
+        return dict(zip(head.labels, map(float, scores.tolist()), strict=True))
+    likeliest = torch.topk(scores, MOST_PROBABILITIES)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return {head.labels[number]: float(score) for number, score in pairs}

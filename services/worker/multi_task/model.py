@@ -26,30 +26,37 @@ class MultiTaskModel:
         mask: torch.Tensor,
         tasks: Iterable[int],
         targets: Mapping[int, torch.Tensor] | None = None,
+        spans: Mapping[int, slice] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Return the outputs of some tasks' heads from one pass of the trunk, as `heads.outcome` takes them.
 
         inputs: [R, T] tokens or [R, width] vectors. mask: [R, T]. targets: Of seq2seq tasks, whose decoder sees them.
+        spans: Which rows each task's head is asked of; by default all.
         """
         hidden = self.trunk(inputs, mask)
         pooled = pool(self.trunk.pooling, hidden, mask)
-        return {task: self._logits(self.heads[task], task, hidden, pooled, mask, targets or {}) for task in tasks}
+        outputs = {}
+        for task in tasks:
+            rows = (spans or {}).get(task, slice(None))
+            target = (targets or {}).get(task)
+            outputs[task] = self._logits(self.heads[task], hidden[rows], pooled[rows], mask[rows], target)
+        return outputs
 
     def _logits(
         self,
         head: HeadDescription,
-        task: int,
         hidden: torch.Tensor,
         pooled: torch.Tensor,
         mask: torch.Tensor,
-        targets: Mapping[int, torch.Tensor],
+        target: torch.Tensor | None,
     ) -> torch.Tensor:
         if head.kind == "causal_lm":
             assert isinstance(self.trunk, TextTrunk)
             return self.trunk.next_token_logits(hidden)
         if head.kind == "seq2seq":
             assert isinstance(self.trunk, TextTrunk)
-            return self.trunk.decoded_logits(hidden, mask, targets[task])
+            assert target is not None
+            return self.trunk.decoded_logits(hidden, mask, target)
         layer = self.layers[head.name]
         states = hidden if head.kind == "token_classification" else pooled
         logits: torch.Tensor = layer(states.to(layer.weight.dtype))

@@ -6,8 +6,8 @@ task's early stop changes, as it follows from evaluations that a checkpoint reme
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -16,19 +16,18 @@ import torch
 from services.worker.multi_task.heads import Outcome
 from services.worker.multi_task.metrics import task_metrics
 from services.worker.protocol import TaskStep, TaskValidation, TrainTasks
-from services.worker.trainer.data import Indices, share
+from services.worker.trainer.data import Indices
 from services.worker.trainer.errors import LossNotFinite
 from services.worker.trainer.loss_balancing import DwaState, LossWeights, combine
 from services.worker.trainer.ranks import Ranks
 from services.worker.trainer.stepper import Stepper, seed_everything
-from services.worker.trainer.task_data import PreparedRows, RowBatch, row_batches
+from services.worker.trainer.task_data import Draw, PreparedRows, RowBatch, lengths_of, row_batches, share_of_rows
 from services.worker.trainer.task_sampler import Segment, TaskMix, TaskSampler
 from services.worker.trainer.trainable_tasks import TrainableTasks
 from services.worker.trainer.trainer import EVALUATED_AT_A_TIME, STATE_FILE
 from shared.domain.balancing import is_on_gradients
 
 Sources = dict[int, PreparedRows]
-Result = TypeVar("Result")
 
 _BALANCING_KEY = 2
 """Where the random numbers of a balancing method come from, apart from those of passes."""
@@ -187,14 +186,14 @@ class MultiTaskTrainer:
         def work() -> TaskSums:
             self._stepper.zero()
             sums = TaskSums()
-            for batch in self._passes(self._training, draw):
-                outcomes = self._model.outcomes(batch, draw.tasks[batch.source])
+            for batch in self._passes(self._training, draw.rows, draw.tasks):
+                outcomes = self._model.outcomes(batch)
                 parts = [one.loss * (weights[task] / max(1, draw.targets[task])) for task, one in outcomes.items()]
                 torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
                 sums.add(outcomes)
             return sums
 
-        sums = self._within_memory(self._training, draw.rows, work)
+        sums = self._stepper.within_memory(self.state, lengths_of(self._training, draw.rows), work)
         self._ranks.sum_gradients(self._updated(draw))
         return self._means(sums, draw)
 
@@ -218,8 +217,9 @@ class MultiTaskTrainer:
             self._stepper.zero()
             sums = TaskSums()
             gradients = {task: [torch.zeros_like(weight) for weight in shared] for task, n in draw.targets.items() if n}
-            for batch in self._passes(self._training, draw):
-                outcomes = self._model.outcomes(batch, draw.tasks[batch.source])
+            # Source by source: each task's backward pass goes through all rows of the passes that it has rows in.
+            for batch in chain(*(self._passes(self._training, {s: r}, draw.tasks) for s, r in draw.rows.items())):
+                outcomes = self._model.outcomes(batch)
                 last = list(outcomes)[-1]
                 for task, one in outcomes.items():
                     if draw.targets[task]:
@@ -228,7 +228,9 @@ class MultiTaskTrainer:
                 sums.add(outcomes)
             return sums, gradients
 
-        sums, gradients = self._within_memory(self._training, draw.rows, work)
+        # Of the sources, the one whose longest row is the longest fills a pass the most.
+        by_source = [self._training[source].lengths[rows] for source, rows in draw.rows.items()]
+        sums, gradients = self._stepper.within_memory(self.state, max(by_source, key=np.max), work)
         means = self._means(sums, draw)
         self._require_finite(means)
         by_task = [self._ranks.sum_tensors(parts) for parts in gradients.values()]
@@ -251,19 +253,13 @@ class MultiTaskTrainer:
             if part is not None:
                 weight.grad = part if weight.grad is None else weight.grad + part
 
-    def _passes(self, data: Sources, draw: _Draw) -> Iterator[RowBatch]:
+    def _passes(self, data: Sources, rows: Draw, tasks: dict[int, tuple[int, ...]]) -> Iterator[RowBatch]:
         """Yield this rank's micro-batches, each with random numbers of its own."""
-        for source, rows in draw.rows.items():
-            chosen = rows[share(data[source].lengths[rows], self._ranks.share, self._ranks.shares)]
-            batches = row_batches(data[source], chosen, draw.tasks[source], self.state.micro_batch_tokens)
-            for number, batch in enumerate(batches):
-                seed_everything(self._spec.seed, self.state.step, self._ranks.share, source, number)
-                yield batch.to(self._model.device)
-
-    def _within_memory(self, data: Sources, rows: dict[int, Indices], work: Callable[[], Result]) -> Result:
-        # Of the sources, the one whose longest row is the longest fills a pass the most.
-        longest = max((data[source].lengths[chosen] for source, chosen in rows.items()), key=lambda each: each.max())
-        return self._stepper.within_memory(self.state, longest, work)
+        mine = share_of_rows(data, rows, self._ranks.share, self._ranks.shares)
+        first = next(iter(rows))
+        for number, batch in enumerate(row_batches(data, mine, tasks, self.state.micro_batch_tokens)):
+            seed_everything(self._spec.seed, self.state.step, self._ranks.share, first, number)
+            yield batch.to(self._model.device)
 
     def _means(self, sums: TaskSums, draw: _Draw) -> dict[int, float]:
         """Return each task's mean loss over what all ranks have computed of it."""
@@ -317,15 +313,14 @@ class MultiTaskTrainer:
         for start in range(0, len(data), EVALUATED_AT_A_TIME):
             self._between()
             rows = np.arange(start, min(start + EVALUATED_AT_A_TIME, len(data)))
-            draw = _Draw({source: rows}, {source: tasks}, {})
 
-            def work(draw: _Draw = draw) -> TaskSums:
+            def work(rows: Indices = rows) -> TaskSums:
                 part = TaskSums()
-                for batch in self._passes({source: data}, draw):
-                    part.add(self._model.outcomes(batch, tasks, counting=True))
+                for batch in self._passes({source: data}, {source: rows}, {source: tasks}):
+                    part.add(self._model.outcomes(batch, counting=True))
                 return part
 
-            part = self._within_memory({source: data}, draw.rows, work)
+            part = self._stepper.within_memory(self.state, data.lengths[rows], work)
             for task, loss in part.losses.items():
                 sums.add({task: Outcome(loss, part.targets[task], part.counts[task])})
 

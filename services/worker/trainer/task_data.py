@@ -1,7 +1,7 @@
 """The prepared rows of multi-task training (`shared.domain.prepared_tasks`), mapped into memory."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,29 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
-from services.worker.trainer.data import Indices, plan_padded
+from services.worker.trainer.data import Indices, plan_padded, share
 from services.worker.trainer.errors import DataDamaged
 from shared.domain.prepared_tasks import FORMAT_VERSION, IGNORED, ITEM_TYPES, RowsManifest, TaskTargets
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows of one source for one pass of the trunk. R rows of T tokens; pads stand at the end.
+    """Rows for one pass of the trunk, those of a source together. R rows of T tokens; pads stand at the end.
 
-    Targets, by task number: classification [R]; multilabel [R, labels] of float; regression [R] of float, standardised;
-    token classification and causal LM [R, T], IGNORED where nothing is learnt (a causal LM's are the next tokens);
-    seq2seq [R, T'].
+    Targets, by task number, of the rows in its span: classification [r]; multilabel [r, labels] of float; regression
+    [r] of float, standardised; token classification and causal LM [r, T], IGNORED where nothing is learnt (a causal
+    LM's are the next tokens); seq2seq [r, T'].
     """
 
-    source: int
     inputs: torch.Tensor
     """[R, T] token ids, or [R, width] vectors."""
     mask: torch.Tensor
     """[R, T], true for tokens; of vectors [R, 1]."""
     targets: dict[int, torch.Tensor]
+    spans: dict[int, slice]
+    """By task number, which rows are its source's."""
 
     def to(self, device: torch.device) -> "RowBatch":
         """Return it with its tensors on `device`."""
@@ -112,14 +114,15 @@ class PreparedRows:
     def batch(self, rows: Indices, tasks: tuple[int, ...]) -> RowBatch:
         """Return some rows with the targets of some tasks, padded to the longest row."""
         targets = {task: self._targets(task, rows) for task in tasks}
+        spans = dict.fromkeys(tasks, slice(0, len(rows)))
         if self.manifest.width:
             inputs = torch.from_numpy(self._vectors[rows].astype(np.float32))
-            return RowBatch(self.source, inputs, torch.ones((len(rows), 1), dtype=torch.bool), targets)
+            return RowBatch(inputs, torch.ones((len(rows), 1), dtype=torch.bool), targets, spans)
         tokens = [self._tokens[self._span(int(row))].astype(np.int64) for row in rows]
         lengths = self.lengths[rows]
         mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
         inputs = _padded(tokens, self.manifest.pad_token or 0)
-        return RowBatch(self.source, inputs, torch.from_numpy(mask), targets)
+        return RowBatch(inputs, torch.from_numpy(mask), targets, spans)
 
     def _targets(self, task: int, rows: Indices) -> torch.Tensor:
         described, labels = self.described(task), self._labels[task]
@@ -146,10 +149,62 @@ class PreparedRows:
         return following
 
 
-def row_batches(rows: PreparedRows, chosen: Indices, tasks: tuple[int, ...], budget_tokens: int) -> Iterator[RowBatch]:
-    """Yield passes over some rows of a source, of at most `budget_tokens` with their pads, a longer row alone."""
-    for group in plan_padded(rows.lengths[chosen], budget_tokens):
-        yield rows.batch(chosen[group], tasks)
+Sources = Mapping[int, PreparedRows]
+Draw = Mapping[int, Indices]
+"""Rows, by source."""
+
+
+def lengths_of(data: Sources, draw: Draw) -> Indices:
+    """Return the lengths of drawn rows, source by source."""
+    return np.concatenate([data[source].lengths[rows] for source, rows in draw.items()])
+
+
+def share_of_rows(data: Sources, draw: Draw, rank: int, size: int) -> dict[int, Indices]:
+    """Return what one of `size` ranks computes of drawn rows, so that all have about as many tokens."""
+    mine = np.zeros(sum(map(len, draw.values())), dtype=np.bool_)
+    mine[share(lengths_of(data, draw), rank, size)] = True
+    return {source: rows[kept] for (source, rows), kept in zip(draw.items(), _divided(mine, draw), strict=True)}
+
+
+def row_batches(
+    data: Sources, draw: Draw, tasks: Mapping[int, tuple[int, ...]], budget_tokens: int
+) -> Iterator[RowBatch]:
+    """Yield passes over drawn rows, of at most `budget_tokens` with their pads, a longer row alone.
+
+    A pass has rows of like lengths from all sources: small ones of each source alone would cost more for as many rows.
+    """
+    for group in plan_padded(lengths_of(data, draw), budget_tokens):
+        chosen = np.zeros(sum(map(len, draw.values())), dtype=np.bool_)
+        chosen[group] = True
+        parts = zip(draw.items(), _divided(chosen, draw), strict=True)
+        yield _joined([data[source].batch(rows[own], tasks[source]) for (source, rows), own in parts if own.any()])
+
+
+def _divided(flags: npt.NDArray[np.bool_], draw: Draw) -> list[npt.NDArray[np.bool_]]:
+    """Return flags of drawn rows by source."""
+    return np.split(flags, np.cumsum([len(rows) for rows in draw.values()])[:-1])
+
+
+def _joined(parts: list[RowBatch]) -> RowBatch:
+    """Return the rows of several sources as one batch, padded to the widest."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.mask.shape[1] for part in parts)
+    inputs, masks, targets, spans = [], [], dict[int, torch.Tensor](), dict[int, slice]()
+    start = 0
+    for part in parts:
+        own = part.mask.shape[1]
+        # A pad's token is covered by the mask, whatever it is; vectors are all of one width.
+        is_tokens = part.inputs.dtype == torch.int64
+        inputs.append(functional.pad(part.inputs, (0, width - own)) if is_tokens else part.inputs)
+        masks.append(functional.pad(part.mask, (0, width - own)))
+        for task, target in part.targets.items():
+            # Targets of tokens are as wide as their rows; so may a seq2seq's be by chance, whom more IGNORED harm not.
+            is_by_token = is_tokens and target.ndim == 2 and target.dtype == torch.int64 and target.shape[1] == own
+            targets[task] = functional.pad(target, (0, width - own), value=IGNORED) if is_by_token else target
+            spans[task] = slice(start, start + len(part.mask))
+        start += len(part.mask)
+    return RowBatch(torch.cat(inputs), torch.cat(masks), targets, spans)
 
 
 def _map(path: Path, item: str) -> npt.NDArray[Any]:

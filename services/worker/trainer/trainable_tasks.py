@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,10 @@ class TrainableTasks:
         """Switch dropout on or off."""
         self._module.train(is_training)
 
-    def outcomes(self, batch: RowBatch, tasks: Iterable[int], *, counting: bool = False) -> dict[int, Outcome]:
-        """Return the loss, and where asked for the counts, of some of a batch's tasks from one pass of the trunk."""
+    def outcomes(self, batch: RowBatch, *, counting: bool = False) -> dict[int, Outcome]:
+        """Return the loss, and where asked for the counts, of a batch's tasks from one pass of the trunk."""
         with self._precision():
-            logits = self._model.logits(batch.inputs, batch.mask, tasks, batch.targets)
+            logits = self._model.logits(batch.inputs, batch.mask, batch.targets, batch.targets, batch.spans)
         return {
             task: outcome(self.heads[task], logits[task], batch.targets[task], counting=counting) for task in logits
         }
