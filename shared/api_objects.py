@@ -1,9 +1,11 @@
 """The API's objects, made from rows: what HTTP answers and what is replayed under an idempotency key."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from shared.db.jobs import JobView
+from shared.domain.fine_tuning import tuned_model_name
 from shared.domain.job import BATCH_STATUS, JobKind, JobState, public_file_id, public_job_id
 
 
@@ -47,8 +49,15 @@ def batch_object(job: JobView) -> dict[str, Any]:
     }
 
 
-def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
-    """Return our job object, of any kind."""
+def _product(job: JobView) -> str | None:
+    """Return the name of the model that a training job is to bring forth; known before it is there."""
+    if job.kind == JobKind.BATCH or not job.model:
+        return None
+    return tuned_model_name(job.model, job.tenant_id, job.spec.get("suffix"), job.job_id)
+
+
+def job_object(job: JobView, waiting: dict[str, Any] | None, after: Sequence[str] = ()) -> dict[str, Any]:
+    """Return our job object, of any kind. `after`: the ids of the jobs that it follows."""
     unit = "lines" if job.kind == JobKind.BATCH else "steps"
     return {
         "id": public_job_id(job.kind, job.job_id),
@@ -61,9 +70,9 @@ def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
         "ended_at": unix(job.ended_at),
         "model": job.model,
         "priority": job.priority,
-        "window": None,
+        "window": job.spec.get("window"),
         "deadline": job.spec.get("deadline"),
-        "after": [],
+        "after": list(after),
         "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": unit},
         "waiting": waiting,
         "forecast": None,
@@ -73,6 +82,7 @@ def job_object(job: JobView, waiting: dict[str, Any] | None) -> dict[str, Any]:
             "device_seconds": round(job.device_seconds, 3),
         },
         "error": job.error,
+        "produces": _product(job),
         "metadata": job.metadata or {},
         "output_file_id": public_file_id(job.output_file_id) if job.output_file_id else None,
         "error_file_id": public_file_id(job.error_file_id) if job.error_file_id else None,

@@ -213,6 +213,9 @@ class Job(Answer):
     forecast: Forecast | None
     usage: JobUsage
     error: ErrorDetail | None
+    produces: Annotated[
+        str | None, Field(description="The model that it trains, by its name-to-be; to batches after it.")
+    ]
     metadata: dict[str, str]
     output_file_id: FileId | None
     error_file_id: FileId | None
@@ -495,15 +498,13 @@ class Tenant(Answer):
     id: str
     object: Literal["tenant"]
     name: str
-
-
-class ListedTenant(Tenant):
     weight: Annotated[float, Field(gt=0, description="Its share of the devices beside the others'.")]
+    window: Annotated[Window | None, Field(description="Hours in which its jobs may run.")]
     created_at: Time
 
 
 class TenantList(Page):
-    data: list[ListedTenant]
+    data: list[Tenant]
 
 
 class NewKey(Answer):
@@ -790,6 +791,7 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("delete", "/v1/models/{name}"): Deleted,
     ("get", "/v1/tenants"): TenantList,
     ("post", "/v1/tenants"): Tenant,
+    ("patch", "/v1/tenants/{tenant_id}"): Tenant,
     ("get", "/v1/keys"): KeyList,
     ("post", "/v1/keys"): NewKey,
     ("delete", "/v1/keys/{key_id}"): Deleted,

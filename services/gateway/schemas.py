@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared.api_objects import unix
 from shared.db.files import FileView
 from shared.db.model_registry import ModelView
 from shared.domain.job import public_file_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
+from shared.domain.scheduling.windows import WindowSpec
 from shared.domain.submission import Deadline
 
 FILE_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -34,17 +35,11 @@ class AnyFields(BaseModel):
 
 
 class JobPatch(NativeBody):
-    """What may be changed of a job that has not ended; what is left out stays. A window comes later."""
+    """What may be changed of a job that has not ended; what is left out stays."""
 
     priority: int | None = Field(None, ge=0, le=9)
     deadline: Deadline | None = Field(None, description="RFC 3339, or `none`: of batches, when they expire.")
-    window: None = Field(None, description="Not available in this version.")
-
-    @field_validator("window", mode="before")
-    @classmethod
-    def _comes_later(cls, value: object) -> None:
-        if value is not None:
-            raise ValueError("is not available in this version")
+    window: WindowSpec | None = Field(None, description="Hours in which it may run; null for any.")
 
 
 class KeyCreate(NativeBody):
@@ -56,6 +51,14 @@ class KeyCreate(NativeBody):
 class TenantCreate(NativeBody):
     id: str = Field(pattern=TENANT_ID)
     name: str = Field("", max_length=200)
+
+
+class TenantPatch(NativeBody):
+    """What may be changed of a tenant; what is left out stays."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    weight: float | None = Field(None, gt=0, le=1e6, description="Its share of the fleet, beside other tenants'.")
+    window: WindowSpec | None = Field(None, description="Hours in which its jobs may run; null for any.")
 
 
 class ModelCreate(NativeBody):

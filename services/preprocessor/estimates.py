@@ -147,7 +147,7 @@ class TaskEstimate:
 def estimate_tasks(
     body: TrainingCreate, rows: list[RowsManifest], model: Path | None, dtype: str, n_epochs: int
 ) -> TaskEstimate:
-    """Return what training a multi-task model on prepared rows will take. Raises ModelRefused.
+    """Return what training a multi-task model on prepared rows will take; memory is each device's. Raises ModelRefused.
 
     model: The base's directory; None for the built-in backbone. dtype: As for `estimate`.
     """
@@ -163,7 +163,7 @@ def estimate_tasks(
     else:
         width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
         shapes, config = _weight_shapes(model), _config(model)
-        elements = sum(map(math.prod, shapes.values()))
+        elements = _held_elements(shapes, body.parallelism)
         trained = _trained_elements(body, shapes, config)
         activations = _activation_bytes(config, _as_examples(body, rows), at_a_time, width, False)
     is_held_wide = body.sharing != "lora"
@@ -177,16 +177,16 @@ def estimate_tasks(
 
 
 def _trained_elements(body: TrainingCreate, shapes: dict[str, list[int]], config: dict[str, Any]) -> int:
-    """Return how many of the trunk's weights are trained."""
-    asked = body.hyperparameters
+    """Return how many of the trunk's weights a device trains."""
+    asked, shares = body.hyperparameters, _shares(body.parallelism)
     if body.sharing == "lora":
         return _adapter_elements(shapes, asked.lora_rank)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if body.sharing == "full":
-        return sum(sizes.values())
+        return math.ceil(sum(sizes.values()) / shares)
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
     in_layers = sum(size for name, size in sizes.items() if _IN_A_LAYER.search(name))
-    return math.ceil(in_layers * min(1.0, (asked.n_layers or DEFAULT_LAST_LAYERS) / layers))
+    return math.ceil(in_layers * min(1.0, (asked.n_layers or DEFAULT_LAST_LAYERS) / layers) / shares)
 
 
 def _as_examples(body: TrainingCreate, rows: list[RowsManifest]) -> Manifest:

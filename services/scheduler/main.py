@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.scheduler.auditor import Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
+from services.scheduler.gatekeeper import Gatekeeper
 from services.scheduler.planner import Planner
 from services.scheduler.preparer import Preparer
 from services.scheduler.reaper import Reaper, RedisEpoch
@@ -42,7 +43,7 @@ class Scheduler:
         engine = connect_engine(settings, idle_seconds=60)
         store = Store(settings.store_url)
         self._planner = Planner(engine, settings)
-        self._finalizer = Finalizer(engine, store)
+        self._finalizer, self._gatekeeper = Finalizer(engine, store), Gatekeeper(engine)
         app = create_app(settings.redis_url.get_secret_value())
         self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)
         self._reaper = Reaper(engine, settings)
@@ -60,10 +61,15 @@ class Scheduler:
 
     def plan(self) -> None:
         """Begin and end jobs: what needs Postgres alone, and so never waits for Redis."""
-        run_each([self._plan_jobs, self._finalizer.tick])
+        run_each([self._plan_jobs, self._finalizer.tick, self._tend_gates])
 
     def _plan_jobs(self) -> None:
         if self._planner.tick():
+            self._has_slices.set()
+
+    def _tend_gates(self) -> None:
+        # After the finalizer: a job that has just ended opens the gates of those that follow it.
+        if self._gatekeeper.tick():
             self._has_slices.set()
 
     def dispatch(self) -> None:

@@ -8,9 +8,10 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from shared.api_objects import unix
-from shared.db import files, model_registry, training
+from shared.db import files, gates, model_registry, training
 from shared.db.files import FileView
 from shared.db.jobs import JobView
+from shared.db.submissions import require_future
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull
@@ -25,6 +26,8 @@ def accept_fine_tuning(
     connection: Connection, settings: Settings, caller: Caller, body: FineTuningCreate, key: str | None
 ) -> UUID:
     """Write an accepted fine-tuning job and return its id. Raises InvalidRequest, QueueFull."""
+    require_future(body)
+    parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
     try:
         model = model_registry.find(connection, caller.tenant_id, body.model)
     except NotFound as error:
@@ -41,7 +44,7 @@ def accept_fine_tuning(
         "hyperparameters": body.asked.model_dump(),
         "parallelism": body.parallelism.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
-    }
+    } | body.schedule
     require_room(connection, settings, caller.tenant_id)
     new = NewTraining(
         tenant_id=caller.tenant_id,
@@ -53,8 +56,9 @@ def accept_fine_tuning(
         spec=spec,
         metadata=body.metadata,
         idempotency_key=key,
+        deadline=body.deadline_at,
     )
-    return training.accept(connection, new)
+    return training.accept(connection, new, parents=parents, has_window=body.window is not None)
 
 
 def require_room(connection: Connection, settings: Settings, tenant_id: str, jobs: int = 1) -> None:

@@ -9,9 +9,9 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-from shared.db import events, slices
+from shared.db import events, gates, slices
 from shared.db.slices import NewSlice
-from shared.domain.errors import Conflict, InvalidRequest, NotFound
+from shared.domain.errors import Conflict, NotFound
 from shared.domain.job import BATCH_STATUS, JobKind, JobState, StopReason
 from shared.domain.slice import SliceState
 from shared.domain.submission import parse_deadline
@@ -51,13 +51,15 @@ class JobView:
     input_tokens: int
     output_tokens: int
     device_seconds: float
+    gate_reason: str | None
+    gate_until: datetime | None
 
 
 _VIEW = """
     SELECT job.tenant_id, job.job_id, job.kind, job.state, job.created_at, job.started_at, job.in_progress_at,
         job.finalizing_at, job.cancelling_at, job.ended_at, job.expires_at, job.deadline, job.model, job.endpoint,
         job.priority, job.spec, job.metadata, job.idempotency_key, job.input_file_id, job.output_file_id,
-        job.error_file_id, job.errors, job.error, job.outcome,
+        job.error_file_id, job.errors, job.error, job.outcome, job.gate_reason, job.gate_until,
         CASE WHEN job.state = 'validating' THEN 0 ELSE job.total END AS total,
         coalesce(live.completed, job.completed) AS completed, coalesce(live.failed, job.failed) AS failed,
         coalesce(live.input_tokens, job.input_tokens) AS input_tokens,
@@ -262,11 +264,12 @@ class ValidatingJob:
     priority: int
     validation: dict[str, Any]
     input_bytes: int
+    is_gated: bool
 
 
 _NEXT_VALIDATING = text("""
     SELECT job.tenant_id, job.job_id, job.created_on, job.endpoint, job.model, job.priority, file.validation,
-        file.bytes AS input_bytes
+        file.bytes AS input_bytes, job.gate_reason IS NOT NULL AS is_gated
     FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
     WHERE job.state = 'validating' AND job.kind = 'batch' AND job.job_id <> ALL(cast(:skipped AS uuid[]))
     ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
@@ -303,6 +306,7 @@ def enqueue(connection: Connection, job: ValidatingJob, parts: Sequence[NewSlice
         priority=job.priority,
         model=job.model,
         parts=parts,
+        is_held=job.is_gated,
     )
     statement = text("UPDATE job SET state = 'queued', total = :total, in_progress_at = now() WHERE job_id = :job_id")
     connection.execute(statement, {"job_id": job.job_id, "total": parts[-1].hi})
@@ -355,7 +359,10 @@ def resume(connection: Connection, job_id: UUID, kind: JobKind | None = None) ->
     # One that has run before may have nothing left to do, and only running jobs are looked at for their end.
     again = JobState.RUNNING if job.started_at else JobState.QUEUED
     connection.execute(text("UPDATE job SET state = :s WHERE job_id = :j"), {"j": job_id, "s": again})
-    slices.resume_job(connection, job_id)
+    if job.gate_reason is None:
+        slices.resume_job(connection, job_id, StopReason.PAUSE)
+    else:
+        slices.keep_stopping(connection, job_id, StopReason.PAUSE, StopReason.WINDOW)
     _status_event(connection, job.tenant_id, job_id, again)
     return get(connection, job_id)
 
@@ -379,19 +386,39 @@ def set_priority(connection: Connection, job_id: UUID, priority: int) -> JobView
 
 
 _SET_DEADLINE = text("""
-    UPDATE job SET deadline = :at, expires_at = :at, spec = spec || jsonb_build_object('deadline', cast(:text AS text))
+    UPDATE job SET deadline = :at, expires_at = CASE WHEN kind = 'batch' THEN cast(:at AS timestamptz) END,
+        spec = spec || jsonb_build_object('deadline', cast(:text AS text))
     WHERE job_id = :job_id
 """)
 
 
 def set_deadline(connection: Connection, job_id: UUID, deadline: str) -> JobView:
-    """Give a batch another deadline: an RFC 3339 time, or `none`. Raises NotFound, Conflict, InvalidRequest."""
+    """Give a job another deadline: an RFC 3339 time, or `none`. A batch expires at it. Raises NotFound, Conflict."""
     job = _lock(connection, job_id, None)
     if job.state.is_terminal:
         raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
-    if job.kind != JobKind.BATCH:
-        raise InvalidRequest("deadline: only a batch has one in this version.", param="deadline", code="invalid_value")
     connection.execute(_SET_DEADLINE, {"job_id": job_id, "at": parse_deadline(deadline), "text": deadline})
+    gates.review(connection, job_id)
+    return get(connection, job_id)
+
+
+_SET_WINDOW = text("""
+    UPDATE job SET spec = spec || jsonb_build_object('window', cast(:window AS jsonb)),
+        expires_at = CASE WHEN kind = 'batch' AND deadline IS NULL THEN NULL ELSE expires_at END
+    WHERE job_id = :job_id
+""").bindparams(bindparam("window", type_=JSONB))
+
+
+def set_window(connection: Connection, job_id: UUID, window: dict[str, str] | None) -> JobView:
+    """Give a job another run window, or none. Raises NotFound, Conflict.
+
+    A batch that had a window, or gets one, expires at its deadline only.
+    """
+    job = _lock(connection, job_id, None)
+    if job.state.is_terminal:
+        raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
+    connection.execute(_SET_WINDOW, {"job_id": job_id, "window": window})
+    gates.review(connection, job_id)
     return get(connection, job_id)
 
 

@@ -59,6 +59,8 @@ class Tenant(Base):
     tenant_id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     weight: Mapped[float] = mapped_column(server_default="1")
+    run_window: Mapped[dict[str, Any] | None]
+    """Hours in which its jobs may run, beside those of each job."""
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
     __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
@@ -157,6 +159,10 @@ class Job(Base):
     input_tokens: Mapped[int] = mapped_column(server_default="0")
     output_tokens: Mapped[int] = mapped_column(server_default="0")
     device_seconds: Mapped[float] = mapped_column(server_default="0")
+    gate_reason: Mapped[str | None]
+    """Why it may not run now (`shared.domain.scheduling.gates`); its slices are held."""
+    gate_until: Mapped[datetime | None]
+    gate_review_at: Mapped[datetime | None]
 
     __table_args__ = (
         UniqueConstraint("job_id"),
@@ -180,6 +186,24 @@ class Job(Base):
         ),
         Index("job_all_page_idx", "created_at", "job_id", postgresql_where=text("kind <> 'online'")),
         Index("job_ended_idx", "ended_at"),
+        Index("job_gate_idx", "gate_review_at", postgresql_where=text("gate_review_at IS NOT NULL")),
+        Index("job_dependent_idx", "job_id", postgresql_where=text("gate_reason = 'dependency'")),
+    )
+
+
+class JobParent(Base):
+    """A job that another one follows: it begins when all of these have succeeded."""
+
+    __tablename__ = "job_parent"
+
+    tenant_id: Mapped[str] = tenant_column()
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    parent_id: Mapped[UUID] = mapped_column(primary_key=True)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+        ForeignKeyConstraint(["tenant_id", "parent_id"], ["job.tenant_id", "job.job_id"]),
+        Index("job_parent_parent_idx", "parent_id"),
     )
 
 

@@ -8,9 +8,10 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from shared.api_objects import job_object
-from shared.db import model_registry, training
+from shared.db import gates, model_registry, training
 from shared.db.fine_tuning import data_file, require_room
 from shared.db.jobs import JobView
+from shared.db.submissions import require_future
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
 from shared.domain.errors import InvalidRequest, NotFound
@@ -18,6 +19,7 @@ from shared.domain.fine_tuning import MAX_SEED
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
 from shared.domain.multi_task import TrainingCreate
 from shared.domain.prepared_tasks import vector_shape
+from shared.domain.submission import parse_deadline
 from shared.domain.task_metrics import MAIN_METRIC, relative_change
 from shared.settings import Settings
 
@@ -28,26 +30,27 @@ def accept_training(
     connection: Connection, settings: Settings, caller: Caller, body: TrainingCreate, key: str | None
 ) -> UUID:
     """Write an accepted multi-task job and return its id. Raises InvalidRequest, QueueFull."""
+    require_future(body)
+    parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
     _require_base(connection, caller.tenant_id, body)
     file_ids = _require_files(connection, body)
     singles = len(body.tasks) if body.compare_single_task else 0
     require_room(connection, settings, caller.tenant_id, 1 + singles)
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1)
-    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "model"})
-    return training.accept(
-        connection,
-        NewTraining(
-            tenant_id=caller.tenant_id,
-            key_id=caller.key_id,
-            kind=JobKind.TRAINING,
-            model=body.model,
-            training_file_id=parse_file_id(body.tasks[0].training_file),
-            priority=body.priority,
-            spec=spec | {"seed": seed, "file_ids": file_ids},
-            metadata=body.metadata,
-            idempotency_key=key,
-        ),
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "model", "after"})
+    new = NewTraining(
+        tenant_id=caller.tenant_id,
+        key_id=caller.key_id,
+        kind=JobKind.TRAINING,
+        model=body.model,
+        training_file_id=parse_file_id(body.tasks[0].training_file),
+        priority=body.priority,
+        spec=spec | {"seed": seed, "file_ids": file_ids},
+        metadata=body.metadata,
+        idempotency_key=key,
+        deadline=body.deadline_at,
     )
+    return training.accept(connection, new, parents=parents, has_window=body.window is not None)
 
 
 def _require_base(connection: Connection, tenant_id: str, body: TrainingCreate) -> None:
@@ -199,7 +202,9 @@ def add_single_jobs(connection: Connection, job: training.UnpreparedJob) -> dict
                 spec=spec | {"compared_with": job.job_id.hex},
                 metadata={"compared_with": public_job_id(job.kind, job.job_id), "task": task["name"]},
                 idempotency_key=None,
+                deadline=parse_deadline(job.spec.get("deadline") or "none"),
             ),
+            has_window=bool(job.spec.get("window")),
         )
         made[task["name"]] = single.hex
     return made

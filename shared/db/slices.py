@@ -22,6 +22,7 @@ from sqlalchemy import Connection, Row, text
 
 from shared.db import events
 from shared.domain.errors import LeaseLost
+from shared.domain.job import StopReason
 from shared.domain.slice import (
     ENGINE_DEATH,
     PROCESS_DEATH,
@@ -264,7 +265,8 @@ def finish(
 
 
 _RELEASE = text("""
-    UPDATE slice SET state = CASE WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END, lease_token = NULL,
+    UPDATE slice SET state = CASE WHEN stop_reason IN ('pause', 'window') THEN 'held' ELSE 'queued' END,
+        lease_token = NULL,
         lease_until = NULL, worker_id = NULL, stop_reason = NULL,
         run_after = now() + make_interval(secs => :delay_seconds), last_error = coalesce(:error, last_error),
         failures = CASE WHEN completed + failed > claimed_done THEN 0 ELSE failures END + :failures,
@@ -393,7 +395,7 @@ def lose(
 _AFTER_LOSS = text("""
     UPDATE slice SET lo = :lo, hi = :hi, losses = :losses, last_error = :error, run_after = now(),
         state = CASE WHEN stop_reason IN ('cancel', 'expire') THEN 'cancelled'
-                     WHEN stop_reason = 'pause' THEN 'held' ELSE 'queued' END,
+                     WHEN stop_reason IN ('pause', 'window') THEN 'held' ELSE 'queued' END,
         stop_reason = NULL, lease_token = NULL, lease_until = NULL, worker_id = NULL,
         device_seconds = device_seconds + coalesce(:device_seconds, extract(epoch FROM now() - claimed_at) / :together)
     WHERE slice_id = :slice_id
@@ -482,7 +484,7 @@ def stop_job(connection: Connection, job_id: UUID, reason: str, *, quiet: SliceS
 # The job's row first, then slices by id, as everywhere.
 _STRAYS = """
     WITH owner AS (
-        SELECT tenant_id, job_id FROM job WHERE state IN ({jobs}) AND EXISTS (
+        SELECT tenant_id, job_id FROM job WHERE {jobs} AND EXISTS (
             SELECT FROM slice WHERE slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id
                 AND slice.state IN ({slices}))
         ORDER BY job_id FOR NO KEY UPDATE
@@ -494,14 +496,14 @@ _STRAYS = """
 """
 _HOLD_STRAYS = text(
     _STRAYS.format(
-        jobs="'paused'",
+        jobs="(state = 'paused' OR (state IN ('queued', 'running') AND gate_reason IS NOT NULL))",
         slices="'queued', 'dispatched'",
         change="state = 'held', worker_id = NULL, dispatched_at = NULL",
     )
 )
 _CANCEL_STRAYS = text(
     _STRAYS.format(
-        jobs="'cancelling', 'finalizing'",
+        jobs="state IN ('cancelling', 'finalizing')",
         slices="'held', 'queued', 'dispatched'",
         change="state = 'cancelled', worker_id = NULL",
     )
@@ -511,22 +513,30 @@ _CANCEL_STRAYS = text(
 def cancel_strays(connection: Connection) -> int:
     """Cancel waiting slices of ending jobs: parts that a loss split off while the job was being cancelled.
 
-    Those of paused jobs are held for the same reason.
+    Those of jobs that are paused, or whose gate is closed, are held for the same reason.
     """
     connection.execute(_HOLD_STRAYS)
     return connection.execute(_CANCEL_STRAYS).rowcount
 
 
-def resume_job(connection: Connection, job_id: UUID) -> None:
-    """Call off the stop of slices that have not ended yet, and queue the held ones.
+def resume_job(connection: Connection, job_id: UUID, reason: StopReason) -> None:
+    """Call off the stop, for this reason, of slices that have not ended yet, and queue the held ones.
 
     In this order: a slice that becomes held while the first statement waits for its row is seen by the second.
     """
     connection.execute(
-        text("UPDATE slice SET stop_reason = NULL WHERE job_id = :j AND state = 'running' AND stop_reason = 'pause'"),
-        {"j": job_id},
+        text("UPDATE slice SET stop_reason = NULL WHERE job_id = :j AND state = 'running' AND stop_reason = :r"),
+        {"j": job_id, "r": reason},
     )
     connection.execute(text("UPDATE slice SET state = 'queued' WHERE job_id = :j AND state = 'held'"), {"j": job_id})
+
+
+def keep_stopping(connection: Connection, job_id: UUID, reason: StopReason, other: StopReason) -> None:
+    """Have slices that are to end for one reason end for another."""
+    statement = text(
+        "UPDATE slice SET stop_reason = :other WHERE job_id = :j AND state = 'running' AND stop_reason = :r"
+    )
+    connection.execute(statement, {"j": job_id, "r": reason, "other": other})
 
 
 @dataclass(frozen=True)
@@ -611,7 +621,7 @@ class NewSlice:
 
 _CREATE = text("""
     INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, priority, model, estimated_tokens)
-    SELECT :tenant_id, :job_id, :created_on, part.lo, part.hi, 'queued', :priority, :model, part.estimated_tokens
+    SELECT :tenant_id, :job_id, :created_on, part.lo, part.hi, :state, :priority, :model, part.estimated_tokens
     FROM unnest(cast(:los AS int[]), cast(:his AS int[]), cast(:tokens AS bigint[])) AS part (lo, hi, estimated_tokens)
     ORDER BY part.lo
 """)
@@ -626,14 +636,16 @@ def create(
     priority: int,
     model: str | None,
     parts: Sequence[NewSlice],
+    is_held: bool = False,
 ) -> None:
-    """Add the slices of a job that has passed validation."""
+    """Add the slices of a job that has passed validation; held ones wait until its gate opens."""
     parameters = {
         "tenant_id": tenant_id,
         "job_id": job_id,
         "created_on": created_on,
         "priority": priority,
         "model": model,
+        "state": SliceState.HELD if is_held else SliceState.QUEUED,
         "los": [part.lo for part in parts],
         "his": [part.hi for part in parts],
         "tokens": [part.estimated_tokens for part in parts],

@@ -10,7 +10,7 @@ from uuid import UUID
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from shared.db import files, jobs
+from shared.db import files, gates, jobs
 from shared.db.files import FileView
 from shared.db.jobs import NewBatch
 from shared.db.tenants import Caller
@@ -18,7 +18,7 @@ from shared.domain.batch_file import batch_errors, batch_model
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull
 from shared.domain.job import parse_file_id
 from shared.domain.nesting import cut_deep, is_too_deep
-from shared.domain.submission import BatchCreate
+from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
 
 MAX_RETRY_SECONDS = 300
@@ -47,9 +47,8 @@ def accept_batch(
     connection: Connection, settings: Settings, caller: Caller, body: BatchCreate, key: str | None
 ) -> UUID:
     """Write an accepted batch and return its id. Raises InvalidRequest, QueueFull."""
-    # Here and not where the body is read: the same request again, later, gets its first answer.
-    if body.deadline_at is not None and body.deadline_at <= datetime.now(UTC):
-        raise InvalidRequest("deadline: lies in the past.", param="deadline", code="invalid_value")
+    require_future(body)
+    parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
     file = _input_file(connection, body.input_file_id)
     # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
     will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
@@ -66,12 +65,23 @@ def accept_batch(
         completion_window=body.completion_window,
         completion_seconds=body.completion_seconds,
         deadline=body.deadline_at,
-        spec={"output_expires_after": expiry.model_dump() if expiry else None, "deadline": body.deadline},
+        spec={"output_expires_after": expiry.model_dump() if expiry else None} | body.schedule,
         metadata=body.metadata,
         idempotency_key=key,
         lines=lines,
     )
-    return jobs.accept_batch(connection, batch)
+    job_id = jobs.accept_batch(connection, batch)
+    gates.begin_closed(connection, caller.tenant_id, job_id, parents=parents, has_window=body.window is not None)
+    return job_id
+
+
+def require_future(body: Scheduled) -> None:
+    """Raise InvalidRequest for a deadline that is over.
+
+    Here and not where the body is read: the same request again, later, gets its first answer.
+    """
+    if body.deadline_at is not None and body.deadline_at <= datetime.now(UTC):
+        raise InvalidRequest("deadline: lies in the past.", param="deadline", code="invalid_value")
 
 
 def _input_file(connection: Connection, public_id: str) -> FileView:

@@ -107,9 +107,44 @@ def create_tenant(connection: Connection, tenant_id: str, name: str) -> None:
         raise Conflict(f"There is a tenant {tenant_id!r} already.", param="id", code="exists") from None
 
 
+_TENANTS = """
+    SELECT tenant_id, name, weight, run_window AS window, extract(epoch FROM created_at)::bigint AS created_at
+    FROM tenant {condition} ORDER BY tenant_id
+"""
+
+
 def list_tenants(connection: Connection) -> list[dict[str, Any]]:
-    statement = text("""
-        SELECT tenant_id, name, weight, extract(epoch FROM created_at)::bigint AS created_at
-        FROM tenant ORDER BY tenant_id
-    """)
-    return [dict(row) for row in connection.execute(statement).mappings()]
+    return [dict(row) for row in connection.execute(text(_TENANTS.format(condition=""))).mappings()]
+
+
+def get_tenant(connection: Connection, tenant_id: str) -> dict[str, Any]:
+    """Return one tenant; raises NotFound."""
+    statement = text(_TENANTS.format(condition="WHERE tenant_id = :tenant_id"))
+    row = connection.execute(statement, {"tenant_id": tenant_id}).mappings().one_or_none()
+    if row is None:
+        raise NotFound(f"No tenant {tenant_id[:80]!r}.", param="id")
+    return dict(row)
+
+
+_CHANGE_TENANT = text("""
+    UPDATE tenant SET name = coalesce(:name, name), weight = coalesce(:weight, weight),
+        run_window = CASE WHEN :has_window THEN cast(:window AS jsonb) ELSE run_window END
+    WHERE tenant_id = :tenant_id
+""").bindparams(bindparam("window", type_=JSONB(none_as_null=True)))
+_REVIEW_GATES = text("""
+    UPDATE job SET gate_review_at = now() WHERE tenant_id = :tenant_id AND kind <> 'online'
+        AND state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+""")
+
+
+def change_tenant(connection: Connection, tenant_id: str, changes: dict[str, Any]) -> None:
+    """Set some of `name`, `weight` and `window` (None: any hours); raises NotFound.
+
+    With another window, the gates of all its open jobs are looked at again.
+    """
+    parameters = {"tenant_id": tenant_id, "name": changes.get("name"), "weight": changes.get("weight")}
+    parameters |= {"has_window": "window" in changes, "window": changes.get("window")}
+    if connection.execute(_CHANGE_TENANT, parameters).rowcount == 0:
+        raise NotFound(f"No tenant {tenant_id[:80]!r}.", param="id")
+    if "window" in changes:
+        connection.execute(_REVIEW_GATES, {"tenant_id": tenant_id})

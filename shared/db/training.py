@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-from shared.db import events
+from shared.db import events, gates
 from shared.domain.errors import LeaseLost
 from shared.domain.job import JobKind, JobState
 
@@ -50,24 +50,29 @@ class NewTraining:
     spec: dict[str, Any]
     metadata: dict[str, Any] | None
     idempotency_key: str | None
+    deadline: datetime | None = None
 
 
 _ACCEPT = text("""
     INSERT INTO job (tenant_id, job_id, kind, state, created_on, key_id, idempotency_key, model, priority, spec,
-                     metadata, input_file_id)
+                     metadata, input_file_id, deadline)
     VALUES (:tenant_id, :job_id, :kind, 'validating', (now() AT TIME ZONE 'UTC')::date, :key_id, :idempotency_key,
-            :model, :priority, :spec, :metadata, :training_file_id)
+            :model, :priority, :spec, :metadata, :training_file_id, :deadline)
 """).bindparams(bindparam("spec", type_=JSONB), bindparam("metadata", type_=JSONB(none_as_null=True)))
 
 
-def accept(connection: Connection, new: NewTraining) -> UUID:
-    """Write an accepted training job; once this commits, it is kept. Returns its id."""
+def accept(connection: Connection, new: NewTraining, *, parents: Sequence[UUID] = (), has_window: bool = False) -> UUID:
+    """Write an accepted training job; once this commits, it is kept. Returns its id.
+
+    parents: The jobs that it follows.
+    """
     job_id = uuid4()
     columns = {name: getattr(new, name) for name in NewTraining.__dataclass_fields__}
     connection.execute(_ACCEPT, columns | {"job_id": job_id})
     what = "fine-tuning" if new.kind == JobKind.FINE_TUNING else "training"
     events.add(connection, new.tenant_id, job_id, "message", f"Created {what} job.")
     _status_event(connection, new.tenant_id, job_id, JobState.VALIDATING)
+    gates.begin_closed(connection, new.tenant_id, job_id, parents=parents, has_window=has_window)
     return job_id
 
 
@@ -163,11 +168,13 @@ _PREPARED = text("""
     WITH prepared AS (
         UPDATE job SET state = 'queued', in_progress_at = now(), total = :steps, outcome = outcome || :outcome
         WHERE job_id = :job_id AND state = 'validating'
-        RETURNING tenant_id, job_id, created_on, priority, model
+        RETURNING tenant_id, job_id, created_on, priority, model, gate_reason
     )
     INSERT INTO slice (tenant_id, job_id, created_on, kind, lo, hi, state, priority, model, estimated_tokens,
                        devices_needed)
-    SELECT tenant_id, job_id, created_on, 'train', 0, 1, 'queued', priority, :base, :tokens, :devices FROM prepared
+    SELECT tenant_id, job_id, created_on, 'train', 0, 1, CASE WHEN gate_reason IS NULL THEN 'queued' ELSE 'held' END,
+        priority, :base, :tokens, :devices
+    FROM prepared
 """).bindparams(bindparam("outcome", type_=JSONB))
 
 

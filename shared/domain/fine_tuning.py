@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from shared.domain.job import JobState
 from shared.domain.sharding import Sharding
-from shared.domain.submission import Metadata
+from shared.domain.submission import Metadata, Scheduled
 
 AUTO: Literal["auto"] = "auto"
 MAX_SEED = 2**31 - 1
@@ -107,8 +107,8 @@ def parallelism_of(spec: Mapping[str, Any]) -> Parallelism:
     return Parallelism.model_validate(spec.get("parallelism") or {})
 
 
-class FineTuningCreate(BaseModel):
-    """`POST /v1/fine_tuning/jobs`; the last six are Lamplighter's extensions. Others are ignored, with a warning."""
+class FineTuningCreate(Scheduled):
+    """`POST /v1/fine_tuning/jobs`, with Lamplighter's extensions. Other fields are ignored, with a warning."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -121,14 +121,10 @@ class FineTuningCreate(BaseModel):
     hyperparameters: Hyperparameters | None = None
     integrations: list[dict[str, Any]] | None = None
     metadata: Metadata | None = None
-    priority: int = Field(5, ge=0, le=9)
-    deadline: str | None = None
-    window: dict[str, Any] | None = None
-    after: list[str] | None = None
     resume_from: str | None = None
     parallelism: Parallelism = Parallelism()
 
-    @field_validator("window", "after", "resume_from", "deadline", "integrations")
+    @field_validator("resume_from", "integrations")
     @classmethod
     def _comes_later(cls, value: Any) -> Any:
         if value:

@@ -49,6 +49,7 @@ class StopReason(StrEnum):
     CANCEL = "cancel"
     EXPIRE = "expire"
     PAUSE = "pause"
+    WINDOW = "window"
 
 
 BATCH_STATUS = {

@@ -5,10 +5,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from shared.domain.balancing import GRADIENT_METHODS, LOSS_METHODS, TORCHJD_METHODS, TORCHJD_PREFIX
+from shared.domain.balancing import (
+    GRADIENT_METHODS,
+    LOSS_METHODS,
+    TORCHJD_METHODS,
+    TORCHJD_PREFIX,
+    is_on_gradients,
+)
 from shared.domain.fine_tuning import MAX_SEED, Parallelism
 from shared.domain.prepared_tasks import Mode, Sharing, Strategy, TaskKind, vector_shape
-from shared.domain.submission import Metadata
+from shared.domain.submission import Metadata, Scheduled
 
 MAX_TASKS = 64
 DEFAULT_EPOCHS = 3
@@ -109,7 +115,7 @@ class TaskHyperparameters(BaseModel):
         return self
 
 
-class TrainingCreate(BaseModel):
+class TrainingCreate(Scheduled):
     """`POST /v1/training/jobs`. A misspelt field would train something else: it is refused.
 
     `dry_run`: only check and prepare the data, and say what the training would take.
@@ -131,17 +137,6 @@ class TrainingCreate(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     metadata: Metadata | None = None
-    priority: int = Field(5, ge=0, le=9)
-    window: dict[str, Any] | None = None
-    deadline: str | None = None
-    after: list[str] | None = None
-
-    @field_validator("window", "after", "deadline")
-    @classmethod
-    def _comes_later(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not available in this version")
-        return value
 
     @field_validator("model")
     @classmethod
@@ -170,10 +165,21 @@ class TrainingCreate(BaseModel):
 
     @field_validator("parallelism")
     @classmethod
-    def _is_by_data(cls, value: Parallelism) -> Parallelism:
-        if value.fsdp or value.tensor > 1:
-            name = "fsdp" if value.fsdp else "tensor"
-            raise ValueError(f"{name}: weights of several heads are not divided in this version; use 'data'")
+    def _works_with_what_is_trained(cls, value: Parallelism, known: ValidationInfo) -> Parallelism:
+        model, sharing, balancing = (known.data.get(name, "") for name in ("model", "sharing", "balancing"))
+        if value.sharding == "none":
+            return value
+        name = value.sharding
+        if vector_shape(model) is not None:
+            raise ValueError(f"{name}: the base {model!r} is too small to be divided; divide rows by 'data'")
+        if name == "tensor" and sharing == "lora":
+            # As in fine-tuning: peft gives its matrices the whole layer's shape, transformers' plan the share's.
+            raise ValueError("tensor: is for the sharing 'full' or 'last_layers'; with LoRA, use 'data' and 'fsdp'")
+        if sharing != "lora" and is_on_gradients(balancing):
+            raise ValueError(
+                f"{name}: {balancing!r} needs whole gradients, and those of divided weights are not; "
+                "with the sharing 'lora', 'fsdp' leaves the adapter's whole"
+            )
         return value
 
     @field_validator("compare_single_task")

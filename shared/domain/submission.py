@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from shared.domain.payloads import BATCH_ENDPOINTS
+from shared.domain.scheduling.windows import WindowSpec
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -34,6 +35,10 @@ Deadline = Annotated[str, AfterValidator(_as_written)]
 """An RFC 3339 time with its zone, or `none`; kept as it was written."""
 
 
+After = Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=64)]
+"""Ids of jobs that must have succeeded before this one begins."""
+
+
 class ExpiresAfter(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -41,8 +46,26 @@ class ExpiresAfter(BaseModel):
     seconds: int = Field(ge=3600, le=2_592_000)
 
 
-class BatchCreate(BaseModel):
-    """`POST /v1/batches`; the last five are Lamplighter's extensions. Others are kept in `model_extra` and ignored."""
+class Scheduled(BaseModel):
+    """When and before what a job is to run: fields that jobs of every kind have."""
+
+    priority: int = Field(5, ge=0, le=9)
+    deadline: Deadline | None = None
+    window: WindowSpec | None = None
+    after: After | None = None
+
+    @property
+    def deadline_at(self) -> datetime | None:
+        return parse_deadline(self.deadline) if self.deadline is not None else None
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What of this a job's spec keeps."""
+        return {"deadline": self.deadline, "window": self.window.model_dump() if self.window else None}
+
+
+class BatchCreate(Scheduled):
+    """`POST /v1/batches`, with Lamplighter's extensions. Other fields are kept in `model_extra` and ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -51,10 +74,6 @@ class BatchCreate(BaseModel):
     completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[mhd]$")
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
-    priority: int = Field(5, ge=0, le=9)
-    deadline: Deadline | None = None
-    window: dict[str, Any] | None = None
-    after: list[str] | None = None
     resume_from: str | None = None
 
     @field_validator("endpoint")
@@ -64,7 +83,7 @@ class BatchCreate(BaseModel):
             raise ValueError(f"must be one of {', '.join(BATCH_ENDPOINTS)}")
         return endpoint
 
-    @field_validator("window", "after", "resume_from")
+    @field_validator("resume_from")
     @classmethod
     def _comes_later(cls, value: Any) -> Any:
         if value:
@@ -72,13 +91,9 @@ class BatchCreate(BaseModel):
         return value
 
     @property
-    def deadline_at(self) -> datetime | None:
-        return parse_deadline(self.deadline) if self.deadline is not None else None
-
-    @property
     def completion_seconds(self) -> float | None:
-        """Seconds until the batch expires; None when it never does."""
-        if self.deadline == "none":
+        """Seconds until the batch expires; None when it never does: a window has nights enough."""
+        if self.deadline == "none" or self.window is not None:
             return None
         unit = {"m": 60, "h": 3600, "d": 86_400}[self.completion_window[-1]]
         return float(int(self.completion_window[:-1]) * unit)

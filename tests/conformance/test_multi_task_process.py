@@ -1,10 +1,22 @@
 """Multi-task jobs in trainer children: killed at any step they end with the same bits, and two train as one."""
 
+import msgspec
 import numpy as np
 import pytest
 
-from services.worker.protocol import CheckpointPolicy, Evaluated, Failed, Finished, Progress
-from tests.support.task_rows import DIGIT_TASKS, digit_rows, task_spec, with_files, write_jsonl
+from services.worker.protocol import CheckpointPolicy, Evaluated, Failed, Finished, Progress, Started
+from tests.support.models import make_trunk
+from tests.support.task_rows import (
+    CAUSAL,
+    DIGIT_TASKS,
+    SEQ2SEQ,
+    TEXT_TASKS,
+    digit_rows,
+    task_spec,
+    text_rows,
+    with_files,
+    write_jsonl,
+)
 from tests.support.trainer_runs import TrainerChild, metrics_of, train_together, weights_of
 
 pytestmark = pytest.mark.engine
@@ -98,12 +110,105 @@ def test_two_processes_train_as_one(files, tmp_path, pair, balancing):
     together = outcome(first.said, tmp_path / "together")
     for name, weight in alone[2].items():
         assert np.allclose(weight, together[2][name], rtol=0, atol=1e-8), name
-    assert alone[1].keys() == together[1].keys()
-    for step, tasks in alone[1].items():
+    assert_metrics_alike(alone[1], together[1])
+
+
+def text_spec(base, files, output, kind, sharing, *, balancing="sum", **fields):
+    """A job on text: its language task, if its trunk has one, has rows of its own."""
+    tasks = with_files(TEXT_TASKS, *files["all"])
+    language = {"llama": CAUSAL, "qwen3": CAUSAL, "gpt2": CAUSAL, "t5": SEQ2SEQ}.get(kind)
+    tasks += with_files([language], *files["language"]) if language else []
+    body = {"model": "tiny", "sharing": sharing, "tasks": tasks, "balancing": balancing, "early_stop_patience": 1}
+    defaults = {"max_steps": 12, "batch_size": 5, "learning_rate": 1e-3, "eval_steps": 2, "last_layers": 1}
+    return task_spec(base, body, output, **defaults | fields)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("texts")
+    rows = text_rows(26)
+    parts = {"all": (rows[:12], rows[12:18]), "language": (rows[18:23], rows[23:])}
+    return {
+        name: [write_jsonl(directory / f"{name}-{number}.jsonl", part) for number, part in enumerate(both)]
+        for name, both in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharing", "sharding", "balancing", "budget"),
+    [
+        ("bert", "full", "none", "uncertainty", 4096),
+        ("t5", "lora", "none", "pcgrad", 64),
+        ("bert", "full", "fsdp", "sum", 4096),
+        ("modernbert", "last_layers", "fsdp", "uncertainty", 64),
+        ("t5", "full", "fsdp", "dwa", 64),
+        ("t5", "lora", "fsdp", "sum", 64),
+        ("llama", "full", "fsdp", "sum", 64),
+        ("gpt2", "last_layers", "fsdp", "log_n", 64),
+        ("qwen3", "lora", "fsdp", "pcgrad", 64),
+        ("llama", "full", "tensor", "sum", 4096),
+        ("qwen3", "last_layers", "tensor", "uncertainty", 64),
+    ],
+)
+def test_a_divided_model_is_trained_as_one(texts, tmp_path, pair, kind, sharing, sharding, balancing, budget):
+    """Trunk, heads and metrics in float64, also where a process has no row of a task, or fewer passes than the other."""
+    base = make_trunk(kind, tmp_path / "base")
+    asked = {"balancing": balancing, "dtype": "float64", "micro_batch_tokens": budget}
+    first, second = pair
+    for child in pair:
+        child.said.clear()
+    first.train(text_spec(base, texts, tmp_path / "alone", kind, sharing, **asked))
+    assert isinstance(first.finish(), Finished), first.said[-1]
+    alone = outcome(first.said, tmp_path / "alone")
+    first.said.clear()
+    train_together(first, second, text_spec(base, texts, tmp_path / "both", kind, sharing, **asked), sharding=sharding)
+    assert isinstance(first.finish(), Finished), first.said[-1]
+    assert isinstance(second.finish(), Finished), second.said[-1]
+    both = outcome(first.said, tmp_path / "both")
+    assert alone[2].keys() == both[2].keys()
+    before = weights_of(base)
+    assert any(not np.array_equal(alone[2][name], before[name].numpy()) for name in alone[2] if name in before) or (
+        sharing == "lora"
+    )
+    for name, weight in alone[2].items():
+        assert weight.shape == both[2][name].shape, name
+        assert np.allclose(weight, both[2][name], rtol=0, atol=1e-8), name
+    assert_metrics_alike(alone[1], both[1])
+
+
+def assert_metrics_alike(one, other):
+    assert one.keys() == other.keys()
+    for step, tasks in one.items():
         for name, task in tasks.items():
-            other = together[1][step][name]
-            assert (task.best_step, task.is_stopped) == (other.best_step, other.is_stopped)
-            assert task.metrics == pytest.approx(other.metrics, abs=1e-8)
+            same = other[step][name]
+            assert (task.best_step, task.is_stopped) == (same.best_step, same.is_stopped)
+            assert task.metrics == pytest.approx(same.metrics, abs=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "sharding"), [("t5", "fsdp"), ("llama", "tensor")])
+def test_a_divided_job_that_lost_a_process_ends_with_the_same_bits(texts, tmp_path, kind, sharding):
+    base = make_trunk(kind, tmp_path / "base")
+    first, second = TrainerChild(), TrainerChild()
+    asked = {"balancing": "uncertainty", "micro_batch_tokens": 64}
+    train_together(first, second, text_spec(base, texts, tmp_path / "whole", kind, "full", **asked), sharding=sharding)
+    assert isinstance(first.finish(), Finished) and isinstance(second.finish(), Finished)
+    whole = outcome(first.said, tmp_path / "whole")
+    first.said.clear()
+    policy = CheckpointPolicy(every_steps=1)
+    job = text_spec(base, texts, tmp_path / "lost", kind, "full", checkpoints=policy, **asked)
+    train_together(first, second, job, sharding=sharding)
+    while first.next(Progress).step < 5:
+        pass
+    second.kill()
+    assert first.next(Finished, Failed) is None and second.next(Finished, Failed) is None
+    again = msgspec.structs.replace(job, lease_token="second")
+    train_together(first, second, again, sharding=sharding)
+    assert first.next(Started).step >= 4
+    assert isinstance(first.finish(), Finished) and isinstance(second.finish(), Finished)
+    lost = outcome(first.said, tmp_path / "lost")
+    for child in (first, second):
+        child.close()
+    assert same(whole, lost)
 
 
 def test_another_specification_does_not_go_on_from_its_checkpoints(files, tmp_path, pair):

@@ -232,6 +232,45 @@ def test_the_gateway_took_no_part(stack):
     assert base64.b64encode(SECRET.encode())[:16] not in left and SECRET.encode() not in left
 
 
+def test_a_training_job_of_several_tasks_comes_as_a_message_too(send, native):
+    """Accepted once, the same job as over HTTP under its key; a bad one is a failed job that names the field."""
+    rows = [{"text": [float(n % 2), float(n % 3)], "odd": n % 2, "third": n % 3} for n in range(24)]
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    file = native.upload("rows.jsonl", content, "fine-tune")["id"]
+    tasks = [
+        {"name": name, "kind": "classification", "label_field": name, "training_file": file}
+        for name in ("odd", "third")
+    ]
+    spec = {
+        "model": "vector:2:4",
+        "tasks": tasks,
+        "hyperparameters": {"max_steps": 3},
+        "suffix": "by-message",
+        "seed": 1,
+    }
+    key = send(spec, kind="training")
+    (job,) = found(native, key)
+    send(spec, kind="training", key=key)
+    again = native.training.create(**spec, idempotency_key=key)
+    assert job["kind"] == "training" and again["id"] == job["id"] and len(list(native.jobs(idempotency_key=key))) == 1
+    done = wait_until(
+        lambda: (j := native.training.retrieve(job["id"]))["status"] in ("succeeded", "failed") and j,
+        120,
+        "it has ended",
+    )
+    assert done["status"] == "succeeded" and done["model_name"].startswith("ft:vector-2-4:default:by-message:")
+
+    for bad, param in (
+        (spec | {"model": "nobody"}, "model"),
+        (spec | {"balancing": "magic"}, "balancing"),
+        (spec | {"tasks": [tasks[0], tasks[0]]}, "tasks"),
+        (spec | {"learning_rate": 1}, "learning_rate"),
+    ):
+        (refused,) = found(native, send(bad, kind="training"))
+        assert refused["kind"] == "training" and refused["status"] == "failed" and param in refused["error"]["param"]
+        assert native.training.retrieve(refused["id"])["error"]["param"] == refused["error"]["param"]
+
+
 def test_a_fine_tuning_job_comes_as_a_message_too(send, native, sdk, tiny_llama):
     """Accepted once, the same job as over HTTP under its key; a bad one is a failed job of its kind that says why."""
     native.request("POST", "/v1/models", json={"name": "celery-base", "source": str(tiny_llama)})

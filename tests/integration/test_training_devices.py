@@ -188,6 +188,32 @@ def test_what_cannot_be_is_refused_when_it_is_asked_for(sdk, native, asked):
     assert refused.value.param.startswith("parallelism")
 
 
+@pytest.mark.parametrize("parallelism", [{"data": 2, "fsdp": True}, {"tensor": 2}], ids=["fsdp", "tensor"])
+def test_a_divided_trunk_of_several_tasks_is_trained_and_served(native, lent, parallelism):
+    """One head of each kind and a language model, on two devices, to the losses of one."""
+    from tests.integration.test_training import create as create_tasks
+    from tests.integration.test_training import told, upload
+    from tests.integration.test_training import wait_for as wait_for_tasks
+    from tests.support.task_rows import CAUSAL, TEXT_TASKS, text_rows
+
+    files = upload(native, text_rows(30)), upload(native, text_rows(9))
+    found = {}
+    for asked in ({}, parallelism):
+        hyper = {"max_steps": 8, "batch_size": 8, "learning_rate": 1e-3}
+        body = {"model": "tunable", "balancing": "uncertainty", "parallelism": asked}
+        job = create_tasks(native, files, [*TEXT_TASKS, CAUSAL], hyper=hyper, **body)
+        job = wait_for_tasks(native, job["id"])
+        assert job["status"] == "succeeded", job["error"]
+        steps = {e["data"]["step"]: e["data"]["tasks"] for e in told(native, job["id"]) if e["type"] == "metrics"}
+        found[str(asked)] = {(step, name): one["loss"] for step, tasks in steps.items() for name, one in tasks.items()}
+    one, both = found.values()
+    assert len(one) >= 40 and both == pytest.approx(one, rel=1e-3)
+    wait_until(lambda: lent() == 0, 15)
+    body = {"model": job["model_name"], "input": "a short note", "tasks": ["first", "length"]}
+    (answer,) = native.request("POST", "/v1/predictions", json=body)["data"]
+    assert set(answer["predictions"]) == {"first", "length"}
+
+
 def test_several_tasks_on_two_devices(native, lent):
     """The same rows and, to rounding, the same losses task by task as on one; the device is given back."""
     from tests.integration.test_training import create as create_tasks

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import tzlocal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -153,6 +154,11 @@ def submit(
     endpoint: Annotated[str, typer.Option(help="Such as /v1/chat/completions.")],
     priority: Annotated[int, typer.Option(min=0, max=9)] = 5,
     deadline: Annotated[str | None, typer.Option(help="RFC 3339, or 'none'.")] = None,
+    window: Annotated[str | None, typer.Option(help="Hours in which it may run, such as 22:00-06:00.")] = None,
+    tz: Annotated[
+        str | None, typer.Option(help="Of the window, such as Europe/Berlin; by default this machine's.")
+    ] = None,
+    after: Annotated[list[str] | None, typer.Option(help="A job to follow; may be repeated.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="However often FILE is submitted under this key, it is one batch.")
     ] = None,
@@ -162,6 +168,7 @@ def submit(
 ) -> None:
     """Submit a batch."""
     fields: dict[str, Any] = {"priority": priority} | ({"deadline": deadline} if deadline else {})
+    fields |= ({"window": _window(window, tz)} if window else {}) | ({"after": after} if after else {})
     if output is not None:
         _require_writable(output)
     with client() as api:
@@ -209,6 +216,14 @@ def train(
     else:
         show_tasks(console, job)
     raise typer.Exit(0 if job["status"] == "succeeded" else EXIT_FAILED)
+
+
+def _window(hours: str, tz: str | None) -> dict[str, str]:
+    """Return the run window of hours such as `22:00-06:00`; without a time zone, this machine's."""
+    start, dash, end = (part.strip() for part in hours.partition("-"))
+    if not (start and dash and end):
+        raise typer.BadParameter(f"{hours!r} is no window; one looks like 22:00-06:00.", param_hint="--window")
+    return {"start": start, "end": end, "tz": tz or tzlocal.get_localzone_name()}
 
 
 def _require_writable(output: Path) -> None:

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
-from services.gateway.schemas import KeyCreate, TenantCreate, list_page
+from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, list_page
 from shared.db import model_registry, tenants, workers
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
@@ -23,9 +23,27 @@ router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
     def create(connection: Connection) -> dict[str, Any]:
         tenants.create_tenant(connection, body.id, body.name or body.id)
-        return {"id": body.id, "object": "tenant", "name": body.name or body.id}
+        return _tenant_object(tenants.get_tenant(connection, body.id))
 
     return answer_once(parts, caller, key, body_digest("tenant", body), create, as_admin=True)
+
+
+@router.patch("/tenants/{tenant_id}")
+def change_tenant(tenant_id: str, body: TenantPatch, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    changes = body.model_dump(include=body.model_fields_set, exclude_none=True)
+    if "window" in body.model_fields_set:
+        changes["window"] = body.window.model_dump() if body.window else None
+    with parts.transaction(caller) as connection:
+        tenants.change_tenant(connection, tenant_id, changes)
+        changed = _tenant_object(tenants.get_tenant(connection, tenant_id))
+    parts.wake()
+    return changed
+
+
+def _tenant_object(row: dict[str, Any]) -> dict[str, Any]:
+    return {"id": row["tenant_id"], "object": "tenant"} | {
+        name: row[name] for name in ("name", "weight", "window", "created_at")
+    }
 
 
 @router.get("/tenants")
@@ -34,7 +52,7 @@ def list_tenants(
 ) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         rows = tenants.list_tenants(connection)
-    return _page([{"object": "tenant", "id": row.pop("tenant_id"), **row} for row in rows], limit, after)
+    return _page([_tenant_object(row) for row in rows], limit, after)
 
 
 @router.post("/keys")

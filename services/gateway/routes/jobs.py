@@ -22,13 +22,14 @@ from services.gateway.dependencies import (
 )
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, jobs, workers
+from shared.db import events, gates, jobs, workers
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
 from shared.domain.fine_tuning import parallelism_of
 from shared.domain.job import JobKind, JobState, parse_job_id
+from shared.domain.scheduling.gates import GateReason
 
 router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 
@@ -85,7 +86,27 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     places = jobs.queue_places(connection, [job.job_id for job in queued])
     needed = {job.job_id: parallelism_of(job.spec).devices for job in queued}
     there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
-    return [job_object(job, _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there)) for job in found]
+    parents = gates.parents_of(connection, [job.job_id for job in found])
+    return [
+        job_object(
+            job,
+            _gated(job) or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
+            parents.get(job.job_id, ()),
+        )
+        for job in found
+    ]
+
+
+def _gated(job: JobView) -> dict[str, Any] | None:
+    """Return what keeps a job from running although workers are free; None when nothing does, or it is paused."""
+    if job.gate_reason is None or job.state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
+    detail = "It waits for the jobs that it follows."
+    if job.gate_reason == GateReason.WINDOW:
+        detail = "Its window is closed."
+        if job.gate_until is None:
+            detail += " It never opens together with its tenant's."
+    return {"reason": job.gate_reason, "detail": detail, "place": None, "until": unix(job.gate_until)}
 
 
 def _waiting(job: JobView, place: int | None, needed: int, there: int) -> dict[str, Any] | None:
@@ -107,6 +128,8 @@ def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writ
             jobs.set_priority(connection, row_id, body.priority)
         if body.deadline is not None:
             jobs.set_deadline(connection, row_id, body.deadline)
+        if "window" in body.model_fields_set:
+            jobs.set_window(connection, row_id, body.window.model_dump() if body.window else None)
         return jobs.get(connection, row_id)
 
     return _change(parts, caller, job_id, change)

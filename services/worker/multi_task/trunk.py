@@ -1,5 +1,6 @@
 """Trunks: what all tasks of a model share, from rows to hidden states."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,11 @@ def pool(pooling: Pooling, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Te
     return summed / lengths[:, None].to(hidden.dtype)
 
 
-def load_base(source: Path, kinds: set[TaskKind], dtype: torch.dtype) -> Any:
+def load_base(source: Path, kinds: set[TaskKind], dtype: torch.dtype, division: Mapping[str, Any] | None = None) -> Any:
     """Return the model in a directory with the head that these kinds of tasks need.
 
-    Raises WrongBase, OSError, ValueError.
+    division: What `from_pretrained` is told for a model that is divided among processes. Raises WrongBase, OSError,
+    ValueError.
     """
     known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **known)
@@ -132,7 +134,9 @@ def load_base(source: Path, kinds: set[TaskKind], dtype: torch.dtype) -> Any:
         if not config.is_encoder_decoder:
             raise WrongBase(f"a seq2seq task needs an encoder-decoder, and this is {architecture or 'none'}")
         loader = AutoModelForSeq2SeqLM
-    model, found = loader.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True, **known)
+    model, found = loader.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True, **known, **division or {}
+    )
     missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
     if missing:
         raise WrongBase(f"its files lack weights that config.json tells of, {missing[0]} first")

@@ -68,7 +68,8 @@ class MultiTaskJob(TrainingJob[TrainTasks]):
 
     def _load(self, checkpoint: Path | None, device: torch.device) -> None:
         with self._pulse.uncounted():
-            self._model = load_tasks(self._spec, self._heads, checkpoint / "model" if checkpoint else None, device)
+            trained = checkpoint / "model" if checkpoint else None
+            self._model = load_tasks(self._spec, self._heads, trained, device, self._ranks)
         self._require_vocabulary()
         self._model.watch(self._pulse.advance)
         between = self._gate.pass_through

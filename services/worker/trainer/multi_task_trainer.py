@@ -4,6 +4,7 @@ As in `trainer`, a step is a pure function of weights, optimizer, balancing stat
 task's early stop changes, as it follows from evaluations that a checkpoint remembers.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -49,7 +50,6 @@ class TasksState(msgspec.Struct):
     micro_batch_tokens: int
     tasks: list[TaskState]
     segments: list[Segment]
-    dwa: DwaState
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -59,7 +59,7 @@ class TasksState(msgspec.Struct):
 
 @dataclass
 class TaskSums:
-    """Over some passes: each task's summed loss, targets and counts."""
+    """Over some passes: each task's summed loss, targets and counts. Idle passes are not among them."""
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     targets: dict[int, int] = field(default_factory=dict)
@@ -93,6 +93,10 @@ class _Draw:
     tasks: dict[int, tuple[int, ...]]
     targets: dict[int, int]
 
+    def share(self, task: int, batch: RowBatch) -> float:
+        """Return what a summed loss of a pass is multiplied with, to be its part of the mean over the step."""
+        return 0.0 if batch.is_idle else 1 / max(1, self.targets.get(task, 0))
+
 
 class MultiTaskTrainer:
     """Trains on `training` rows; evaluates on those of `validation` where a source has any."""
@@ -120,7 +124,7 @@ class MultiTaskTrainer:
             model.trainable, asked, self.total_steps, self._ranks, model.device, self._weights.parameters
         )
         tasks = [TaskState() for _ in spec.tasks]
-        self.state = TasksState(asked.micro_batch_tokens, tasks, self._plan(0, []), self._weights.dwa)
+        self.state = TasksState(asked.micro_batch_tokens, tasks, self._plan(0, []))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -188,13 +192,14 @@ class MultiTaskTrainer:
             sums = TaskSums()
             for batch in self._passes(self._training, draw.rows, draw.tasks):
                 outcomes = self._model.outcomes(batch)
-                parts = [one.loss * (weights[task] / max(1, draw.targets[task])) for task, one in outcomes.items()]
-                torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-                sums.add(outcomes)
+                parts = [one.loss * (weights[task] * draw.share(task, batch)) for task, one in outcomes.items()]
+                self._stepper.backward(torch.stack(parts).sum())
+                if not batch.is_idle:
+                    sums.add(outcomes)
             return sums
 
         sums = self._stepper.within_memory(self.state, lengths_of(self._training, draw.rows), work)
-        self._ranks.sum_gradients(self._updated(draw))
+        self._stepper.sum_gradients(self._updated(draw))
         return self._means(sums, draw)
 
     def _updated(self, draw: _Draw) -> list[torch.nn.Parameter]:
@@ -202,7 +207,11 @@ class MultiTaskTrainer:
 
         A gradient of zero is not the same as none: momentum would go on moving what no row of the step concerns.
         """
-        heads = [weight for task, n in draw.targets.items() if n for weight in self._model.own[task].values()]
+        learning = [task for task, n in draw.targets.items() if n]
+        heads = [weight for task in learning for weight in self._model.own[task].values()]
+        for task in self._model.own.keys() - set(learning):
+            for weight in self._model.own[task].values():
+                weight.grad = None  # of zeros, where it was computed along for the sake of others
         chosen = [*self._model.shared.values(), *heads]
         for weight in chosen:
             if weight.grad is None:
@@ -220,12 +229,12 @@ class MultiTaskTrainer:
             # Source by source: each task's backward pass goes through all rows of the passes that it has rows in.
             for batch in chain(*(self._passes(self._training, {s: r}, draw.tasks) for s, r in draw.rows.items())):
                 outcomes = self._model.outcomes(batch)
-                last = list(outcomes)[-1]
-                for task, one in outcomes.items():
-                    if draw.targets[task]:
-                        scaled = one.loss * (weights[task] / draw.targets[task])
-                        self._differentiate(task, scaled, gradients[task], is_last=task == last)
-                sums.add(outcomes)
+                learning = [task for task in outcomes if draw.targets.get(task)]
+                for task in learning:
+                    scaled = outcomes[task].loss * (weights[task] * draw.share(task, batch))
+                    self._differentiate(task, scaled, gradients[task], is_last=task == learning[-1])
+                if not batch.is_idle:
+                    sums.add(outcomes)
             return sums, gradients
 
         # Of the sources, the one whose longest row is the longest fills a pass the most.
@@ -234,8 +243,7 @@ class MultiTaskTrainer:
         means = self._means(sums, draw)
         self._require_finite(means)
         by_task = [self._ranks.sum_tensors(parts) for parts in gradients.values()]
-        heads = [weight for task in gradients for weight in self._model.own[task].values()]
-        self._ranks.sum_gradients(heads)
+        self._stepper.sum_gradients(weight for task in gradients for weight in self._model.own[task].values())
         seed = int(np.random.SeedSequence([self._spec.seed, self.state.step, _BALANCING_KEY]).generate_state(1)[0])
         combined, _ = combine(self._spec.balancing, by_task, seed)
         for weight, gradient in zip(shared, combined, strict=True):
@@ -257,9 +265,20 @@ class MultiTaskTrainer:
         """Yield this rank's micro-batches, each with random numbers of its own."""
         mine = share_of_rows(data, rows, self._ranks.share, self._ranks.shares)
         first = next(iter(rows))
-        for number, batch in enumerate(row_batches(data, mine, tasks, self.state.micro_batch_tokens)):
+        passes = row_batches(data, mine, tasks, self.state.micro_batch_tokens)
+        if self._ranks.is_fully_sharded:
+            passes = self._in_step(passes, data[first].batch(rows[first][:1], tasks[first]))
+        for number, batch in enumerate(passes):
             seed_everything(self._spec.seed, self.state.step, self._ranks.share, first, number)
             yield batch.to(self._model.device)
+
+    def _in_step(self, passes: Iterator[RowBatch], any_rows: RowBatch) -> Iterator[RowBatch]:
+        """Yield as many passes in every rank, each through the same layers: these are gathered from all ranks."""
+        mine = list(passes)
+        idle = dataclasses.replace(any_rows, is_idle=True)
+        mine += [idle] * (self._ranks.most(len(mine)) - len(mine))
+        language = [task for task, head in enumerate(self._model.heads) if not head.outputs]
+        return (batch.asking(language) for batch in mine)
 
     def _means(self, sums: TaskSums, draw: _Draw) -> dict[int, float]:
         """Return each task's mean loss over what all ranks have computed of it."""
@@ -280,7 +299,6 @@ class MultiTaskTrainer:
         state.step += 1
         state.tokens += tokens
         state.trained_tokens += tokens  # every row is learnt from, whatever its targets
-        state.dwa = self._weights.dwa
         state.metrics |= {"train_loss": loss}
 
     def evaluate(self) -> dict[str, TaskValidation]:
@@ -317,7 +335,9 @@ class MultiTaskTrainer:
             def work(rows: Indices = rows) -> TaskSums:
                 part = TaskSums()
                 for batch in self._passes({source: data}, {source: rows}, {source: tasks}):
-                    part.add(self._model.outcomes(batch, counting=True))
+                    outcomes = self._model.outcomes(batch, counting=True)
+                    if not batch.is_idle:
+                        part.add({task: outcomes[task] for task in tasks})
                 return part
 
             part = self._stepper.within_memory(self.state, data.lengths[rows], work)
@@ -388,35 +408,41 @@ class MultiTaskTrainer:
         return tuple(sorted({task.best_step for task in self.state.tasks if task.best_loss is not None}))
 
     def shrink(self) -> None:
-        """Never called: ranks whose weights are divided, which alone leave in the midst of a pass, are refused."""
-        raise NotImplementedError
+        """Take half as many tokens at a time as what was computed just now. Raises OutOfMemory."""
+        self._stepper.shrink(self.state)
 
     def metrics_in(self, checkpoint: Path) -> dict[str, float]:
         """Return the metrics that a checkpoint was written with."""
         return msgspec.json.decode((checkpoint / STATE_FILE).read_bytes(), type=_Kept).state.metrics
 
     def save(self, directory: Path | None) -> None:
-        """Write optimizer and state; the weights are the model's to save. Raises OSError."""
+        """Write optimizer and state; the weights are the model's to save. Raises OSError.
+
+        Without a directory, only give what this rank has of them to the one that writes.
+        """
+        self._stepper.save(directory)
         if directory is not None:
-            self._stepper.save(directory)
             log_variances = {name: float(weight.detach()) for name, weight in self._weights.parameters.items()}
-            kept = {"state": self.state, "balancing": log_variances}
+            kept = _Kept(self.state, self._weights.dwa, log_variances)
             (directory / STATE_FILE).write_bytes(msgspec.json.encode(kept))
 
     def load(self, directory: Path) -> None:
         """Go on from what `save` wrote, with the model's weights already in place."""
         kept = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=_Kept)
         self.state = kept.state
-        self._weights.dwa = kept.state.dwa
+        self._weights.dwa = kept.dwa
         for name, weight in self._weights.parameters.items():
             with torch.no_grad():
-                weight.copy_(torch.tensor(kept.balancing[name], dtype=weight.dtype))
+                weight.copy_(torch.tensor(kept.log_variances[name], dtype=weight.dtype))
         self._stepper.load(directory)
 
 
 class _Kept(msgspec.Struct):
+    """What a checkpoint has of a run beside weights and optimizer: its state, and that of its balancing method."""
+
     state: TasksState
-    balancing: dict[str, float]
+    dwa: DwaState
+    log_variances: dict[str, float]
 
 
 def _mix_of(spec: TrainTasks, training: list[PreparedRows]) -> TaskMix:

@@ -9,8 +9,8 @@ What is divided is a `DTensor`. An adapter is not: it is small, lies whole in ev
 as without division. Gathering is a collective: all processes must ask for the same, in the same order.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from services.worker.trainer.errors import BaseRefused
 from services.worker.trainer.ranks import Ranks, collective
+
+Computed = TypeVar("Computed")
 
 
 def loading_arguments(ranks: Ranks) -> dict[str, Any]:
@@ -35,6 +37,21 @@ def require_divisible(config: Any, ranks: Ranks) -> None:
         heads = getattr(text, name, None)
         if ranks.is_tensor_parallel and heads is not None and heads % ranks.size:
             raise BaseRefused(f"Its {name} = {heads} cannot be divided by parallelism.tensor = {ranks.size}.")
+
+
+class Whole(torch.nn.Module):
+    """A model of which more is computed than its own forward pass: any parts of it, in any order.
+
+    Divided by `shard_layers`, what lies in no layer is gathered for as long as `compute` takes.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], Computed]) -> Computed:
+        """Return what `compute` returns: tensors, or a dictionary of them."""
+        return compute()
 
 
 def shard_layers(model: torch.nn.Module, device: torch.device, computed_in: torch.dtype | None = None) -> None:

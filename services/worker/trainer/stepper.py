@@ -4,7 +4,7 @@ import gc
 import hashlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -57,6 +57,9 @@ class Stepper:
     ) -> None:
         self._bounded, self._asked, self._ranks, self._device = parameters, asked, ranks, device
         self.parameters = parameters | (balancing or {})
+        self._computing, self._is_packed = np.zeros(0, dtype=np.int64), False
+        """Lengths of the examples that are computed now, and whether they stand in one row."""
+        self._aside: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._schedule = Schedule.of(asked, total_steps)
         self.optimizer = build_optimizer(parameters.values(), asked)
         if balancing:
@@ -71,13 +74,38 @@ class Stepper:
     def zero(self) -> None:
         """Forget all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._aside.clear()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a pass's part to the gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._ranks.is_tensor_parallel:
+            self._put_aside()
+
+    def _put_aside(self) -> None:
+        """Move the gradients of what every rank has whole out of the next pass's way.
+
+        transformers adds up some of them over the ranks after each pass, all that has been accumulated until then.
+        """
+        for parameter in self.parameters.values():
+            if not is_divided(parameter) and parameter.grad is not None:
+                known = self._aside.get(parameter)
+                self._aside[parameter] = parameter.grad if known is None else known + parameter.grad
+                parameter.grad = None
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give every rank the sum of what all have added; what is divided among them was summed in the passes."""
+        for parameter, gradient in self._aside.items():
+            parameter.grad = gradient
+        self._aside.clear()
+        self._ranks.sum_gradients([parameter for parameter in parameters if not is_divided(parameter)])
 
     def apply(self, step: int, loss: float) -> tuple[float, float]:
         """Take one step with this rank's gradients, whose loss was `loss`; return the learning rate and their norm.
 
         Raises LossNotFinite, with the weights as they were.
         """
-        self._ranks.sum_gradients([p for p in self._bounded.values() if not is_divided(p)])
+        self.sum_gradients(self._bounded.values())
         return self.update(step, loss)
 
     def update(self, step: int, loss: float) -> tuple[float, float]:
@@ -106,12 +134,13 @@ class Stepper:
         """Do work on examples of these lengths; whenever memory runs out in any rank, with half as many tokens at a
         time, again. Raises OutOfMemory.
         """
+        self._computing, self._is_packed = lengths, is_packed
         while True:
             outcome = self._attempt(work)
             if not self._ranks.any(outcome is None):
                 assert outcome is not None
                 return outcome
-            self.shrink(state, lengths, is_packed=is_packed)
+            self.shrink(state)
 
     def _attempt(self, work: Callable[[], Result]) -> Result | None:
         """Do work; None when memory ran out. Its tensors are let go on return: the error's traceback held them."""
@@ -127,11 +156,12 @@ class Stepper:
                 self._ranks.abandon(SHORT_OF_MEMORY)
             return None
 
-    def shrink(self, state: Steps, lengths: Indices, *, is_packed: bool = False) -> None:
-        """Take half as many tokens at a time as the largest pass over examples of these lengths had.
+    def shrink(self, state: Steps) -> None:
+        """Take half as many tokens at a time as the largest pass of what was computed just now.
 
         Raises OutOfMemory when that was one example.
         """
+        lengths, is_packed = self._computing, self._is_packed
         self.zero()
         gc.collect()
         free_cached(self._device)

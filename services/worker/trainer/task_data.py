@@ -1,7 +1,7 @@
 """The prepared rows of multi-task training (`shared.domain.prepared_tasks`), mapped into memory."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ class RowBatch:
     targets: dict[int, torch.Tensor]
     spans: dict[int, slice]
     """By task number, which rows are its source's."""
+    is_idle: bool = False
+    """Whether it is computed only as others wait for this rank to do so."""
+
+    def asking(self, tasks: Iterable[int]) -> "RowBatch":
+        """Return it with these language tasks among its own; of those that it has no rows of, nothing is learnt."""
+        lacking = [task for task in tasks if task not in self.targets]
+        nothing = torch.full((1, self.mask.shape[1]), IGNORED)
+        targets = self.targets | dict.fromkeys(lacking, nothing)
+        return dataclasses.replace(self, targets=targets, spans=self.spans | dict.fromkeys(lacking, slice(0, 1)))
 
     def to(self, device: torch.device) -> "RowBatch":
         """Return it with its tensors on `device`."""

@@ -10,7 +10,7 @@ import torch
 from peft import TaskType
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from services.worker.multi_task.description import Description, HeadDescription
@@ -22,6 +22,8 @@ from services.worker.trainer.errors import BaseRefused
 from services.worker.trainer.language_model import align
 from services.worker.trainer.lora import attach_lora
 from services.worker.trainer.model_files import load_adapter, save_adapter, save_model, watch_layers
+from services.worker.trainer.ranks import Ranks
+from services.worker.trainer.sharding import Whole, loading_arguments, require_divisible, shard_layers
 from services.worker.trainer.task_data import RowBatch
 from shared.domain.prepared_tasks import vector_shape
 
@@ -35,10 +37,18 @@ class TrainableTasks:
     """
 
     def __init__(
-        self, spec: TrainTasks, model: MultiTaskModel, module: nn.Module, tokenizer: Any, *, is_autocast: bool
+        self,
+        spec: TrainTasks,
+        model: MultiTaskModel,
+        module: nn.Module,
+        tokenizer: Any,
+        whole: Whole | None = None,
+        *,
+        is_autocast: bool = False,
     ) -> None:
-        """`module`: the trunk's model with its adapter, if it has one."""
+        """`module`: the trunk's model with its adapter, if it has one. `whole`: what gathers a divided one."""
         self._spec, self._model, self._module = spec, model, module
+        self._whole = whole or Whole(module)
         self._tokenizer, self._is_autocast = tokenizer, is_autocast
         self.shared = {f"trunk.{name}": weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.own: dict[int, dict[str, nn.Parameter]] = {
@@ -87,7 +97,9 @@ class TrainableTasks:
     def outcomes(self, batch: RowBatch, *, counting: bool = False) -> dict[int, Outcome]:
         """Return the loss, and where asked for the counts, of a batch's tasks from one pass of the trunk."""
         with self._precision():
-            logits = self._model.logits(batch.inputs, batch.mask, batch.targets, batch.targets, batch.spans)
+            logits = self._whole(
+                lambda: self._model.logits(batch.inputs, batch.mask, batch.targets, batch.targets, batch.spans)
+            )
         return {
             task: outcome(self.heads[task], logits[task], batch.targets[task], counting=counting) for task in logits
         }
@@ -102,7 +114,10 @@ class TrainableTasks:
         watch_layers(self._module, moved)
 
     def save(self, directory: Path | None) -> None:
-        """Write trunk, heads and their description, in the number types of training."""
+        """Write trunk, heads and their description, in the number types of training.
+
+        Without a directory, only give this rank's shares of the weights to the one that writes.
+        """
         self._save(directory, None)
 
     def save_product(self, directory: Path | None) -> None:
@@ -110,15 +125,14 @@ class TrainableTasks:
         self._save(directory, getattr(torch, self._spec.hyperparameters.dtype))
 
     def _save(self, directory: Path | None, dtype: torch.dtype | None) -> None:
-        if directory is None:
-            return  # every rank has all weights: the first one writes
-        directory.mkdir(parents=True, exist_ok=True)
         trunk, spec = self._model.trunk, self._spec
-        if isinstance(trunk, TextTrunk):
-            if spec.sharing == "lora":
-                save_adapter(self._module, directory)
-            else:
-                save_model(trunk.plain, self._tokenizer, directory, dtype or trunk.plain.dtype)
+        if isinstance(trunk, TextTrunk) and spec.sharing != "lora":
+            save_model(trunk.plain, self._tokenizer, directory, dtype or trunk.plain.dtype)
+        if directory is None:
+            return  # adapter and heads lie whole in every rank: the first one writes
+        directory.mkdir(parents=True, exist_ok=True)
+        if isinstance(trunk, TextTrunk) and spec.sharing == "lora":
+            save_adapter(self._module, directory)
         self._model.save_heads(directory)
         Description(
             base=spec.base_name,
@@ -138,16 +152,23 @@ class TrainableTasks:
 
 
 def load_tasks(
-    spec: TrainTasks, heads: list[HeadDescription], checkpoint: Path | None, device: torch.device
+    spec: TrainTasks,
+    heads: list[HeadDescription],
+    checkpoint: Path | None,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> TrainableTasks:
-    """Load what a job trains, from its base or its checkpoint's `model`. Raises BaseRefused."""
+    """Load what a job trains, from its base or its checkpoint's `model`.
+
+    What is divided among ranks, this one holds its share of. Raises BaseRefused.
+    """
     dtype = spec.hyperparameters.dtype
     head_type = torch.float64 if dtype == "float64" else torch.float32
     try:
         if vector_shape(spec.base_name) is not None:
             trainable = _load_vectors(spec, heads, device, head_type)
         else:
-            trainable = _load_text(spec, heads, checkpoint, device, head_type)
+            trainable = _load_text(spec, heads, checkpoint, device, head_type, ranks or Ranks())
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise BaseRefused(f"The base model {spec.base_name!r} cannot be trained: {first_line[:300]}") from error
@@ -164,7 +185,7 @@ def _load_vectors(
     torch.manual_seed(spec.seed)
     trunk = VectorTrunk(*shape).to(device, dtype)
     layers = build_layers(heads, trunk.hidden_size, spec.seed, device, dtype)
-    return TrainableTasks(spec, MultiTaskModel(trunk, heads, layers), trunk, None, is_autocast=False)
+    return TrainableTasks(spec, MultiTaskModel(trunk, heads, layers), trunk, None)
 
 
 def _load_text(
@@ -173,20 +194,31 @@ def _load_text(
     checkpoint: Path | None,
     device: torch.device,
     head_type: torch.dtype,
+    ranks: Ranks,
 ) -> TrainableTasks:
     asked = spec.hyperparameters
     is_mixed = spec.sharing != "lora" and asked.dtype == "bfloat16"
     source = checkpoint if checkpoint is not None and spec.sharing != "lora" else Path(spec.base)
     kinds = {head.kind for head in heads}
-    model = load_base(source, kinds, torch.float32 if is_mixed else getattr(torch, asked.dtype)).to(device)
-    align(model)
-    tokenizer = AutoTokenizer.from_pretrained(spec.base, local_files_only=True, trust_remote_code=False)
+    known: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    require_divisible(AutoConfig.from_pretrained(source, **known), ranks)
+    trained_type = torch.float32 if is_mixed else getattr(torch, asked.dtype)
+    model = load_base(source, kinds, trained_type, loading_arguments(ranks))
+    # What is saved is whole, so its configuration must not speak of a division.
+    model.config.__dict__.pop("distributed_config", None)
+    align(model if ranks.is_fully_sharded else model.to(device))
+    tokenizer = AutoTokenizer.from_pretrained(spec.base, **known)
     trunk = TextTrunk(model)
     if "causal_lm" in kinds:
         trunk.require_plain_head()
     if asked.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     _freeze_unused(trunk, kinds)
+    if spec.sharing == "last_layers":
+        _freeze_all_but_last(trunk, spec.last_layers)
+    whole = Whole(model)
+    if ranks.is_fully_sharded:
+        shard_layers(whole, device, torch.bfloat16 if is_mixed else None)
     torch.manual_seed(spec.seed)
     module: Any = model
     if spec.sharing == "lora":
@@ -194,10 +226,10 @@ def _load_text(
         if "seq2seq" in kinds:
             task_type = TaskType.SEQ_2_SEQ_LM
         module = attach_lora(model, asked, spec.base_name, task_type)
-    elif spec.sharing == "last_layers":
-        _freeze_all_but_last(trunk, spec.last_layers)
     layers = build_layers(heads, trunk.hidden_size, spec.seed, device, head_type)
-    return TrainableTasks(spec, MultiTaskModel(trunk, heads, layers), module, tokenizer, is_autocast=is_mixed)
+    is_autocast = is_mixed and not ranks.is_fully_sharded
+    shared = MultiTaskModel(trunk, heads, layers)
+    return TrainableTasks(spec, shared, module, tokenizer, whole, is_autocast=is_autocast)
 
 
 def _freeze_unused(trunk: TextTrunk, kinds: set[Any]) -> None:

@@ -24,7 +24,6 @@ from services.worker.trainer.data import (
     share,
 )
 from services.worker.trainer.ranks import Ranks
-from services.worker.trainer.sharding import is_divided
 from services.worker.trainer.stepper import Stepper, seed_everything
 
 STATE_FILE = "state.json"
@@ -118,13 +117,10 @@ class Trainer:
     ) -> None:
         self._model, self._data, self._asked, self._seed, self._between = model, data, asked, seed, between
         self._ranks = ranks or Ranks()
-        self._parameters = model.trainable
         self._sampler = StepSampler(len(data), asked.batch_size, seed)
         self.total_steps = asked.max_steps or asked.n_epochs * self._sampler.steps_per_epoch
-        self._stepper = Stepper(self._parameters, asked, self.total_steps, self._ranks, model.device)
+        self._stepper = Stepper(model.trainable, asked, self.total_steps, self._ranks, model.device)
         self.state = TrainerState(asked.micro_batch_tokens)
-        self._computing: Indices = data.lengths[:1]
-        """Lengths of the examples that are computed now."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -158,27 +154,11 @@ class Trainer:
         self._stepper.zero()
         targets = max(1, sum(int(data.targets(int(example)).sum()) for example in examples))
         outcomes = []
-        aside: dict[torch.nn.Parameter, torch.Tensor] = {}
         for batch in self._passes(data, self._share(data, examples)):
             loss, correct = self._model.losses(batch)
-            (loss / targets).backward()  # type: ignore[no-untyped-call]
+            self._stepper.backward(loss / targets)
             outcomes.append((loss.detach(), correct, len(batch.targets)))
-            if self._ranks.is_tensor_parallel:
-                self._put_aside(aside)
-        for parameter, gradient in aside.items():
-            parameter.grad = gradient
         return Sums.of(outcomes)
-
-    def _put_aside(self, aside: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-        """Move the gradients of what every rank has whole out of the next pass's way.
-
-        transformers adds up some of them over the ranks after each pass, all that has been accumulated until then.
-        """
-        for parameter in self._parameters.values():
-            if not is_divided(parameter) and parameter.grad is not None:
-                known = aside.get(parameter)
-                aside[parameter] = parameter.grad if known is None else known + parameter.grad
-                parameter.grad = None
 
     def evaluate(self, data: PreparedData) -> Means:
         """Return the means over a whole data set, without dropout. Raises OutOfMemory, and what `between` raises."""
@@ -229,14 +209,12 @@ class Trainer:
         self, data: PreparedData, examples: Indices, work: Callable[[PreparedData, Indices], Sums]
     ) -> Sums:
         """Do work on examples, with fewer tokens at a time whenever memory runs out. Raises OutOfMemory."""
-        self._computing = data.lengths[examples]
-        return self._stepper.within_memory(
-            self.state, self._computing, lambda: work(data, examples), is_packed=self._model.is_packed
-        )
+        lengths, is_packed = data.lengths[examples], self._model.is_packed
+        return self._stepper.within_memory(self.state, lengths, lambda: work(data, examples), is_packed=is_packed)
 
     def shrink(self) -> None:
         """Take half as many tokens at a time as what was computed just now. Raises OutOfMemory."""
-        self._stepper.shrink(self.state, self._computing, is_packed=self._model.is_packed)
+        self._stepper.shrink(self.state)
 
     def _note(self, means: Means, tokens: int) -> None:
         state = self.state

@@ -1,0 +1,50 @@
+"""Opens and closes the gates of jobs: at the hours of their windows, and when those that they follow have ended."""
+
+import logging
+
+from sqlalchemy import Connection, Engine
+
+from shared.db import gates
+from shared.db.gates import GatedJob
+from shared.domain.scheduling.gates import gate
+from shared.domain.scheduling.windows import Window, WindowSpec
+
+log = logging.getLogger(__name__)
+
+AT_A_TIME = 100
+
+
+class Gatekeeper:
+    """Safe to run twice: a job's row is locked while its gate is decided."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def tick(self) -> int:
+        """Look at every job that is due for it; return how many gates have changed."""
+        changed = 0
+        while True:
+            with self._engine.begin() as connection:
+                found = gates.due(connection, AT_A_TIME)
+                changed += sum(self._decide(connection, job) for job in found)
+            if len(found) < AT_A_TIME:
+                return changed
+
+    def _decide(self, connection: Connection, job: GatedJob) -> bool:
+        if job.failed_parent_id is not None:
+            gates.fail_for_parent(connection, job)
+            log.info("job failed with one that it follows", extra={"job_id": str(job.job_id)})
+            return True
+        decided = gate(
+            job.now,
+            _windows(job),
+            job.deadline,
+            has_open_parents=job.has_open_parents,
+            seconds_left=float(job.seconds_left),
+        )
+        gates.set_gate(connection, job, decided)
+        return decided.is_open != (job.gate_reason is None)
+
+
+def _windows(job: GatedJob) -> list[Window]:
+    return [WindowSpec.model_validate(spec).window for spec in (job.window, job.tenant_window) if spec]
