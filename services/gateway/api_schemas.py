@@ -778,6 +778,7 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("post", "/v1/training/jobs"): TrainingJob,
     ("get", "/v1/training/jobs"): TrainingJobList,
     ("get", "/v1/training/schema"): TrainingSchema,
+    ("post", "/v1/jobs/{job_id}/retry_failed"): Job,
     ("get", "/v1/training/jobs/{job_id}"): TrainingJob,
     ("post", "/v1/training/jobs/{job_id}/cancel"): TrainingJob,
     ("post", "/v1/training/jobs/{job_id}/pause"): TrainingJob,

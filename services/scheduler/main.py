@@ -42,7 +42,7 @@ class Scheduler:
         # Expiring a batch reads its file within a transaction.
         engine = connect_engine(settings, idle_seconds=60)
         store = Store(settings.store_url)
-        self._planner = Planner(engine, settings)
+        self._planner = Planner(engine, settings, store)
         self._finalizer, self._gatekeeper = Finalizer(engine, store), Gatekeeper(engine)
         app = create_app(settings.redis_url.get_secret_value())
         self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)

@@ -1,18 +1,21 @@
 """Turns validated jobs into slices, or fails them with line-numbered errors."""
 
 import logging
+from uuid import UUID
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
+from services.scheduler.takeover import take_over
 from services.scheduler.troubled import Troubled
-from shared.db import jobs, workers
+from shared.db import jobs, results, workers
 from shared.db.jobs import ValidatingJob
 from shared.db.session import is_outage
 from shared.db.slices import NewSlice
 from shared.domain.batch_file import batch_errors
 from shared.domain.slice import plan_slices
 from shared.settings import Settings
+from shared.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +26,8 @@ BYTES_PER_TOKEN = 4
 
 
 class Planner:
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+    def __init__(self, engine: Engine, settings: Settings, store: Store) -> None:
+        self._engine, self._store, self._settings = engine, store, settings
         self._troubled = Troubled()
 
     def tick(self) -> int:
@@ -62,6 +65,13 @@ class Planner:
         connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": job.created_on})
         fleet = workers.loads(connection, self._settings.lease_seconds)
         jobs.enqueue(connection, job, self._cut(job, sum(worker.slots for worker in fleet)))
+        if job.resume_from is not None:
+            self._take_over(connection, job, job.resume_from)
+
+    def _take_over(self, connection: Connection, job: ValidatingJob, earlier_id: UUID) -> None:
+        earlier = results.earlier(connection, job.tenant_id, earlier_id)
+        assert earlier is not None  # an open job keeps the input of the one that it resumes
+        jobs.took_over(connection, job, take_over(connection, self._store, job, earlier))
 
     def _cut(self, job: ValidatingJob, fleet_slots: int) -> list[NewSlice]:
         lines = job.validation["lines"]

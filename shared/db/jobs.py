@@ -265,11 +265,16 @@ class ValidatingJob:
     validation: dict[str, Any]
     input_bytes: int
     is_gated: bool
+    input_path: str
+    index_path: str
+    resume_from: UUID | None
 
 
 _NEXT_VALIDATING = text("""
     SELECT job.tenant_id, job.job_id, job.created_on, job.endpoint, job.model, job.priority, file.validation,
-        file.bytes AS input_bytes, job.gate_reason IS NOT NULL AS is_gated
+        file.bytes AS input_bytes, job.gate_reason IS NOT NULL AS is_gated,
+        coalesce(file.store_path, '') AS input_path, coalesce(file.index_path, '') AS index_path,
+        (job.spec ->> 'resume_from')::uuid AS resume_from
     FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
     WHERE job.state = 'validating' AND job.kind = 'batch' AND job.job_id <> ALL(cast(:skipped AS uuid[]))
     ORDER BY job.created_at LIMIT 1 FOR NO KEY UPDATE OF job SKIP LOCKED
@@ -311,6 +316,19 @@ def enqueue(connection: Connection, job: ValidatingJob, parts: Sequence[NewSlice
     statement = text("UPDATE job SET state = 'queued', total = :total, in_progress_at = now() WHERE job_id = :job_id")
     connection.execute(statement, {"job_id": job.job_id, "total": parts[-1].hi})
     _status_event(connection, job.tenant_id, job.job_id, JobState.QUEUED)
+
+
+_TOOK_OVER = text("""
+    UPDATE job SET state = 'running', started_at = now() WHERE job_id = :job_id AND NOT EXISTS (
+        SELECT FROM slice WHERE slice.job_id = :job_id AND state IN ('held', 'queued', 'dispatched', 'running'))
+""")
+
+
+def took_over(connection: Connection, job: ValidatingJob, lines: int) -> None:
+    """Say that a planned job has taken over the answers of some lines; with none left it only waits for its end."""
+    message = f"{lines} of {job.validation['lines']} lines were answered before and are taken over."
+    events.add(connection, job.tenant_id, job.job_id, "message", message)
+    connection.execute(_TOOK_OVER, {"job_id": job.job_id})
 
 
 def _lock(connection: Connection, job_id: UUID, kind: JobKind | None) -> JobView:

@@ -1,6 +1,7 @@
 """Results: read in line order by key, a page at a time, however many there are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 from uuid import UUID
@@ -82,3 +83,85 @@ def add_unrun(
     return sum(
         len(render_line(batch_request_id(job_id.hex, no), custom_id, None, None, error_text)) for no, custom_id in lines
     )
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An ended batch whose answers another one takes over."""
+
+    job_id: UUID
+    created_on: date
+    lines: int
+    input_path: str
+    index_path: str
+
+
+_EARLIER = text("""
+    SELECT job.job_id, job.created_on, file.lines, file.store_path AS input_path, file.index_path
+    FROM job JOIN file ON file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id
+    WHERE job.tenant_id = :tenant_id AND job.job_id = :job_id AND file.store_path IS NOT NULL
+""")
+
+
+def earlier(connection: Connection, tenant_id: str, job_id: UUID) -> Earlier | None:
+    """Return what is needed to take over a batch's answers; None when its input is gone."""
+    row = connection.execute(_EARLIER, {"tenant_id": tenant_id, "job_id": job_id}).mappings().one_or_none()
+    return None if row is None else Earlier(**row)
+
+
+def answered(connection: Connection, earlier: Earlier) -> dict[int, tuple[str, int]]:
+    """Return (custom_id, bytes of the body) of a batch's lines that were answered with 200, by line number."""
+    statement = text("""
+        SELECT line_no, custom_id, octet_length(body) AS body_bytes FROM result
+        WHERE created_on = :created_on AND job_id = :job_id AND status_code = 200 AND body IS NOT NULL
+        ORDER BY line_no
+    """)
+    rows = connection.execute(statement, {"created_on": earlier.created_on, "job_id": earlier.job_id})
+    return {row.line_no: (row.custom_id, row.body_bytes) for row in rows}
+
+
+@dataclass(frozen=True)
+class TakenLine:
+    """A line whose answer is that of an earlier batch's line; `rendered_bytes` is its length in the output file."""
+
+    line_no: int
+    earlier_line: int
+    slice_id: int
+    rendered_bytes: int
+
+
+_TAKE = text("""
+    INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body,
+                        input_tokens, output_tokens)
+    SELECT :created_on, :job_id, line.line_no, old.tenant_id, line.slice_id, 0, old.custom_id, old.status_code,
+        old.body, 0, 0
+    FROM unnest(cast(:line_nos AS int[]), cast(:earlier_lines AS int[]), cast(:slice_ids AS bigint[]))
+        AS line (line_no, earlier_line, slice_id)
+    JOIN result AS old
+        ON old.created_on = :earlier_on AND old.job_id = :earlier_id AND old.line_no = line.earlier_line
+""")
+_COUNT_TAKEN = text("""
+    UPDATE slice SET completed = completed + part.lines, output_bytes = output_bytes + part.bytes,
+        estimated_tokens = estimated_tokens * (hi - lo - part.lines) / (hi - lo),
+        state = CASE WHEN completed + part.lines = hi - lo THEN 'done' ELSE state END
+    FROM (SELECT slice_id, count(*)::int AS lines, sum(size) AS bytes
+          FROM unnest(cast(:slice_ids AS bigint[]), cast(:sizes AS bigint[])) AS line (slice_id, size)
+          GROUP BY slice_id) AS part
+    WHERE slice.slice_id = part.slice_id
+""")
+
+
+def take_over(
+    connection: Connection, job_id: UUID, created_on: date, earlier: Earlier, taken: Sequence[TakenLine]
+) -> None:
+    """Record answers of an earlier batch as those of lines of this one, and count them; slices that are full are done.
+
+    They cost this batch no tokens. The caller holds the job's row locked, and nobody has claimed a slice of it yet.
+    """
+    parameters: dict[str, Any] = {"created_on": created_on, "job_id": job_id}
+    parameters |= {"earlier_on": earlier.created_on, "earlier_id": earlier.job_id}
+    parameters |= {"line_nos": [line.line_no for line in taken], "slice_ids": [line.slice_id for line in taken]}
+    written = connection.execute(_TAKE, parameters | {"earlier_lines": [line.earlier_line for line in taken]}).rowcount
+    assert written == len(taken), "results are never removed from under a reader"
+    sizes = {"slice_ids": parameters["slice_ids"], "sizes": [line.rendered_bytes for line in taken]}
+    connection.execute(_COUNT_TAKEN, sizes)

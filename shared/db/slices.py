@@ -627,6 +627,21 @@ _CREATE = text("""
 """)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Lines `[lo, hi)` of a slice."""
+
+    slice_id: int
+    lo: int
+    hi: int
+
+
+def spans(connection: Connection, job_id: UUID) -> list[Span]:
+    """Return a job's slices in the order of its lines."""
+    statement = text("SELECT slice_id, lo, hi FROM slice WHERE job_id = :job_id ORDER BY lo")
+    return [Span(**row) for row in connection.execute(statement, {"job_id": job_id}).mappings()]
+
+
 def create(
     connection: Connection,
     *,

@@ -10,13 +10,13 @@ from uuid import UUID
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from shared.db import files, gates, jobs
+from shared.db import files, gates, jobs, results
 from shared.db.files import FileView
-from shared.db.jobs import NewBatch
+from shared.db.jobs import JobView, NewBatch
 from shared.db.tenants import Caller
 from shared.domain.batch_file import batch_errors, batch_model
-from shared.domain.errors import InvalidRequest, NotFound, QueueFull
-from shared.domain.job import parse_file_id
+from shared.domain.errors import Conflict, InvalidRequest, NotFound, QueueFull
+from shared.domain.job import BATCH_STATUS, JobKind, parse_file_id, parse_job_id, public_file_id, public_job_id
 from shared.domain.nesting import cut_deep, is_too_deep
 from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
@@ -50,6 +50,7 @@ def accept_batch(
     require_future(body)
     parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
     file = _input_file(connection, body.input_file_id)
+    resumed = _resumed(connection, caller.tenant_id, body) if body.resume_from is not None else {}
     # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
     will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
     lines = 0 if will_fail else file.lines or 0
@@ -65,7 +66,7 @@ def accept_batch(
         completion_window=body.completion_window,
         completion_seconds=body.completion_seconds,
         deadline=body.deadline_at,
-        spec={"output_expires_after": expiry.model_dump() if expiry else None} | body.schedule,
+        spec={"output_expires_after": expiry.model_dump() if expiry else None} | body.schedule | resumed,
         metadata=body.metadata,
         idempotency_key=key,
         lines=lines,
@@ -73,6 +74,55 @@ def accept_batch(
     job_id = jobs.accept_batch(connection, batch)
     gates.begin_closed(connection, caller.tenant_id, job_id, parents=parents, has_window=body.window is not None)
     return job_id
+
+
+def retry_of(job: JobView) -> BatchCreate:
+    """Return what runs an ended batch's failed and unrun lines again. Raises Conflict when there are none.
+
+    It keeps the batch's window; a deadline that is over is not kept.
+    """
+    if job.kind != JobKind.BATCH:
+        raise Conflict(f"A {job.kind} job has no lines to retry.", code="not_retryable")
+    if not job.state.is_terminal:
+        raise Conflict(f"Cannot retry a batch with status '{BATCH_STATUS[job.state]}'.", code="not_retryable")
+    if job.completed >= job.total or job.input_file_id is None:
+        raise Conflict("The batch has no failed lines.", code="not_retryable")
+    deadline = job.spec.get("deadline")
+    is_over = job.deadline is not None and job.deadline <= datetime.now(UTC)
+    return BatchCreate(
+        input_file_id=public_file_id(job.input_file_id),
+        endpoint=job.endpoint or "",
+        completion_window=job.spec["completion_window"],
+        metadata=job.metadata,
+        priority=job.priority,
+        window=job.spec.get("window"),
+        deadline=None if is_over else deadline,
+        resume_from=public_job_id(job.kind, job.job_id),
+    )
+
+
+def _resumed(connection: Connection, tenant_id: str, body: BatchCreate) -> dict[str, Any]:
+    """Return what a batch's spec says of the one that it resumes. Raises InvalidRequest.
+
+    `file_ids`: the earlier one's input is kept as long as this batch is open.
+    """
+
+    def refuse(message: str) -> InvalidRequest:
+        return InvalidRequest(f"resume_from: {message}", param="resume_from", code="invalid_value")
+
+    try:
+        earlier = jobs.get(connection, parse_job_id(body.resume_from or "", JobKind.BATCH), JobKind.BATCH)
+    except NotFound:
+        raise refuse(f"no batch found with id {str(body.resume_from)[:80]!r}.") from None
+    if earlier.tenant_id != tenant_id:
+        raise refuse(f"no batch found with id {str(body.resume_from)[:80]!r}.")
+    if not earlier.state.is_terminal:
+        raise refuse("that batch has not ended; cancel it first.")
+    if earlier.endpoint != body.endpoint:
+        raise refuse(f"that batch asked {earlier.endpoint}, and this one asks {body.endpoint}.")
+    if earlier.input_file_id is None or results.earlier(connection, tenant_id, earlier.job_id) is None:
+        raise refuse("that batch's input is gone, and with it what its lines asked.")
+    return {"resume_from": str(earlier.job_id), "file_ids": [str(earlier.input_file_id)]}
 
 
 def require_future(body: Scheduled) -> None:

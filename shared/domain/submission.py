@@ -74,7 +74,7 @@ class BatchCreate(Scheduled):
     completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[mhd]$")
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
-    resume_from: str | None = None
+    resume_from: str | None = Field(None, max_length=100, description="An ended batch whose answers are taken over.")
 
     @field_validator("endpoint")
     @classmethod
@@ -82,13 +82,6 @@ class BatchCreate(Scheduled):
         if endpoint not in BATCH_ENDPOINTS:
             raise ValueError(f"must be one of {', '.join(BATCH_ENDPOINTS)}")
         return endpoint
-
-    @field_validator("resume_from")
-    @classmethod
-    def _comes_later(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("is not available in this version")
-        return value
 
     @property
     def completion_seconds(self) -> float | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import psutil
@@ -68,6 +69,25 @@ def test_a_file_submitted_twice_under_one_key_is_one_batch(cli, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(3)))
     command = ["submit", "in.jsonl", "--endpoint", "/v1/chat/completions", "--idempotency-key", f"cli-{uuid4().hex}"]
     assert cli(*command) == cli(*command)
+
+
+def test_a_batch_for_the_night_after_another(cli, tmp_path):
+    """The hours that begin in two hours, of this machine's zone and of another one."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(3)))
+    command = ["submit", "in.jsonl", "--endpoint", "/v1/chat/completions"]
+    start, end = (datetime.now(UTC) + timedelta(hours=hours) for hours in (2, 3))
+    hours = f"{start:%H:%M}-{end:%H:%M}"
+    first = cli(*command, "--window", hours, "--tz", "UTC").strip()
+    second = cli(*command, "--after", first).strip()
+    listed = {job["id"]: job for job in json.loads(cli("jobs", "--json", "--limit", "5"))}
+    assert listed[first]["window"] == {"start": f"{start:%H:%M}", "end": f"{end:%H:%M}", "tz": "UTC"}
+    assert listed[second]["after"] == [first]
+    local = cli(*command, "--window", "01:00-02:00", "--json")
+    assert json.loads(local)["status"] == "validating"
+    cli(*command, "--window", "night", code=2)
+    cli(*command, "--window", hours, "--tz", "Nowhere/Land", code=1)
+    for job in (first, json.loads(local)["id"]):
+        cli("cancel", job)
 
 
 def test_a_failed_job_is_exit_code_1_and_says_why(cli, tmp_path):

@@ -77,7 +77,7 @@ def test_at_the_end_of_its_window_a_batch_stops_and_goes_on_later(sdk, native, s
     """By the clock: nothing of it is recorded half a minute after the end, nothing is lost or done twice."""
     end = (now() + timedelta(seconds=68)).replace(second=0, microsecond=0)  # in 8 to 68 seconds
     window = hours(end - timedelta(hours=1), end)
-    batch = submit(sdk, chat_lines(600, delay_ms=20_000), extra_body={"window": window})
+    batch = submit(sdk, chat_lines(600, delay_ms=60_000), extra_body={"window": window})
     wait_until(lambda: job_of(native, batch.id)["status"] == "running", 20, "it runs")
     job = wait_until(
         lambda: (j := job_of(native, batch.id))["waiting"] and j["waiting"]["reason"] == "window" and j, 90, "it closes"
@@ -152,23 +152,23 @@ def test_a_deadline_goes_before_a_window(sdk, native):
 def test_a_training_job_stops_with_its_window_and_ends_with_the_same_result(native):
     training, validation = digit_rows()
     files = upload_rows(native, training), upload_rows(native, validation[:100])
-    asked = {"hyper": {"max_steps": 4000, "eval_steps": 4000}}
+    asked = {"hyper": {"max_steps": 1500, "eval_steps": 1500}}
 
     def losses(job_id):
         return {e["data"]["step"]: e["data"]["train_loss"] for e in told(native, job_id) if e["type"] == "metrics"}
 
-    expected = wait_for_training(native, create(native, files, **asked)["id"])
+    expected = wait_for_training(native, create(native, files, **asked)["id"], seconds=300)
     job = create(native, files, window=opened(), **asked)
     wait_until(lambda: job_of(native, job["id"])["progress"]["done"] > 50, 60, "it trains")
     patch(native, job["id"], window=closed())
     stopped = waits(native, job["id"], "window")
     time.sleep(3)
     before = job_of(native, job["id"])["progress"]["done"]
-    assert 0 < before < 4000 and stopped["waiting"]["until"]
+    assert 0 < before < 1500 and stopped["waiting"]["until"]
     time.sleep(1.5)
     assert job_of(native, job["id"])["progress"]["done"] == before
     patch(native, job["id"], window=None)
-    done = wait_for_training(native, job["id"])
+    done = wait_for_training(native, job["id"], seconds=300)
     assert done["status"] == "succeeded"
     assert [task["metrics"] for task in done["tasks"]] == [task["metrics"] for task in expected["tasks"]]
     assert losses(job["id"]) == losses(expected["id"])
@@ -215,7 +215,7 @@ def test_a_trained_model_answers_the_batch_that_follows(native, sdk):
     """Train, then a batch with the new model: its name is known before it is there."""
     training, validation = digit_rows()
     files = upload_rows(native, training), upload_rows(native, validation[:50])
-    job = create(native, files, suffix="chain", hyper={"max_steps": 400})
+    job = create(native, files, suffix="chain", hyper={"max_steps": 200})
     assert job["produces"].startswith("ft:vector-64-32:default:chain:")
     line = {"custom_id": "a", "method": "POST", "url": "/v1/predictions"}
     line["body"] = {"model": job["produces"], "input": validation[0]["text"]}

@@ -141,7 +141,7 @@ def test_a_tenant_never_learns_of_anothers_objects(http, stack, sdk):
         ({"deadline": "tomorrow"}, "deadline"),
         ({"deadline": "2020-01-01T00:00:00Z"}, "deadline"),
         ({"deadline": "2030-01-01T00:00:00"}, "deadline"),
-        ({"window": {"start": "22:00"}}, "window"),
+        ({"window": {"start": "22:00", "tz": "UTC"}}, "window.end"),
         ({"metadata": {"a": "x" * 513}}, "metadata"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after"),

@@ -89,7 +89,7 @@ class LeaseMachine(RuleBasedStateMachine):
         scheduler = self.database.engine("scheduler")
         patient = self.database.settings("scheduler", slice_lines=SLICE_LINES, online_limit=1, slots=2)
         hasty = self.database.settings("scheduler", slice_lines=SLICE_LINES, redispatch_seconds=0.000001)
-        self.planner = Planner(scheduler, patient)
+        self.planner = Planner(scheduler, patient, self.store)
         self.finalizer = Finalizer(scheduler, self.store)
         self.reapers = [Reaper(scheduler, patient), Reaper(scheduler, hasty)]
         self.dispatchers = [Dispatcher(scheduler, app, patient) for app in (self.app, NoBroker())]

@@ -26,7 +26,7 @@ def identity():
 @pytest.fixture
 def job_id(database, store):
     job = make_job(database.engine("gateway"), store, chat_lines(100))
-    Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=50)).tick()
+    Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=50), store).tick()
     return job
 
 
@@ -237,7 +237,7 @@ def test_the_clock_of_a_worker_plays_no_part(database):
 def test_claims_and_pauses_never_deadlock(database, store):
     """They once did: a claim locked its slice and then the job, a pause the job and then its slices."""
     job = make_job(database.engine("gateway"), store, chat_lines(200))
-    Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=16)).tick()
+    Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=16), store).tick()
     ids, failures, stop = slice_ids(database), [], threading.Event()
 
     def keep(action):

@@ -321,7 +321,7 @@ def planned(database, store):
     do(database, "SELECT ensure_result_partition(current_date)")
     for tenant_id, lines in (("default", 100), ("other", 50)):
         make_job(database.engine("gateway"), store, chat_lines(lines), tenant_id=tenant_id)
-    planner = Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=10))
+    planner = Planner(database.engine("scheduler"), database.settings("scheduler", slice_lines=10), store)
     wait_until(lambda: (planner.tick(), len(slice_ids(database)) >= 15)[1], 10)
     return database
 

@@ -39,7 +39,7 @@ OPEN = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json"), ("HEA
 """What answers without a key: it tells nothing of anybody."""
 OPERATOR = {
     *(("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/{key_id}")),
-    *(("GET", "/v1/tenants"), ("POST", "/v1/tenants")),
+    *(("GET", "/v1/tenants"), ("POST", "/v1/tenants"), ("PATCH", "/v1/tenants/{tenant_id}")),
     *(("POST", "/v1/models"), ("DELETE", "/v1/models/{name:path}"), ("GET", "/metrics")),
 }
 """What only an admin's key opens."""
@@ -61,7 +61,7 @@ OWNED = {
     *(("GET", "/v1/files/{file_id}"), ("DELETE", "/v1/files/{file_id}"), ("GET", "/v1/files/{file_id}/content")),
     *(("GET", "/v1/batches/{batch_id}"), ("POST", "/v1/batches/{batch_id}/cancel")),
     *(("GET", "/v1/jobs/{job_id}"), ("PATCH", "/v1/jobs/{job_id}"), ("POST", "/v1/jobs/{job_id}/cancel")),
-    *(("POST", "/v1/jobs/{job_id}/pause"), ("POST", "/v1/jobs/{job_id}/resume")),
+    *(("POST", f"/v1/jobs/{{job_id}}/{action}") for action in ("pause", "resume", "retry_failed")),
     *(("GET", "/v1/jobs/{job_id}/attempts"), ("GET", "/v1/jobs/{job_id}/events")),
     *((method, f"{kind}/{{job_id}}{action}") for kind in (TUNING, TRAINING) for method, action in TUNING_ACTIONS),
 }
@@ -653,6 +653,10 @@ def round_of_an_operator(http, _):
     assert http.post("/v1/tenants", json={"id": tenant}).json()["name"] == tenant
     assert http.post("/v1/tenants", json={"id": tenant}).status_code == 409
     assert tenant in {each["id"] for each in http.get("/v1/tenants").json()["data"]}
+    night = {"start": "22:00", "end": "06:00", "tz": "Europe/Berlin"}
+    for change in ({"window": night}, {"weight": 2.0, "name": "Night"}, {"window": None}):
+        assert http.patch(f"/v1/tenants/{tenant}", json=change).status_code == 200
+    assert http.patch("/v1/tenants/nobody", json={"weight": 2}).status_code == 404
     body, headers = {"tenant": tenant, "scopes": ["read"]}, {"Idempotency-Key": uuid4().hex}
     made = http.post("/v1/keys", json=body, headers=headers).json()
     assert http.post("/v1/keys", json=body, headers=headers).json() == made | {"key": None}

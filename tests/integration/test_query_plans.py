@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from services.scheduler.auditor import INVARIANTS, RECENT
-from shared.db import events, files, jobs, results, slices, workers
+from shared.db import events, files, gates, jobs, results, slices, workers
 from tests.support.batches import rows
 from tests.support.servers import Database
 
@@ -89,6 +89,32 @@ def test_dispatch_reads_the_heads_of_the_queues_only(seeded):
     sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64)
     assert "slice" not in sequential
     assert read <= 50 * (64 + 4)
+
+
+def test_gates_read_what_is_due_by_index(seeded):
+    """With a thousand jobs whose windows are closed and a hundred that follow others."""
+    with seeded.engine("migration").begin() as connection:
+        for statement in (
+            "UPDATE job SET gate_reason = 'window', gate_review_at = now() + interval '1 hour' WHERE state = 'queued'",
+            "INSERT INTO job_parent SELECT child.tenant_id, child.job_id, parent.job_id FROM"
+            " (SELECT tenant_id, job_id FROM job WHERE state = 'queued' ORDER BY job_id LIMIT 100) AS child"
+            " JOIN LATERAL (SELECT job_id FROM job WHERE tenant_id = child.tenant_id AND state = 'running' LIMIT 1)"
+            " AS parent ON true",
+            "UPDATE job SET gate_reason = 'dependency', gate_review_at = NULL WHERE job_id IN (SELECT job_id FROM job_parent)",
+        ):
+            connection.execute(text(statement))
+        due = "SELECT job_id FROM job WHERE gate_reason = 'window' ORDER BY job_id LIMIT 5"
+        connection.execute(text(f"UPDATE job SET gate_review_at = now() - interval '1 s' WHERE job_id IN ({due})"))
+    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE job"))
+    try:
+        sequential, read, _ = explain(seeded, gates.DUE, limit=100)
+        # The five that are due have a hundred slices each; the hundred cost a probe for their parents.
+        assert "job" not in sequential and "slice" not in sequential and read <= 5 * 110 + 100 * 6
+    finally:
+        with seeded.engine("migration").begin() as connection:
+            connection.execute(text("UPDATE job SET gate_reason = NULL, gate_review_at = NULL"))
+            connection.execute(text("DELETE FROM job_parent"))
 
 
 def test_marking_dispatched_slices_reads_just_them(seeded):

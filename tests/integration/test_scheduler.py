@@ -52,7 +52,7 @@ def register(database, slots=2):
 
 def planned(database, store, count=100, **settings):
     job = make_job(database.engine("gateway"), store, chat_lines(count))
-    Planner(database.engine("scheduler"), database.settings("scheduler", **settings)).tick()
+    Planner(database.engine("scheduler"), database.settings("scheduler", **settings), store).tick()
     return job
 
 
@@ -199,7 +199,7 @@ def test_the_auditor_finds_what_is_broken(database, store, invariant):
 def test_two_planners_plan_a_job_once(database, store):
     for _ in range(6):
         make_job(database.engine("gateway"), store, chat_lines(30))
-    planners = [Planner(database.engine("scheduler"), database.settings("scheduler")) for _ in range(3)]
+    planners = [Planner(database.engine("scheduler"), database.settings("scheduler"), store) for _ in range(3)]
     threads = [threading.Thread(target=planner.tick) for planner in planners]
     for thread in threads:
         thread.start()
@@ -217,7 +217,7 @@ def test_a_tenant_with_a_long_queue_does_not_keep_another_waiting(database, stor
     register(database, slots=4)
     planned(database, store, 5000, slice_lines=16)
     job = make_job(database.engine("gateway"), store, [chat_line("only")], tenant_id="small")
-    Planner(database.engine("scheduler"), database.settings("scheduler")).tick()
+    Planner(database.engine("scheduler"), database.settings("scheduler"), store).tick()
     dispatcher(database, redis_server).tick()
     assert scalar(database.engine("scheduler"), "SELECT state FROM slice WHERE job_id = :j", j=job) == "dispatched"
 
@@ -229,7 +229,7 @@ class Broken(Exception):
 def test_a_job_that_cannot_be_planned_stands_in_nobodys_way_and_fails_in_the_end(database, store, monkeypatch):
     bad = make_job(database.engine("gateway"), store, chat_lines(30))
     good = make_job(database.engine("gateway"), store, chat_lines(30))
-    planner = Planner(database.engine("scheduler"), database.settings("scheduler"))
+    planner = Planner(database.engine("scheduler"), database.settings("scheduler"), store)
     plan = planner._plan
 
     def plan_some(connection, job):

@@ -8,6 +8,7 @@ import pytest
 from lamplighter.errors import BadRequest
 
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, read_lines, submit, wait_for
+from tests.support.servers import wait_until
 
 
 def test_a_batch_from_file_to_results(sdk):
@@ -227,7 +228,7 @@ def test_a_deadline_is_changed_while_the_batch_waits(sdk, native):
     batch = submit(sdk, chat_lines(40, delay_ms=20_000))
     changed = native.request("PATCH", f"/v1/jobs/{batch.id}", json={"deadline": "2100-01-01T00:00:00+00:00"})
     assert changed["deadline"] == "2100-01-01T00:00:00+00:00" and changed["priority"] == 5
-    assert sdk.batches.retrieve(batch.id).expires_at == 4_102_444_800
+    wait_until(lambda: sdk.batches.retrieve(batch.id).expires_at == 4_102_444_800, 20, "it is planned, and says so")
     for wrong in ("tomorrow", "2100-01-01T00:00:00"):
         with pytest.raises(BadRequest, match="deadline"):
             native.request("PATCH", f"/v1/jobs/{batch.id}", json={"deadline": wrong})

@@ -159,6 +159,7 @@ def submit(
         str | None, typer.Option(help="Of the window, such as Europe/Berlin; by default this machine's.")
     ] = None,
     after: Annotated[list[str] | None, typer.Option(help="A job to follow; may be repeated.")] = None,
+    resume_from: Annotated[str | None, typer.Option(help="An ended batch whose answers are taken over.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="However often FILE is submitted under this key, it is one batch.")
     ] = None,
@@ -169,6 +170,7 @@ def submit(
     """Submit a batch."""
     fields: dict[str, Any] = {"priority": priority} | ({"deadline": deadline} if deadline else {})
     fields |= ({"window": _window(window, tz)} if window else {}) | ({"after": after} if after else {})
+    fields |= {"resume_from": resume_from} if resume_from else {}
     if output is not None:
         _require_writable(output)
     with client() as api:
@@ -344,6 +346,14 @@ def pause(job_id: str, as_json: JsonOption = False) -> None:
 def resume(job_id: str, as_json: JsonOption = False) -> None:
     """Let a paused job go on."""
     _change(job_id, "resume", as_json)
+
+
+@app.command()
+def retry(job_id: str, as_json: JsonOption = False) -> None:
+    """Run an ended batch's failed lines again, as a new batch that has the answers of all others."""
+    with client() as api:
+        job = api.change_job(job_id, "retry_failed")
+    print(json.dumps(job) if as_json else job["id"])
 
 
 def _change(job_id: str, action: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -17,12 +18,13 @@ from services.gateway.dependencies import (
     Parts,
     PartsDependency,
     Reader,
+    Submitter,
     Writer,
     answer_once,
 )
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, gates, jobs, workers
+from shared.db import events, gates, jobs, submissions, workers
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -154,6 +156,25 @@ def resume_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
 ) -> Response:
     return _change(parts, caller, job_id, jobs.resume, key, body)
+
+
+@router.post("/{job_id}/retry_failed")
+def retry_failed_lines(
+    job_id: str, parts: PartsDependency, caller: Submitter, key: IdempotencyKey, body: NoFields | None = None
+) -> Response:
+    """Run an ended batch's failed and unrun lines again, as a new batch that takes over its answers."""
+
+    def make(connection: Connection) -> dict[str, Any]:
+        earlier = _find(connection, job_id)
+        again = submissions.retry_of(earlier)
+        owner = replace(caller, tenant_id=earlier.tenant_id)
+        made = submissions.accept_batch(connection, parts.settings, owner, again, key)
+        return _objects(connection, [jobs.get(connection, made)])[0]
+
+    digest = body_digest("retry failed", {"job": job_id} | (body.model_dump() if body else {}))
+    answer = answer_once(parts, caller, key, digest, make, as_admin=True)
+    parts.wake()
+    return answer
 
 
 def _change(
