@@ -56,7 +56,12 @@ def _product(job: JobView) -> str | None:
     return tuned_model_name(job.model, job.tenant_id, job.spec.get("suffix"), job.job_id)
 
 
-def job_object(job: JobView, waiting: dict[str, Any] | None, after: Sequence[str] = ()) -> dict[str, Any]:
+def job_object(
+    job: JobView,
+    waiting: dict[str, Any] | None,
+    after: Sequence[str] = (),
+    forecast: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return our job object, of any kind. `after`: the ids of the jobs that it follows."""
     unit = "lines" if job.kind == JobKind.BATCH else "steps"
     return {
@@ -75,7 +80,7 @@ def job_object(job: JobView, waiting: dict[str, Any] | None, after: Sequence[str
         "after": list(after),
         "progress": {"done": job.completed + job.failed, "failed": job.failed, "total": job.total, "unit": unit},
         "waiting": waiting,
-        "forecast": None,
+        "forecast": forecast,
         "usage": {
             "input_tokens": job.input_tokens,
             "output_tokens": job.output_tokens,

@@ -100,6 +100,7 @@ class Settings(RemoteSettings):
     redispatch_seconds: float = Field(60.0, gt=0, description="A dispatched slice that nobody claimed is sent again")
     epoch_seconds: float = Field(2.0, gt=0, description="How often Redis is asked whether it lost its data")
     audit_seconds: float = Field(60.0, gt=0)
+    forecast_seconds: float = Field(5.0, gt=0, description="How often it is foretold when open jobs begin and end")
     result_retention_days: int = Field(30, ge=1, description="Results, and answers under idempotency keys, are kept")
     metadata_retention_days: int = Field(
         365, ge=1, description="Slices, attempts and events of a job are kept after its end; jobs and usage stay"

@@ -745,6 +745,76 @@ class PredictionList(Answer):
     usage: EmbeddingUsage
 
 
+class PlannedBlock(Answer):
+    job: JobId
+    model: str | None
+    starts_at: Time
+    ends_at: Time
+
+
+class PlanLane(Answer):
+    """What a worker is expected to do, one job after another; others' jobs are not shown."""
+
+    worker: str
+    device: str
+    blocks: list[PlannedBlock]
+
+
+class PlannedJob(Answer):
+    id: JobId
+    starts_at: Time | None
+    ends_at: Annotated[Time | None, Field(description="Null: not within two weeks.")]
+    on_time: Annotated[bool | None, Field(description="Null without a deadline.")]
+    confidence: Literal["measured", "guess"]
+
+
+class Plan(Answer):
+    object: Literal["plan"]
+    now: Time
+    lanes: list[PlanLane]
+    jobs: list[PlannedJob]
+
+
+class Estimate(Answer):
+    """What a job would take; nothing was accepted."""
+
+    object: Literal["estimate"]
+    input_tokens: Count
+    output_tokens_max: Count
+    device_seconds: Annotated[float, Field(ge=0)]
+    starts_at: Time | None
+    ends_at: Annotated[Time | None, Field(description="Null: without workers, or not within two weeks.")]
+    on_time: bool | None
+    confidence: Literal["measured", "guess"]
+
+
+class UsageSums(Answer):
+    """What was used within a bucket. Of the groups, those that were asked for are there."""
+
+    tenant: str | None = None
+    key: Annotated[str | None, Field(description="A key's id.")] = None
+    model: str | None = None
+    job: Annotated[JobId | None, Field(description="Null for online calls.")] = None
+    requests: Count
+    input_tokens: Count
+    output_tokens: Count
+    device_seconds: Annotated[float, Field(ge=0)]
+
+
+class UsageBucket(Answer):
+    """An hour or a day, by UTC."""
+
+    id: str
+    object: Literal["usage.bucket"]
+    start: Time
+    end: Time
+    results: list[UsageSums]
+
+
+class UsageList(Page):
+    data: list[UsageBucket]
+
+
 ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/healthz"): Health,
     ("get", "/readyz"): Readiness,
@@ -797,6 +867,9 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("post", "/v1/keys"): NewKey,
     ("delete", "/v1/keys/{key_id}"): Deleted,
     ("get", "/v1/workers"): WorkerList,
+    ("get", "/v1/usage"): UsageList,
+    ("get", "/v1/plan"): Plan,
+    ("post", "/v1/estimate"): Estimate,
 }
 """The JSON of a route's 200. A file's content and streams are no JSON: `openapi.py` knows them."""
 

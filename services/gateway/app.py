@@ -16,7 +16,19 @@ from services.gateway.lookups import Lookups
 from services.gateway.middleware import BodyLimit, KnownHosts, RequestId
 from services.gateway.online import OnlineCalls
 from services.gateway.protocol import BoundedProtocol
-from services.gateway.routes import admin, batches, files, fine_tuning, generation, health, jobs, models, training
+from services.gateway.routes import (
+    admin,
+    batches,
+    files,
+    fine_tuning,
+    generation,
+    health,
+    jobs,
+    models,
+    plan,
+    training,
+    usage,
+)
 from services.gateway.routes import metrics as metrics_routes
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
@@ -70,7 +82,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestId)
     app.add_middleware(KnownHosts, allowed_hosts=settings.served_hosts, www_redirect=False)
     metrics.install(app, parts)
-    for module in (health, metrics_routes, files, batches, fine_tuning, training, generation, jobs, models, admin):
+    for module in (
+        health,
+        metrics_routes,
+        files,
+        batches,
+        fine_tuning,
+        training,
+        generation,
+        jobs,
+        models,
+        admin,
+        usage,
+        plan,
+    ):
         app.include_router(module.router)
     return app
 

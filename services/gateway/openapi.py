@@ -160,6 +160,8 @@ def _success(path: str, method: str, operation: dict[str, Any]) -> dict[str, Any
     answer: dict[str, Any] = {"headers": _headers(*headers)}
     if (method, path) in ANSWERS:
         answer["content"] = {"application/json": {"schema": _reference(ANSWERS[method, path])}}
+    if path == "/v1/usage":
+        answer["content"]["text/csv"] = {"schema": {"type": "string"}}
     if (method, path) in EVENTS:
         answer["content"]["text/event-stream"] = {"schema": _event(path, EVENTS[method, path])}
     return answer

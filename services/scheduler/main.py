@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.scheduler.auditor import Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
+from services.scheduler.forecaster import Forecaster
 from services.scheduler.gatekeeper import Gatekeeper
 from services.scheduler.planner import Planner
 from services.scheduler.preparer import Preparer
@@ -48,7 +49,7 @@ class Scheduler:
         self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)
         self._reaper = Reaper(engine, settings)
         self._epoch = RedisEpoch(engine, self._redis)
-        self._auditor = Auditor(engine)
+        self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings)
         self._retention = Retention(engine, store, settings)
 
     def listen(self) -> None:
@@ -87,6 +88,9 @@ class Scheduler:
     def audit(self) -> None:
         self._auditor.tick()
 
+    def foretell(self) -> None:
+        self._forecaster.tick()
+
     def forget(self) -> None:
         self._retention.tick()
 
@@ -99,6 +103,7 @@ class Scheduler:
             "reaper": (self.reap, lambda: self.stop.wait(self._settings.reap_seconds)),
             "redis epoch": (self.watch_redis, lambda: self.stop.wait(self._settings.epoch_seconds)),
             "auditor": (self.audit, lambda: self.stop.wait(self._settings.audit_seconds)),
+            "forecaster": (self.foretell, lambda: self.stop.wait(self._settings.forecast_seconds)),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
         threads = [

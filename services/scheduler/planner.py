@@ -13,7 +13,7 @@ from shared.db.jobs import ValidatingJob
 from shared.db.session import is_outage
 from shared.db.slices import NewSlice
 from shared.domain.batch_file import batch_errors
-from shared.domain.slice import plan_slices
+from shared.domain.slice import estimated_tokens, plan_slices
 from shared.settings import Settings
 from shared.store import Store
 
@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 MOST_FAILURES = 20
 NOT_PLANNED = {"code": "server_error", "message": "The batch could not be planned.", "param": None, "line": None}
-BYTES_PER_TOKEN = 4
-"""For a first estimate only: English text has about four bytes a token."""
 
 
 class Planner:
@@ -75,6 +73,6 @@ class Planner:
 
     def _cut(self, job: ValidatingJob, fleet_slots: int) -> list[NewSlice]:
         lines = job.validation["lines"]
-        tokens_per_line = job.input_bytes // BYTES_PER_TOKEN // lines
+        tokens_per_line = estimated_tokens(job.input_bytes, lines)
         parts = plan_slices(lines, max(1, fleet_slots), self._settings.slice_lines)
-        return [NewSlice(lo, hi, (hi - lo) * max(1, tokens_per_line)) for lo, hi in parts]
+        return [NewSlice(lo, hi, (hi - lo) * tokens_per_line) for lo, hi in parts]

@@ -468,7 +468,68 @@ class Usage(Base):
     __table_args__ = (
         ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
         Index("usage_time_idx", "tenant_id", "recorded_at"),
+        Index("usage_all_time_idx", "recorded_at"),
     )
+
+
+class OnlineUsage(Base):
+    """Online calls by the hour, in UTC, in which they were recorded; counted in that transaction."""
+
+    __tablename__ = "online_usage"
+
+    tenant_id: Mapped[str] = tenant_column()
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int]
+    input_tokens: Mapped[int]
+    output_tokens: Mapped[int]
+    device_seconds: Mapped[float]
+
+    __table_args__ = (Index("online_usage_hour_idx", "hour"),)
+
+
+class Forecast(Base):
+    """When an open job is expected to begin and end; made again every few seconds (`services.scheduler.forecaster`)."""
+
+    __tablename__ = "forecast"
+
+    tenant_id: Mapped[str] = tenant_column()
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    starts_at: Mapped[datetime | None]
+    ends_at: Mapped[datetime | None]
+    on_time: Mapped[bool | None]
+    is_measured: Mapped[bool]
+    """Whether its speed was measured, on itself or on earlier jobs, and not guessed."""
+
+    __table_args__ = (
+        UniqueConstraint("job_id"),
+        ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
+    )
+
+
+class ForecastBlock(Base):
+    """A worker's expected time with one job."""
+
+    __tablename__ = "forecast_block"
+
+    tenant_id: Mapped[str] = tenant_column()
+    worker_id: Mapped[UUID] = mapped_column(primary_key=True)
+    starts_at: Mapped[datetime] = mapped_column(primary_key=True)
+    ends_at: Mapped[datetime]
+    job_id: Mapped[UUID]
+
+    __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),)
+
+
+class ForecastBasis(Base):
+    """What the newest forecast was made of, without names: one row, of the system tenant."""
+
+    __tablename__ = "forecast_basis"
+
+    tenant_id: Mapped[str] = tenant_column()
+    made_at: Mapped[datetime]
+    basis: Mapped[dict[str, Any]]
 
 
 class Idempotency(Base):

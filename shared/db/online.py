@@ -57,7 +57,19 @@ _RECORD = text("""
             input_tokens = input_tokens + :input_tokens, output_tokens = output_tokens + :output_tokens,
             device_seconds = device_seconds + :device_seconds
         WHERE tenant_id = :tenant_id AND job_id = :job_id
-        RETURNING tenant_id, job_id, created_on, total - :count AS first)
+        RETURNING tenant_id, job_id, created_on, total - :count AS first, coalesce(key_id, '') AS key_id,
+            coalesce(model, '') AS model
+    ), hourly AS (
+        INSERT INTO online_usage AS known (tenant_id, hour, key_id, model, requests, input_tokens, output_tokens,
+                                           device_seconds)
+        SELECT tenant_id, date_trunc('hour', now(), 'UTC'), key_id, model, :count, :input_tokens, :output_tokens,
+            :device_seconds
+        FROM day
+        ON CONFLICT (tenant_id, hour, key_id, model) DO UPDATE SET requests = known.requests + excluded.requests,
+            input_tokens = known.input_tokens + excluded.input_tokens,
+            output_tokens = known.output_tokens + excluded.output_tokens,
+            device_seconds = known.device_seconds + excluded.device_seconds
+    )
     INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, status_code, body,
                         input_tokens, output_tokens)
     SELECT created_on, job_id, first + line.position - 1, tenant_id, 0, 0, call_id, status_code, body,

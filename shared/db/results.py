@@ -142,7 +142,6 @@ _TAKE = text("""
 """)
 _COUNT_TAKEN = text("""
     UPDATE slice SET completed = completed + part.lines, output_bytes = output_bytes + part.bytes,
-        estimated_tokens = estimated_tokens * (hi - lo - part.lines) / (hi - lo),
         state = CASE WHEN completed + part.lines = hi - lo THEN 'done' ELSE state END
     FROM (SELECT slice_id, count(*)::int AS lines, sum(size) AS bytes
           FROM unnest(cast(:slice_ids AS bigint[]), cast(:sizes AS bigint[])) AS line (slice_id, size)

@@ -14,6 +14,8 @@ MAX_LINE_BYTES = 1_000_000
 MAX_ERRORS = 100
 """Errors listed for one file; the rest are counted by nobody, as the file must be mended anyway."""
 MAX_CUSTOM_ID_CHARACTERS = 512
+MOST_COUNTED = 10**7
+"""A limit beyond this is none."""
 
 
 @dataclass
@@ -41,6 +43,9 @@ class BatchFileChecker:
     errors: list[LineError] = field(default_factory=list)
     urls: dict[str, list[int]] = field(default_factory=dict)
     models: dict[str, int] = field(default_factory=dict)
+    output_tokens_limit: int = 0
+    """Sum of what lines allow to be generated, each time for every choice."""
+    unlimited_lines: int = 0
     _seen: set[bytes] = field(default_factory=set)
 
     def add(self, line: bytes) -> None:
@@ -86,8 +91,17 @@ class BatchFileChecker:
                 lines.append(self.lines)
         if not isinstance(body, dict):
             self._fault("invalid_json_line", "'body' must be a JSON object.", "body")
-        elif isinstance(model := body.get("model"), str) and len(self.models) <= MAX_ERRORS:
+            return
+        self._count_limit(body)
+        if isinstance(model := body.get("model"), str) and len(self.models) <= MAX_ERRORS:
             self.models.setdefault(_storable(model, 400), self.lines)
+
+    def _count_limit(self, body: dict[str, Any]) -> None:
+        limit, choices = body.get("max_completion_tokens", body.get("max_tokens")), body.get("n", 1)
+        if type(limit) is int and 0 < limit <= MOST_COUNTED:
+            self.output_tokens_limit += limit * (choices if type(choices) is int and 0 < choices <= 128 else 1)
+        else:
+            self.unlimited_lines += 1
 
     def _fault(self, code: str, message: str, param: str | None = None) -> None:
         if len(self.errors) < MAX_ERRORS:
@@ -100,6 +114,8 @@ class BatchFileChecker:
             "errors": [error.as_dict() for error in self.errors],
             "urls": self.urls,
             "models": self.models,
+            "output_tokens_limit": self.output_tokens_limit,
+            "unlimited_lines": self.unlimited_lines,
         }
 
 

@@ -95,6 +95,15 @@ def split(lo: int, hi: int, ways: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(cuts))
 
 
+BYTES_PER_TOKEN = 4
+"""For a first estimate only: English text has about four bytes a token."""
+
+
+def estimated_tokens(input_bytes: int, lines: int) -> int:
+    """Return about how many tokens a line of a batch has: by this, tenants are served and jobs foretold."""
+    return max(1, input_bytes // BYTES_PER_TOKEN // lines)
+
+
 LINES_AT_ONCE = 64
 """Lines of a slice that keep its slot's part of an engine busy: four slots fill a batch of 256."""
 

@@ -295,3 +295,24 @@ def test_train_says_what_is_wrong(cli, specification, tmp_path):
     cli("train", "spec.yaml", code=2)
     specification.write_text("[1, 2")
     cli("train", "spec.yaml", code=2)
+
+
+def test_the_plan_and_what_was_used(cli, tmp_path):
+    """As tables, as JSON, and the plan as an image."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(30, delay_ms=60_000)))
+    job_id = cli("submit", "in.jsonl", "--endpoint", "/v1/chat/completions").strip()
+    wait_until(lambda: job_id in cli("plan"), 20, "the plan has it")
+    night = json.loads(cli("plan", "--json", "--image", "night.svg"))
+    assert job_id in {job["id"] for job in night["jobs"]}
+    assert (
+        b"<svg" in (tmp_path / "night.svg").read_bytes()
+        and job_id[-6:].encode() in (tmp_path / "night.svg").read_bytes()
+    )
+    cli("plan", "--image", "night.png")
+    assert (tmp_path / "night.png").read_bytes().startswith(b"\x89PNG")
+    cli("plan", "--image", "night.txt", code=2)
+    cli("cancel", job_id)
+    assert "echo" in cli("usage", "--by", "model")
+    assert {"model", "job"} <= set(
+        json.loads(cli("usage", "--by", "model", "--by", "job", "--json"))[-1]["results"][-1]
+    )

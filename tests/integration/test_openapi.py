@@ -54,7 +54,7 @@ TENANTS = {
     *(("POST", "/v1/files"), ("GET", "/v1/files"), ("POST", "/v1/batches"), ("GET", "/v1/batches")),
     *(("GET", "/v1/jobs"), ("GET", "/v1/models"), ("GET", "/v1/workers"), ("GET", "/v1/models/{name:path}")),
     *(("POST", TUNING), ("GET", TUNING), ("POST", TRAINING), ("GET", TRAINING), ("GET", "/v1/training/schema")),
-    ("POST", "/v1/predictions"),
+    *(("POST", "/v1/predictions"), ("GET", "/v1/usage"), ("GET", "/v1/plan"), ("POST", "/v1/estimate")),
 }
 """What every tenant's key opens: it makes or lists the tenant's own things, or shows what all tenants share."""
 OWNED = {

@@ -1,14 +1,14 @@
 """Query plans at 100,000 queued slices and 10⁶ results: the hot statements read by index, and little."""
 
 import json
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
 from services.scheduler.auditor import INVARIANTS, RECENT
-from shared.db import events, files, gates, jobs, results, slices, workers
+from shared.db import events, files, forecasts, gates, jobs, results, slices, usage, workers
 from tests.support.batches import rows
 from tests.support.servers import Database
 
@@ -115,6 +115,34 @@ def test_gates_read_what_is_due_by_index(seeded):
         with seeded.engine("migration").begin() as connection:
             connection.execute(text("UPDATE job SET gate_reason = NULL, gate_review_at = NULL"))
             connection.execute(text("DELETE FROM job_parent"))
+
+
+def test_a_forecast_reads_open_jobs_and_lately_ended_ones(seeded):
+    """A thousand open jobs with their slices, and five hundred of the fifty thousand that ended."""
+    sequential, read, milliseconds = explain(seeded, forecasts.OPEN_JOBS, limit=forecasts.MOST_JOBS)
+    assert not {"job", "slice"} & set(sequential) and read <= 1000 * 110 and milliseconds < 5000
+    parameters = {"recent": forecasts.RECENT_JOBS, "each": forecasts.JOBS_OF_A_MODEL}
+    sequential, read, _ = explain(seeded, forecasts.SPEEDS, **parameters)
+    assert not {"job", "slice"} & set(sequential) and read <= 500 * 4
+
+
+def test_usage_of_a_day_is_read_by_its_time(seeded):
+    with seeded.engine("migration").begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO usage (tenant_id, job_id, kind, requests, input_tokens, output_tokens, device_seconds, recorded_at)"
+                " SELECT tenant_id, job_id, 'batch', 1, 1, 1, 1, created_at FROM job WHERE state = 'succeeded'"
+            )
+        )
+    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE usage"))
+    day = datetime.now(UTC)
+    for tenant_id in (None, "t1"):
+        bounds = {"start": day - timedelta(days=1), "end": day, "tenant_id": tenant_id}
+        sequential, read, _ = explain(
+            seeded, f"SELECT * FROM ({usage.USED}) AS used", "gateway", is_admin=True, **bounds
+        )
+        assert "usage" not in sequential and read <= 3000
 
 
 def test_marking_dispatched_slices_reads_just_them(seeded):

@@ -18,6 +18,7 @@ from rich.table import Table
 from lamplighter.client import Client
 from lamplighter.doctor import findings
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
+from lamplighter.night import clock, draw_plan, show_night
 from lamplighter.policy import TERMINAL, file_key
 from lamplighter.training_spec import SpecificationWrong, read_specification, show_plan, show_tasks
 
@@ -269,6 +270,40 @@ def jobs(
     columns = {"id": "id", "kind": "kind", "status": "status", "model": "model", "done": "progress.done"}
     columns |= {"total": "progress.total", "failed": "progress.failed", "waits for": "waiting.reason"}
     show(page["data"], as_json, columns)
+
+
+@app.command()
+def plan(
+    image: Annotated[Path | None, typer.Option(help="Also draw it, into a file that ends in .svg or .png.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say when open jobs are expected to begin and end, and what each worker does until then."""
+    if image is not None and image.suffix not in (".svg", ".png"):
+        raise typer.BadParameter("must end in .svg or .png", param_hint="--image")
+    with client() as api:
+        night = api.request("GET", "/v1/plan")
+    if image is not None:
+        draw_plan(night, image)
+    if as_json:
+        print(json.dumps(night, indent=2))
+    else:
+        show_night(console, night)
+
+
+@app.command()
+def usage(
+    by: Annotated[list[str] | None, typer.Option(help="tenant, key, model or job; may be repeated.")] = None,
+    bucket: Annotated[str, typer.Option(help="hour or day.")] = "day",
+    as_json: JsonOption = False,
+) -> None:
+    """Show requests, tokens and device seconds by hour or day."""
+    groups = by or []
+    with client() as api:
+        page = api.request("GET", "/v1/usage", params={"bucket": bucket, "group_by": groups})
+    rows = [{"from": clock(one["start"]), **row} for one in page["data"] for row in one["results"]]
+    columns = {"from": "from"} | {group: group for group in groups}
+    sums = ("requests", "input_tokens", "output_tokens", "device_seconds")
+    show(page["data"] if as_json else rows, as_json, columns | {name.replace("_", " "): name for name in sums})
 
 
 @app.command()

@@ -24,7 +24,8 @@ from services.gateway.dependencies import (
 )
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, gates, jobs, submissions, workers
+from shared.db import events, forecasts, gates, jobs, submissions, workers
+from shared.db.forecasts import ForecastView
 from shared.db.jobs import JobView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -38,6 +39,8 @@ router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 EVENT_POLL_SECONDS = 0.5
 KEEP_ALIVE_POLLS = 30
 EVENT_PAGE = 200
+EXPECTED = (JobState.QUEUED, JobState.RUNNING)
+"""States in which a job has a forecast."""
 MOST_PLACE_DIGITS = 30
 """Of an event's place: a transaction's number and the event's."""
 
@@ -89,14 +92,23 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     needed = {job.job_id: parallelism_of(job.spec).devices for job in queued}
     there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
     parents = gates.parents_of(connection, [job.job_id for job in found])
+    expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
     return [
         job_object(
             job,
             _gated(job) or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
             parents.get(job.job_id, ()),
+            _forecast(expected.get(job.job_id)),
         )
         for job in found
     ]
+
+
+def _forecast(expected: ForecastView | None) -> dict[str, Any] | None:
+    if expected is None:
+        return None
+    starts_at, ends_at = unix(expected.starts_at), unix(expected.ends_at)
+    return {"starts_at": starts_at, "ends_at": ends_at, "on_time": expected.on_time}
 
 
 def _gated(job: JobView) -> dict[str, Any] | None:

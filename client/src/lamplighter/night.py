@@ -1,0 +1,82 @@
+"""The plan of the night, as a table and as a Gantt chart."""
+
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lamplighter.errors import LamplighterError
+
+NO_PLOTS = "Drawing needs matplotlib: pip install 'lamplighter[plot]'."
+
+
+class PlotsMissing(LamplighterError):
+    """matplotlib is not installed."""
+
+
+def clock(moment: int | None) -> str:
+    """Return a time by the clock of this machine; nothing for none."""
+    return "" if moment is None else datetime.fromtimestamp(moment, UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def judgement(job: dict[str, Any]) -> str:
+    """Say in words whether a job will be done in time."""
+    if job["ends_at"] is None:
+        return "will not fit"
+    return {True: "in time", False: "late", None: ""}[job["on_time"]]
+
+
+def show_night(console: Console, plan: dict[str, Any]) -> None:
+    """Print when each job begins and ends, and on which workers."""
+    where: dict[str, set[str]] = {}
+    for lane in plan["lanes"]:
+        for block in lane["blocks"]:
+            where.setdefault(block["job"], set()).add(lane["worker"])
+    table = Table("job", "begins", "ends", "", "by", "workers", box=None)
+    for job in plan["jobs"]:
+        times = clock(job["starts_at"]), clock(job["ends_at"])
+        basis = "measured" if job["confidence"] == "measured" else "a guess"
+        table.add_row(job["id"], *times, judgement(job), basis, ", ".join(sorted(where.get(job["id"], ()))))
+    console.print(table if plan["jobs"] else "Nothing is open.")
+
+
+def draw_plan(plan: dict[str, Any], path: Path) -> None:
+    """Draw workers as rows and jobs as bars, into an SVG or a PNG. Raises PlotsMissing."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        dates: Any = import_module("matplotlib.dates")  # it has no types
+    except ImportError:
+        raise PlotsMissing(NO_PLOTS) from None
+    lanes = plan["lanes"]
+    figure = Figure(figsize=(12, 1.5 + 0.5 * max(1, len(lanes))), layout="constrained")
+    axes = figure.subplots()
+    judged = {job["id"]: judgement(job) for job in plan["jobs"]}
+    zone = datetime.now(UTC).astimezone().tzinfo
+    names = list(dict.fromkeys(block["job"] for lane in lanes for block in lane["blocks"]))
+    for row, lane in enumerate(lanes):
+        for block in lane["blocks"]:
+            start, end = (dates.date2num(datetime.fromtimestamp(block[key], UTC)) for key in ("starts_at", "ends_at"))
+            late = judged.get(block["job"]) in ("late", "will not fit")
+            axes.barh(
+                row,
+                end - start,
+                left=start,
+                color=f"C{names.index(block['job']) % 10}",
+                edgecolor="red" if late else "white",
+                hatch="//" if late else None,
+            )
+            axes.annotate(block["job"][-6:], ((start + end) / 2, row), ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(lanes)), [f"{lane['worker']} {lane['device']}" for lane in lanes])
+    axes.invert_yaxis()
+    locator = dates.AutoDateLocator(tz=zone)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, tz=zone))
+    axes.set_xlim(left=dates.date2num(datetime.fromtimestamp(plan["now"], UTC)))
+    axes.set_title(f"Plan of {clock(plan['now'])}; hatched: late")
+    with rc_context({"svg.fonttype": "none"}):  # texts stay texts, to be searched and read aloud
+        figure.savefig(path)

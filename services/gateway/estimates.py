@@ -1,0 +1,164 @@
+"""What a job would take, before it is handed in: tokens by its files, seconds by earlier jobs, times by the plan."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection
+
+from shared.api_objects import unix
+from shared.db import files, forecasts, gates, model_registry, submissions, tenants
+from shared.db.fine_tuning import accept_fine_tuning
+from shared.db.multi_task import accept_training
+from shared.db.tenants import Caller
+from shared.domain.errors import NotFound
+from shared.domain.fine_tuning import FineTuningCreate
+from shared.domain.job import JobKind, parse_file_id
+from shared.domain.multi_task import TrainingCreate
+from shared.domain.payloads import invalid_request
+from shared.domain.scheduling.estimates import (
+    GUESSED_TOKENS_PER_BYTE,
+    Speed,
+    Speeds,
+    chunks,
+    from_basis,
+    hidden_name,
+    slice_kind,
+    windows_of,
+)
+from shared.domain.scheduling.forecast import Span, Work, is_on_time, run_forward
+from shared.domain.slice import estimated_tokens
+from shared.domain.submission import BatchCreate, Scheduled
+from shared.settings import Settings
+
+USUAL_EPOCHS = 3
+GENERATING = ("/v1/chat/completions", "/v1/completions")
+NOTHING_KNOWN: dict[str, Any] = {"lanes": [], "works": [], "weights": {}, "speeds": []}
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a job asks for. `weighed_tokens`: as speeds count them (`shared.domain.slice.estimated_tokens`)."""
+
+    kind: JobKind
+    model: str | None
+    weighed_tokens: int
+    input_tokens: int
+    output_tokens_max: int = 0
+    parts: int = 1
+    devices: int = 1
+
+
+def estimate_job(connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the estimate of a job with this body; raises what handing it in would, and leaves nothing behind."""
+    basis = forecasts.basis(connection) or NOTHING_KNOWN
+    speeds = Speeds(Speed(*known) for known in basis["speeds"])
+    body, size = _asked(connection, settings, caller, fields, speeds)
+    speed = speeds.of(size.kind, size.model)
+    seconds = size.weighed_tokens * speed.seconds_per_token
+    span = _span(connection, caller, body, size, seconds, basis)
+    return {
+        "object": "estimate",
+        "input_tokens": size.input_tokens,
+        "output_tokens_max": size.output_tokens_max,
+        "device_seconds": round(seconds, 3),
+        "starts_at": unix(span.starts_at),
+        "ends_at": unix(span.ends_at),
+        "on_time": is_on_time(span, body.deadline_at),
+        "confidence": "measured" if speeds.is_measured(size.kind, size.model) else "guess",
+    }
+
+
+def _span(
+    connection: Connection, caller: Caller, body: Scheduled, size: Size, seconds: float, basis: dict[str, Any]
+) -> Span:
+    """Run everybody's open jobs and this one forward; return when this one would begin and end."""
+    works, lanes, weights = from_basis(basis)
+    kind, window = slice_kind(size.kind), tenants.get_tenant(connection, caller.tenant_id)["window"]
+    asked = Work(
+        job_id=uuid4(),
+        tenant_id=hidden_name(caller.tenant_id),
+        model=size.model,
+        chunks=chunks(seconds, size.parts, kind),
+        kind=kind,
+        priority=body.priority,
+        order=len(works),
+        devices_needed=size.devices,
+        windows=windows_of(body.schedule["window"], window),
+        deadline=body.deadline_at,
+        parents=frozenset(gates.find_parents(connection, caller.tenant_id, body.after or ())),
+    )
+    return run_forward([*works, asked], lanes, datetime.now(UTC), weights=weights).spans[asked.job_id]
+
+
+def _asked(
+    connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any], speeds: Speeds
+) -> tuple[Scheduled, Size]:
+    """Return the checked body, of whichever kind of job it is, and how much it asks for."""
+    if "input_file_id" in fields:
+        batch = _checked(BatchCreate, fields)
+        _require_acceptable(connection, lambda: submissions.accept_batch(connection, settings, caller, batch, None))
+        return batch, _batch_size(connection, caller, batch, speeds)
+    if "tasks" in fields:
+        tasks = _checked(TrainingCreate, fields)
+        _require_acceptable(connection, lambda: accept_training(connection, settings, caller, tasks, None))
+        epochs, names = tasks.n_epochs, {task.training_file for task in tasks.tasks}
+        tokens = _tokens_of(connection, names) * epochs
+        return tasks, Size(JobKind.TRAINING, tasks.model, tokens, tokens, devices=tasks.parallelism.devices)
+    tuning = _checked(FineTuningCreate, fields)
+    _require_acceptable(connection, lambda: accept_fine_tuning(connection, settings, caller, tuning, None))
+    chosen = tuning.asked.n_epochs
+    tokens = _tokens_of(connection, [tuning.training_file]) * (chosen if isinstance(chosen, int) else USUAL_EPOCHS)
+    return tuning, Size(JobKind.FINE_TUNING, tuning.model, tokens, tokens, devices=tuning.parallelism.devices)
+
+
+def _checked(model: type[_Body], fields: dict[str, Any]) -> _Body:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+def _require_acceptable(connection: Connection, accept: Callable[[], object]) -> None:
+    """Raise what accepting a job would; what it writes is taken back."""
+    savepoint = connection.begin_nested()
+    try:
+        accept()
+    finally:
+        savepoint.rollback()
+
+
+def _batch_size(connection: Connection, caller: Caller, body: BatchCreate, speeds: Speeds) -> Size:
+    file = files.get(connection, parse_file_id(body.input_file_id))
+    known = file.validation or {}
+    lines, model = known.get("lines") or 1, next(iter(known.get("models", {})), None)
+    tokens_per_byte = speeds.of(JobKind.BATCH, model).input_tokens_per_byte or GUESSED_TOKENS_PER_BYTE
+    input_tokens = max(lines, round(file.bytes * tokens_per_byte))
+    # A line without a limit of its own ends with the model's context; where that has none, with as much as it asked.
+    unlimited = known.get("unlimited_lines", lines) if body.endpoint in GENERATING else 0
+    longest = _context(connection, caller, model) or input_tokens // lines
+    return Size(
+        kind=JobKind.BATCH,
+        model=model,
+        weighed_tokens=lines * estimated_tokens(file.bytes, lines),
+        input_tokens=input_tokens,
+        output_tokens_max=known.get("output_tokens_limit", 0) + unlimited * longest,
+        parts=lines,
+    )
+
+
+def _context(connection: Connection, caller: Caller, model: str | None) -> int | None:
+    try:
+        return model_registry.find(connection, caller.tenant_id, model or "").context_length
+    except NotFound:
+        return None
+
+
+def _tokens_of(connection: Connection, public_ids: Iterable[str]) -> int:
+    """Return about how many tokens some files have."""
+    sizes = (files.get(connection, parse_file_id(public_id)).bytes for public_id in public_ids)
+    return max(1, round(sum(sizes) * GUESSED_TOKENS_PER_BYTE))

@@ -1,0 +1,100 @@
+"""Says every few seconds when each open job will begin and end, and what each worker does until then."""
+
+import logging
+import time
+from datetime import UTC, datetime
+from uuid import UUID
+
+from sqlalchemy import Engine
+
+from shared.db import forecasts, tenants, workers
+from shared.db.forecasts import NewBlock, NewForecast, OpenJob
+from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
+from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
+from shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SPEEDS_SECONDS = 30.0
+"""How long speeds of ended jobs are taken for what they were."""
+MOST_BLOCKS = 20_000
+
+
+class Forecaster:
+    """Runs the policy forward over everybody's open jobs, and writes down what comes of it."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine, self._settings = engine, settings
+        self._speeds, self._speeds_until = Speeds(()), 0.0
+        self._said_anything = True
+
+    def tick(self) -> int:
+        """Make a new forecast in place of the last one; return how many jobs it is about."""
+        with self._engine.begin() as connection:
+            if not forecasts.try_lock(connection):
+                return 0
+            jobs = forecasts.open_jobs(connection)
+            if not jobs and not self._said_anything:
+                return 0
+            if time.monotonic() >= self._speeds_until:
+                self._speeds = Speeds(forecasts.speeds(connection))
+                self._speeds_until = time.monotonic() + SPEEDS_SECONDS
+            fleet = workers.loads(connection, self._settings.lease_seconds)
+            lanes = [Lane(worker.worker_id, worker.models) for worker in fleet]
+            weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
+            found = {job.job_id: job for job in jobs}
+            works = [_work(job, self._seconds_left(job), order) for order, job in enumerate(jobs)]
+            plan = run_forward(works, lanes, datetime.now(UTC), weights=weights)
+            specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
+            basis = basis_of(works, specs, lanes, weights, self._speeds)
+            expected = [self._forecast(job, plan) for job in jobs]
+            forecasts.replace(connection, expected, _blocks(found, plan), basis)
+        self._said_anything = bool(jobs)
+        return len(jobs)
+
+    def _seconds_left(self, job: OpenJob) -> float:
+        """Return the device seconds that what is left will take: at its own speed, once that says something."""
+        if _has_own_speed(job):
+            return job.tokens_left * job.done_seconds / job.done_tokens
+        return job.tokens_left * self._speeds.of(job.kind, job.model).seconds_per_token
+
+    def _forecast(self, job: OpenJob, plan: Plan) -> NewForecast:
+        span = plan.spans[job.job_id]
+        return NewForecast(
+            tenant_id=job.tenant_id,
+            job_id=job.job_id,
+            starts_at=job.started_at or span.starts_at,
+            ends_at=span.ends_at,
+            on_time=is_on_time(span, job.deadline),
+            is_measured=_has_own_speed(job) or self._speeds.is_measured(job.kind, job.model),
+        )
+
+
+def _has_own_speed(job: OpenJob) -> bool:
+    return job.done_seconds > 0 and job.done_tokens > 0 and job.done_tokens >= LEAST_SHARE * job.tokens
+
+
+def _work(job: OpenJob, seconds_left: float, order: int) -> Work:
+    kind = slice_kind(job.kind)
+    return Work(
+        job_id=job.job_id,
+        tenant_id=job.tenant_id,
+        model=job.base,
+        chunks=chunks(seconds_left, job.slices, kind),
+        kind=kind,
+        slice_class=job.slice_class,
+        priority=job.priority,
+        order=order,
+        devices_needed=job.devices_needed,
+        windows=windows_of(job.window, job.tenant_window),
+        deadline=job.deadline,
+        parents=frozenset(job.parents),
+        on=tuple(dict.fromkeys(job.workers)),
+    )
+
+
+def _blocks(found: dict[UUID, OpenJob], plan: Plan) -> list[NewBlock]:
+    return [
+        NewBlock(found[block.job_id].tenant_id, block.worker_id, block.starts_at, block.ends_at, block.job_id)
+        for block in plan.blocks[:MOST_BLOCKS]
+    ]

@@ -1,0 +1,273 @@
+"""The night run forward: which job runs when, on which worker, by the policy that releases slices. Pure.
+
+An event-driven run of `plan_releases`: whenever a worker becomes free or a gate opens, the policy is asked what goes
+where. A worker computes one chunk at a time, which takes the device seconds that such chunks took before; chunks stop
+at the end of their job's window and go on at its next opening, as slices do.
+"""
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from shared.domain.scheduling.gates import gate
+from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.scheduling.windows import Window, next_common_change
+from shared.domain.slice import SliceKind
+
+HORIZON = timedelta(days=14)
+_TOKENS_PER_SECOND = 1000
+"""By which chunks are weighed against each other: the policy counts tokens, and here a second is as good as any."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An open job. `chunks`: device seconds of the parts of what is left, which may run on several workers at once.
+
+    order: Of acceptance. on: Workers that run parts of it now; they go on with it.
+    """
+
+    job_id: UUID
+    tenant_id: str
+    model: str | None
+    chunks: tuple[float, ...]
+    kind: SliceKind = SliceKind.GENERATE
+    slice_class: int = 2
+    priority: int = 5
+    order: int = 0
+    devices_needed: int = 1
+    windows: tuple[Window, ...] = ()
+    deadline: datetime | None = None
+    parents: frozenset[UUID] = frozenset()
+    on: tuple[UUID, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A worker, and the models that are warm on it."""
+
+    worker_id: UUID
+    models: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A worker's time with one job."""
+
+    worker_id: UUID
+    job_id: UUID
+    starts_at: datetime
+    ends_at: datetime
+
+
+@dataclass(frozen=True)
+class Span:
+    """When a job begins and ends; None: not within the horizon."""
+
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    blocks: list[Block]
+    spans: dict[UUID, Span]
+
+
+@dataclass
+class _Waiting:
+    """The next chunk of a job, as the policy sees it."""
+
+    slice_id: int
+    tenant_id: str
+    slice_class: int
+    model: str | None
+    estimated_tokens: int
+    kind: str
+    devices_needed: int
+
+
+@dataclass
+class _Host:
+    """A free lane, as the policy sees it."""
+
+    worker_id: UUID
+    models: frozenset[str]
+    slots: int = 1
+    occupied: int = 0
+    is_training: bool = False
+    awaited: int = 0
+
+
+@dataclass
+class _Job:
+    work: Work
+    chunks: deque[float]
+    active: int = 0
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        return sum(self.chunks)
+
+
+@dataclass(order=True)
+class _Running:
+    """A chunk on its lanes, until it ends or its window does; `left` is what is to do then."""
+
+    until: datetime
+    number: int
+    job: _Job = field(compare=False)
+    lanes: list[UUID] = field(compare=False)
+    left: float = field(compare=False)
+
+
+class _Run:
+    def __init__(
+        self,
+        works: Iterable[Work],
+        lanes: Sequence[Lane],
+        now: datetime,
+        weights: Mapping[str, float],
+        load_seconds: Mapping[str, float],
+    ) -> None:
+        self._now, self._weights, self._load_seconds = now, weights, load_seconds
+        ordered = sorted(works, key=lambda work: (work.slice_class, -work.priority, work.order))
+        self._jobs = {work.job_id: _Job(work, deque(work.chunks)) for work in ordered}
+        self._free = {lane.worker_id: None for lane in lanes}  # in their order
+        self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
+        self._fairness, self._heap, self._number = Fairness(), list[_Running](), 0
+        self._blocks: dict[UUID, list[Block]] = defaultdict(list)
+
+    def forward(self, horizon: timedelta) -> Plan:
+        end = self._now + horizon
+        self._continue_running()
+        while self._now < end:
+            self._close_finished()
+            gates = {job_id: self._gate(job) for job_id, job in self._jobs.items() if job.ends_at is None}
+            self._release([self._jobs[job_id] for job_id, (is_open, _) in gates.items() if is_open])
+            times = [at for is_open, at in gates.values() if at is not None and not is_open]
+            if self._heap:
+                times.append(self._heap[0].until)
+            if not times:
+                break
+            self._now = min(times)
+            while self._heap and self._heap[0].until <= self._now:
+                self._stop(heapq.heappop(self._heap))
+        self._close_finished()
+        spans = {job_id: Span(job.starts_at, job.ends_at) for job_id, job in self._jobs.items()}
+        blocks = [block for lane in self._blocks.values() for block in lane]
+        return Plan(sorted(blocks, key=lambda block: (block.starts_at, block.worker_id.hex)), spans)
+
+    def _close_finished(self) -> None:
+        """Note the end of jobs that have nothing left, and of those in turn that only waited for them."""
+        for job in self._jobs.values():
+            if job.ends_at is None and not job.chunks and not job.active and self._has_parents_ended(job):
+                job.ends_at = self._now
+
+    def _has_parents_ended(self, job: _Job) -> bool:
+        parents = (self._jobs[parent] for parent in job.work.parents if parent in self._jobs)
+        return all(parent.ends_at is not None for parent in parents)
+
+    def _gate(self, job: _Job) -> tuple[bool, datetime | None]:
+        """Return whether a job may run now, and when to ask again."""
+        work = job.work
+        decided = gate(
+            self._now,
+            work.windows,
+            work.deadline,
+            has_open_parents=not self._has_parents_ended(job),
+            seconds_left=job.seconds_left / max(1, len(self._warm)),
+        )
+        return decided.is_open, decided.review_at
+
+    def _continue_running(self) -> None:
+        """Let workers go on with what they run."""
+        for job in self._jobs.values():
+            for worker_id in job.work.on:
+                if job.chunks and worker_id in self._free and self._gate(job)[0]:
+                    self._start(job, [worker_id])
+
+    def _release(self, open_jobs: list[_Job]) -> None:
+        """Ask the policy what the free workers do next, until it has nothing for them."""
+        while self._free:
+            numbered = [job for job in open_jobs if job.chunks]
+            backlog = [self._waiting(number, job) for number, job in enumerate(numbered)]
+            hosts = [_Host(worker_id, frozenset(self._warm[worker_id])) for worker_id in self._free]
+            releases = plan_releases(backlog, hosts, self._fairness, window=0, weights=self._weights)
+            if not releases:
+                return
+            for release in releases:
+                job = numbered[release.slice_id]
+                others = [lane for lane in self._free if lane != release.worker_id][: job.work.devices_needed - 1]
+                if release.worker_id in self._free and len(others) == job.work.devices_needed - 1:
+                    self._start(job, [release.worker_id, *others])
+
+    def _waiting(self, number: int, job: _Job) -> _Waiting:
+        work = job.work
+        tokens = round(job.chunks[0] * _TOKENS_PER_SECOND)
+        return _Waiting(number, work.tenant_id, work.slice_class, work.model, tokens, work.kind, work.devices_needed)
+
+    def _start(self, job: _Job, lanes: list[UUID]) -> None:
+        """Put a job's next chunk on its lanes, until it is done or its window closes."""
+        model, seconds = job.work.model, job.chunks.popleft()
+        if model is not None and model not in self._warm[lanes[0]]:
+            seconds += self._load_seconds.get(model, 0.0)
+            self._warm[lanes[0]].add(model)
+        until = self._now + timedelta(seconds=seconds)
+        closing = self._closing(job.work)
+        left = 0.0
+        if closing is not None and closing < until:
+            left, until = (until - closing).total_seconds(), closing
+        for lane in lanes:
+            del self._free[lane]
+            self._add_block(Block(lane, job.work.job_id, self._now, until))
+        job.active += 1
+        job.starts_at = job.starts_at or self._now
+        self._number += 1
+        heapq.heappush(self._heap, _Running(until, self._number, job, lanes, left))
+
+    def _closing(self, work: Work) -> datetime | None:
+        """Return when a job that may run now has to stop; None where its deadline goes before its windows."""
+        if not work.windows or not all(window.is_open(self._now) for window in work.windows):
+            return None
+        return next_common_change(work.windows, self._now)
+
+    def _add_block(self, block: Block) -> None:
+        lane = self._blocks[block.worker_id]
+        if lane and (lane[-1].job_id, lane[-1].ends_at) == (block.job_id, block.starts_at):
+            block = Block(block.worker_id, block.job_id, lane.pop().starts_at, block.ends_at)
+        lane.append(block)
+
+    def _stop(self, running: _Running) -> None:
+        for lane in running.lanes:
+            self._free[lane] = None
+        running.job.active -= 1
+        if running.left > 0:
+            running.job.chunks.appendleft(running.left)
+
+
+def run_forward(
+    works: Iterable[Work],
+    lanes: Sequence[Lane],
+    now: datetime,
+    *,
+    weights: Mapping[str, float] | None = None,
+    load_seconds: Mapping[str, float] | None = None,
+    horizon: timedelta = HORIZON,
+) -> Plan:
+    """Return what every worker does from now on, and when every job begins and ends.
+
+    weights: Of tenants. load_seconds: What loading a model takes where it is not warm.
+    """
+    return _Run(works, lanes, now, weights or {}, load_seconds or {}).forward(horizon)
+
+
+def is_on_time(span: Span, deadline: datetime | None) -> bool | None:
+    """Say whether a job ends before its deadline; None where it has none."""
+    if deadline is None:
+        return None
+    return span.ends_at is not None and span.ends_at <= deadline

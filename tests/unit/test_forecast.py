@@ -1,0 +1,157 @@
+"""The night run forward: what it promises, and what holds for every plan."""
+
+from collections import defaultdict
+from datetime import UTC, datetime, time, timedelta
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.domain.scheduling.forecast import Lane, Work, is_on_time, run_forward
+from shared.domain.scheduling.windows import Window
+from shared.domain.slice import SliceKind
+
+NOW = datetime(2026, 7, 1, 20, tzinfo=UTC)
+NIGHT = Window(time(22), time(6), ZoneInfo("UTC"))
+
+
+def ident(number):
+    return UUID(int=number)
+
+
+def lanes(count, models=()):
+    return [Lane(ident(1000 + number), frozenset(models)) for number in range(count)]
+
+
+def work(number, *chunks, **fields):
+    return Work(ident(number), fields.pop("tenant_id", "t"), fields.pop("model", "m"), chunks, order=number, **fields)
+
+
+def hours(span):
+    """Return begin and end in hours from now."""
+    return tuple(None if at is None else (at - NOW).total_seconds() / 3600 for at in (span.starts_at, span.ends_at))
+
+
+def test_one_job_is_divided_among_all_workers():
+    plan = run_forward([work(1, *[900] * 8)], lanes(4, ["m"]), NOW)
+    assert hours(plan.spans[ident(1)]) == (0, 0.5)
+    assert [block.ends_at - block.starts_at for block in plan.blocks] == [timedelta(minutes=30)] * 4
+
+
+def test_what_a_worker_runs_it_goes_on_with():
+    works = [work(1, 3600, priority=9), work(2, 3600, on=(ident(1000),))]
+    plan = run_forward(works, lanes(1, ["m"]), NOW)
+    assert hours(plan.spans[ident(2)]) == (0, 1) and hours(plan.spans[ident(1)]) == (1, 2)
+
+
+def test_priorities_and_classes_go_first():
+    works = [work(1, 3600), work(2, 3600, priority=9), work(3, 3600, slice_class=1, priority=0)]
+    plan = run_forward(works, lanes(1, ["m"]), NOW)
+    assert [hours(plan.spans[ident(n)])[0] for n in (3, 2, 1)] == [0, 1, 2]
+
+
+def test_a_window_stops_a_job_and_lets_it_go_on_the_next_night():
+    """Ten hours of work on one worker: eight in the first night, the rest in the second; another fills the day."""
+    works = [work(1, *[1800] * 20, windows=(NIGHT,)), work(2, *[3600] * 12)]
+    plan = run_forward(works, lanes(1, ["m"]), NOW)
+    starts, ends = hours(plan.spans[ident(1)])
+    assert starts >= 2
+    for block in plan.blocks:
+        if block.job_id == ident(1):
+            assert NIGHT.is_open(block.starts_at) and NIGHT.is_open(block.ends_at - timedelta(seconds=1))
+    spent = sum((b.ends_at - b.starts_at).total_seconds() for b in plan.blocks if b.job_id == ident(1))
+    assert abs(spent - 36_000) < 1 and ends > 24
+
+
+def test_a_job_after_another_begins_when_that_ends():
+    works = [work(1, 3600, parents=frozenset({ident(2)})), work(2, 1800, 1800), work(3, parents=frozenset({ident(1)}))]
+    plan = run_forward(works, lanes(2, ["m"]), NOW)
+    assert hours(plan.spans[ident(2)]) == (0, 0.5) and hours(plan.spans[ident(1)]) == (0.5, 1.5)
+    assert hours(plan.spans[ident(3)])[1] == 1.5
+
+
+def test_tenants_take_turns():
+    works = [work(1, *[600] * 30, tenant_id="large"), work(2, *[600] * 3, tenant_id="small")]
+    plan = run_forward(works, lanes(1, ["m"]), NOW)
+    assert hours(plan.spans[ident(2)])[1] <= 1.2 and hours(plan.spans[ident(1)])[1] == 5.5
+    heavy = run_forward(works, lanes(1, ["m"]), NOW, weights={"large": 3.0})
+    assert hours(heavy.spans[ident(2)])[1] > hours(plan.spans[ident(2)])[1]
+
+
+def test_a_cold_model_is_loaded_once_on_each_worker():
+    plan = run_forward([work(1, *[60] * 4)], lanes(2), NOW, load_seconds={"m": 120})
+    assert hours(plan.spans[ident(1)])[1] == (120 + 120) / 3600
+
+
+def test_several_devices_are_taken_at_once():
+    works = [work(1, 3600, kind=SliceKind.TRAIN, devices_needed=2), work(2, *[1800] * 3)]
+    plan = run_forward(works, lanes(2, ["m"]), NOW)
+    blocks = [block for block in plan.blocks if block.job_id == ident(1)]
+    assert (
+        len(blocks) == 2 and blocks[0].starts_at == blocks[1].starts_at and blocks[0].worker_id != blocks[1].worker_id
+    )
+
+
+def test_deadlines_say_whether_they_are_kept():
+    plan = run_forward([work(1, 7200)], lanes(1, ["m"]), NOW)
+    span = plan.spans[ident(1)]
+    assert is_on_time(span, None) is None
+    assert is_on_time(span, NOW + timedelta(hours=2)) is True
+    assert is_on_time(span, NOW + timedelta(hours=1)) is False
+
+
+def test_without_workers_nothing_begins():
+    plan = run_forward([work(1, 60)], [], NOW)
+    assert plan.blocks == [] and hours(plan.spans[ident(1)]) == (None, None)
+
+
+works_of = st.lists(
+    st.builds(
+        lambda chunks, tenant, model, priority, is_nightly, is_training: (
+            chunks, tenant, model, priority, is_nightly, is_training
+        ),
+        st.lists(st.integers(60, 20_000), min_size=1, max_size=6), st.sampled_from("abc"), st.sampled_from("xyz"),
+        st.integers(0, 9), st.booleans(), st.booleans(),
+    ),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=80)
+@given(works_of, st.integers(1, 5))
+def test_every_plan_keeps_the_rules(parts, count):
+    """No worker does two things at once or none while open work waits; work is neither lost nor invented."""
+    works = [
+        work(
+            number,
+            *chunks,
+            tenant_id=tenant,
+            model=model,
+            priority=priority,
+            windows=(NIGHT,) if is_nightly else (),
+            kind=SliceKind.TRAIN if is_training else SliceKind.GENERATE,
+        )
+        for number, (chunks, tenant, model, priority, is_nightly, is_training) in enumerate(parts, 1)
+    ]
+    plan = run_forward(works, lanes(count, "xyz"), NOW)
+    assert plan == run_forward(works, lanes(count, "xyz"), NOW)
+    by_lane, by_job = defaultdict(list), defaultdict(float)
+    for block in plan.blocks:
+        by_lane[block.worker_id].append(block)
+        by_job[block.job_id] += (block.ends_at - block.starts_at).total_seconds()
+    for blocks in by_lane.values():
+        assert all(one.ends_at <= other.starts_at for one, other in zip(blocks, blocks[1:], strict=False))
+    for each in works:
+        assert abs(by_job[each.job_id] - sum(each.chunks)) < 1e-3
+        assert plan.spans[each.job_id].ends_at is not None
+    always = [each for each in works if not each.windows]
+    if always:
+        busy_until = min(max((b.ends_at for b in by_lane[lane.worker_id]), default=NOW) for lane in lanes(count))
+        last_start = max(b.starts_at for b in plan.blocks if b.job_id in {each.job_id for each in always})
+        idle = any(
+            one.ends_at < other.starts_at and other.starts_at <= last_start
+            for blocks in by_lane.values()
+            for one, other in zip(blocks, blocks[1:], strict=False)
+        )
+        assert not idle and busy_until >= NOW
