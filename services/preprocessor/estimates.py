@@ -9,13 +9,14 @@ import re
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from shared.domain.balancing import is_on_gradients
-from shared.domain.errors import ModelRefused
+from shared.domain.errors import ModelRefused, SpecificationRefused
 from shared.domain.fine_tuning import Hyperparameters, Parallelism
 from shared.domain.multi_task import DEFAULT_LAST_LAYERS, TrainingCreate
 from shared.domain.prepared_data import Manifest
@@ -147,18 +148,21 @@ class TaskEstimate:
 def estimate_tasks(
     body: TrainingCreate, rows: list[RowsManifest], model: Path | None, dtype: str, n_epochs: int
 ) -> TaskEstimate:
-    """Return what training a multi-task model on prepared rows will take; memory is each device's. Raises ModelRefused.
+    """Return what training a multi-task model on prepared rows will take; memory is each device's. Raises ModelRefused,
+    SpecificationRefused.
 
     model: The base's directory; None for the built-in backbone. dtype: As for `estimate`.
     """
     asked = body.hyperparameters
     all_rows, all_tokens = sum(each.rows for each in rows), sum(each.tokens for each in rows)
-    longest = max(each.longest for each in rows)
+    longest = max(each.longest + each.longest_target for each in rows)
     steps = asked.max_steps or n_epochs * math.ceil(all_rows / asked.batch_size)
+    _require_steps_for_phases(body, rows, steps)
     at_a_time = max(longest, min(MICRO_BATCH_TOKENS, asked.batch_size * longest))
     if model is None:
         inputs, hidden = vector_shape(body.model) or (0, 0)
         elements = trained = hidden * (inputs + hidden + 2)
+        config = {"hidden_size": hidden}
         width, activations = _FLOAT32_BYTES, at_a_time * _FLOAT32_BYTES * (inputs + 6 * hidden)
     else:
         width = 2 if dtype in ("bfloat16", "float16") else _FLOAT32_BYTES
@@ -166,6 +170,9 @@ def estimate_tasks(
         elements = _held_elements(shapes, body.parallelism)
         trained = _trained_elements(body, shapes, config)
         activations = _activation_bytes(config, _as_examples(body, rows), at_a_time, width, False)
+    heads = _head_elements(rows, config)
+    # A head has its weights, their gradients and two moments; of answers, a matrix of labels by labels is counted.
+    activations += heads * (2 * _FLOAT32_BYTES + _ADAM_BYTES) + _count_bytes(rows)
     is_held_wide = body.sharing != "lora"
     copies = len(body.tasks) if is_on_gradients(body.balancing) else 0
     memory = Memory(
@@ -174,6 +181,33 @@ def estimate_tasks(
         activations_bytes=activations,
     )
     return TaskEstimate(steps, math.ceil(steps * asked.batch_size * all_tokens / all_rows), memory)
+
+
+def _require_steps_for_phases(body: TrainingCreate, rows: list[RowsManifest], steps: int) -> None:
+    """Raise SpecificationRefused when a phase of sequential training would have no step."""
+    if body.mode != "sequential":
+        return
+    ends = [
+        round(steps * sum(each.rows for each in rows[: n + 1]) / sum(each.rows for each in rows))
+        for n in range(len(rows))
+    ]
+    for number, (start, end) in enumerate(pairwise([0, *ends])):
+        if end <= start:
+            name = rows[number].tasks[0].name
+            message = f"With {steps} steps in all, the phase of task {name!r} would have none."
+            raise SpecificationRefused(message, "hyperparameters.max_steps")
+
+
+def _head_elements(rows: list[RowsManifest], config: dict[str, Any]) -> int:
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+    outputs = sum(len(task.labels) or (task.kind == "regression") for each in rows for task in each.tasks)
+    return outputs * (hidden + 1)
+
+
+def _count_bytes(rows: list[RowsManifest]) -> int:
+    """Return what the answers of an evaluation are counted in: of a pass, of some passes, and of all."""
+    labels = [len(task.labels) for each in rows for task in each.tasks if task.kind != "multilabel"]
+    return 3 * 8 * sum(count * count for count in labels)
 
 
 def _trained_elements(body: TrainingCreate, shapes: dict[str, list[int]], config: dict[str, Any]) -> int:
@@ -185,18 +219,21 @@ def _trained_elements(body: TrainingCreate, shapes: dict[str, list[int]], config
     if body.sharing == "full":
         return math.ceil(sum(sizes.values()) / shares)
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
+    if (asked.n_layers or 0) > layers:
+        message = f"The base has {layers} layers, and the last {asked.n_layers} were to be trained."
+        raise SpecificationRefused(message, "hyperparameters.n_layers")
     in_layers = sum(size for name, size in sizes.items() if _IN_A_LAYER.search(name))
     return math.ceil(in_layers * min(1.0, (asked.n_layers or DEFAULT_LAST_LAYERS) / layers) / shares)
 
 
 def _as_examples(body: TrainingCreate, rows: list[RowsManifest]) -> Manifest:
-    """Return rows as if they were examples: language models' heads have logits for every token."""
-    tokens = sum(each.tokens for each in rows)
-    has_logits = any(task.kind in ("causal_lm", "seq2seq") for task in body.tasks)
+    """Return rows as if they were examples: a language model has logits for every token, a decoder for its targets."""
+    tokens = sum(each.tokens + each.target_tokens for each in rows)
+    is_language_model = any(task.kind == "causal_lm" for task in body.tasks)
     return Manifest(
         examples=sum(each.rows for each in rows),
         tokens=tokens,
-        trained_tokens=tokens if has_logits else 0,
+        trained_tokens=tokens if is_language_model else sum(each.target_tokens for each in rows),
         longest=max(each.longest for each in rows),
         vocabulary=max(each.vocabulary for each in rows),
         pad_token=None,

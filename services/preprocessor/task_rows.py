@@ -247,7 +247,7 @@ class _Preparation:
         if not is_training:
             return
         for task, one in zip(self._tasks, seen, strict=True):
-            fault = _lacking(task, one)
+            fault = _lacking(task, one, rows)
             if fault is not None:
                 faults.add(None, fault)
 
@@ -261,7 +261,12 @@ class _Preparation:
         is_scaled = task.kind == "regression" and task.is_standardized
         mean, deviation = (seen.mean, seen.deviation) if is_scaled else (0.0, 1.0)
         return TaskTargets(
-            name=task.name, kind=task.kind, labels=ordered(set(seen.labels)), mean=mean, deviation=deviation
+            name=task.name,
+            kind=task.kind,
+            labels=ordered(set(seen.labels)),
+            mean=mean,
+            deviation=deviation,
+            center=seen.mean,
         )
 
     def _write(
@@ -293,6 +298,7 @@ class _RowWriter:
         self._directory = DirectoryWriter(out, digest, names)
         self._rows = self._tokens = self._longest = 0
         self._target_tokens = dict.fromkeys(self._offset_files, 0)
+        self._longest_target = 0
         self._encoder = self._prompts = None
         if reading.files is not None:
             self._encoder = RowEncoder(reading.files, reading.max_length, truncate=reading.truncate)
@@ -379,6 +385,7 @@ class _RowWriter:
                     continue
                 self._put(self._first_label + number, answer.tokens)
                 self._target_tokens[number] += len(answer.tokens)
+                self._longest_target = max(self._longest_target, len(answer.tokens))
                 self._put(place, array("q", [self._target_tokens[number]]))
 
     def commit(self) -> tuple[Path, RowsManifest]:
@@ -393,6 +400,8 @@ class _RowWriter:
             pad_token=encoder.pad_token if encoder is not None else None,
             digest=self._digest,
             tasks=self._described,
+            target_tokens=sum(self._target_tokens.values()),
+            longest_target=self._longest_target,
         )
         path, _ = self._directory.publish(manifest, lambda path: _find(path.parent, path.name) is not None)
         return path, manifest
@@ -415,14 +424,17 @@ def _faults(source: Source, name: str) -> Faults:
     return Faults(f"tasks[{number}].{name}", title=title)
 
 
-def _lacking(task: TaskCreate, seen: _Seen) -> LineError | None:
-    """Return what a training file lacks for a task as a whole."""
+def _lacking(task: TaskCreate, seen: _Seen, rows: int) -> LineError | None:
+    """Return what a training file of so many rows lacks for a task as a whole."""
     if task.kind in LABELLED:
         least = 1 if task.kind == "multilabel" else 2
         if len(seen.labels) < least:
             only = next(iter(seen.labels), None)
             found = f"only {only!r}" if only is not None else "none"
             text = f"Task {task.name!r}: there must be {least} labels or more to tell apart, and there is {found}."
+            return LineError("one_class", text, param=task.label_field)
+        if task.kind == "multilabel" and min(seen.labels.values()) == rows:
+            text = f"Task {task.name!r}: every row has every label; there is nothing to learn."
             return LineError("one_class", text, param=task.label_field)
         if len(seen.labels) > MOST_LABELS:
             text = f"Task {task.name!r}: there are {len(seen.labels)} labels; at most {MOST_LABELS} are possible."

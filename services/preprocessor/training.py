@@ -19,7 +19,7 @@ from services.preprocessor.tokenization import TokenizerFiles
 from shared.db import model_registry, multi_task, training
 from shared.db.session import tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
-from shared.domain.errors import ModelRefused, NotFound
+from shared.domain.errors import ModelRefused, NotFound, SpecificationRefused
 from shared.domain.fine_tuning import Hyperparameters, parallelism_of
 from shared.domain.job import JobKind, parse_file_id
 from shared.domain.multi_task import TrainingCreate
@@ -78,6 +78,8 @@ class Preparations:
             return prepare(job)
         except TrainingFileRefused as error:
             return self._refuse(job, error.job_error(), [line.as_dict() for line in error.errors])
+        except SpecificationRefused as error:
+            return self._refuse(job, {"code": "invalid_value", "message": error.message, "param": error.param})
         except ModelRefused as error:
             return self._refuse(job, {"code": "model_refused", "message": error.message, "param": "model"})
         except NotFound as error:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SPEEDS_SECONDS = 30.0
 """How long speeds of ended jobs are taken for what they were."""
 MOST_BLOCKS = 20_000
+REST = 10
+"""Times as long as a forecast took is the pause after it, at least."""
 
 
 class Forecaster:
@@ -28,14 +30,20 @@ class Forecaster:
         self._speeds, self._speeds_until = Speeds(()), 0.0
         self._said_anything = True
 
-    def tick(self) -> int:
-        """Make a new forecast in place of the last one; return how many jobs it is about."""
+    def tick(self) -> float:
+        """Make a new forecast in place of the last one; return for how many seconds it should do."""
+        started = time.monotonic()
+        self._foretell()
+        # With a thousand jobs it takes a second or so, and must not take a core.
+        return max(self._settings.forecast_seconds, REST * (time.monotonic() - started))
+
+    def _foretell(self) -> None:
         with self._engine.begin() as connection:
             if not forecasts.try_lock(connection):
-                return 0
+                return
             jobs = forecasts.open_jobs(connection)
             if not jobs and not self._said_anything:
-                return 0
+                return
             if time.monotonic() >= self._speeds_until:
                 self._speeds = Speeds(forecasts.speeds(connection))
                 self._speeds_until = time.monotonic() + SPEEDS_SECONDS
@@ -43,14 +51,13 @@ class Forecaster:
             lanes = [Lane(worker.worker_id, worker.models) for worker in fleet]
             weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
             found = {job.job_id: job for job in jobs}
-            works = [_work(job, self._seconds_left(job), order) for order, job in enumerate(jobs)]
+            works = [_work(job, self._seconds_left(job), order, len(jobs)) for order, job in enumerate(jobs)]
             plan = run_forward(works, lanes, datetime.now(UTC), weights=weights)
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
             expected = [self._forecast(job, plan) for job in jobs]
             forecasts.replace(connection, expected, _blocks(found, plan), basis)
         self._said_anything = bool(jobs)
-        return len(jobs)
 
     def _seconds_left(self, job: OpenJob) -> float:
         """Return the device seconds that what is left will take: at its own speed, once that says something."""
@@ -74,13 +81,13 @@ def _has_own_speed(job: OpenJob) -> bool:
     return job.done_seconds > 0 and job.done_tokens > 0 and job.done_tokens >= LEAST_SHARE * job.tokens
 
 
-def _work(job: OpenJob, seconds_left: float, order: int) -> Work:
+def _work(job: OpenJob, seconds_left: float, order: int, jobs: int) -> Work:
     kind = slice_kind(job.kind)
     return Work(
         job_id=job.job_id,
         tenant_id=job.tenant_id,
         model=job.base,
-        chunks=chunks(seconds_left, job.slices, kind),
+        chunks=chunks(seconds_left, job.slices, kind, jobs),
         kind=kind,
         slice_class=job.slice_class,
         priority=job.priority,

@@ -89,7 +89,7 @@ class Scheduler:
         self._auditor.tick()
 
     def foretell(self) -> None:
-        self._forecaster.tick()
+        self.stop.wait(self._forecaster.tick())
 
     def forget(self) -> None:
         self._retention.tick()
@@ -103,7 +103,7 @@ class Scheduler:
             "reaper": (self.reap, lambda: self.stop.wait(self._settings.reap_seconds)),
             "redis epoch": (self.watch_redis, lambda: self.stop.wait(self._settings.epoch_seconds)),
             "auditor": (self.audit, lambda: self.stop.wait(self._settings.audit_seconds)),
-            "forecaster": (self.foretell, lambda: self.stop.wait(self._settings.forecast_seconds)),
+            "forecaster": (self.foretell, lambda: None),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
         threads = [

@@ -11,6 +11,8 @@ SPARE = 1.25
 """What a trainer may take, over what was estimated: nobody's estimate of activations is exact."""
 PROCESS_BYTES = 2 << 30
 """What a process with torch in it maps and hardly touches: the kernel's limit, which holds on a CPU, counts it too."""
+LEAST_BYTES = 256 << 20
+"""What a trainer gets at least: allocators take memory in blocks, and products need room to work in."""
 STARVED_SECONDS = 10.0
 """How long calls wait for a model that has no room beside the trainer, before the trainer has to go."""
 
@@ -38,7 +40,7 @@ class DeviceRoom:
         """
         if least_bytes > self._budget_bytes:
             raise NoRoom(f"Training needs {least_bytes} bytes and more; this device has {self._budget_bytes} for it.")
-        granted = min(self._budget_bytes, int(needed_bytes * SPARE))
+        granted = min(self._budget_bytes, max(LEAST_BYTES, int(needed_bytes * SPARE)))
         self._child.limit(self._budget_bytes - granted)
         try:
             has_room = self._wait(self._budget_bytes - granted, must_stop)

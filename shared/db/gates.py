@@ -206,6 +206,12 @@ def review(connection: Connection, job_id: UUID) -> None:
     connection.execute(_REVIEW, {"job_id": job_id})
 
 
+def parent_ids(connection: Connection, job_id: UUID) -> list[UUID]:
+    """Return the rows of the jobs that a job follows."""
+    statement = text("SELECT parent_id FROM job_parent WHERE job_id = :job_id ORDER BY parent_id")
+    return list(connection.execute(statement, {"job_id": job_id}).scalars())
+
+
 def parents_of(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, list[str]]:
     """Return the public ids of the jobs that some jobs follow."""
     statement = text("""

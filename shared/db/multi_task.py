@@ -186,7 +186,11 @@ def add_single_jobs(connection: Connection, job: training.UnpreparedJob) -> dict
     They were counted when their job was accepted.
     """
     made = {}
+    parents = gates.parent_ids(connection, job.job_id)
+    is_drawn = job.spec["sampling"].get("strategy") == "weights" and job.spec["mode"] == "parallel"
     for task in job.spec["tasks"]:
+        if is_drawn:  # its weight was its share of the draws, and nothing to multiply its loss with
+            task = task | {"weight": 1.0}  # noqa: PLW2901
         spec = job.spec | {"tasks": [task], "compare_single_task": False, "mode": "parallel", "sampling": {}}
         names = (task["training_file"], task["validation_file"])
         spec |= {"file_ids": [str(parse_file_id(name)) for name in names], "suffix": task["name"]}
@@ -204,6 +208,7 @@ def add_single_jobs(connection: Connection, job: training.UnpreparedJob) -> dict
                 idempotency_key=None,
                 deadline=parse_deadline(job.spec.get("deadline") or "none"),
             ),
+            parents=parents,
             has_window=bool(job.spec.get("window")),
         )
         made[task["name"]] = single.hex

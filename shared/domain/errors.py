@@ -16,6 +16,7 @@ LamplighterError
 ├── LeaseLost               a fenced write found no row: the work belongs to another
 │   └── LeaseGivenUp        the lease could not be kept; nothing more is written under it
 ├── ChildLost               an engine or trainer child died or hung
+├── SpecificationRefused    what a job asks for does not fit its data or its base
 └── ModelRefused            a model's files cannot be served
 
 The docstring of a class is its default message.
@@ -133,6 +134,14 @@ class LeaseGivenUp(LeaseLost):
 
 class ChildLost(LamplighterError):
     """The engine child died or hung."""
+
+
+class SpecificationRefused(LamplighterError):
+    """What a job asks for does not fit its data or its base: found out once these are looked at."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelRefused(LamplighterError):

@@ -207,6 +207,11 @@ class TrainingCreate(Scheduled):
             yield "sampling.rehearsal: is for the mode 'sequential'"
         if self.mode == "sequential" and sampling.strategy != "uniform":
             yield "sampling.strategy: phases are trained one after another; the mode 'sequential' takes no strategy"
+        if sampling.strategy == "weights":
+            for group in self.sources():
+                names = ", ".join(repr(self.tasks[number].name) for number in group)
+                if len({self.tasks[number].weight for number in group}) > 1:
+                    yield f"tasks[{group[1]}].weight: {names} share rows, which are drawn for all of them alike"
         if self.early_stop_patience is not None:
             without = [task.name for task in self.tasks if task.validation_file is None]
             if without:

@@ -50,7 +50,8 @@ class TaskTargets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """What is known of one task from its training file; its validation file has the same.
 
     `labels`: in the order of their numbers. `mean` and `deviation` standardise regression targets: the model learns
-    (target - mean) / deviation. `counts`: in this file, rows (for tokens: words) of each label.
+    (target - mean) / deviation. `center`: their mean in the training file, standardised or not: sums from which metrics
+    follow are taken around it. `counts`: in this file, rows (for tokens: words) of each label.
     """
 
     name: str
@@ -58,11 +59,15 @@ class TaskTargets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     labels: list[str] = []
     mean: float = 0.0
     deviation: float = 1.0
+    center: float = 0.0
     counts: list[int] = []
 
 
 class RowsManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`longest` and `tokens` are in tokens, a vector counting as one; `width` is that of vectors, else 0."""
+    """`longest` and `tokens` are in tokens, a vector counting as one; `width` is that of vectors, else 0.
+
+    `target_tokens`, `longest_target`: Of a seq2seq task, if there is one.
+    """
 
     version: int = FORMAT_VERSION
     rows: int
@@ -73,6 +78,8 @@ class RowsManifest(msgspec.Struct, frozen=True, kw_only=True):
     pad_token: int | None
     digest: str
     tasks: list[TaskTargets]
+    target_tokens: int = 0
+    longest_target: int = 0
 
 
 def vector_shape(model: str) -> tuple[int, int] | None:

@@ -1,5 +1,7 @@
 """Multi-task training against plain loops in torch, for every kind of head and trunk."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from services.worker.multi_task.model import load_for_serving
 from services.worker.protocol import Evaluated, Progress
 from services.worker.trainer.errors import LossNotFinite
 from tests.support.models import TRUNKS, make_trunk
-from services.worker.trainer.task_data import row_batches, share_of_rows
+from services.worker.trainer.task_data import PreparedRows, row_batches, share_of_rows
+from services.worker.trainer.trainable_tasks import TrainableTasks
 from tests.support.task_oracle import EXACT, digit_spec, first_weights, plain_run
 from tests.support.task_rows import (
     CAUSAL,
@@ -234,7 +237,7 @@ def test_learnt_weights_move_at_the_rates_of_language_models(digits, tmp_path):
     assert all(abs(value) <= 1.01e-2 * count for value, count in zip(variances, seen, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 def test_a_language_head_is_its_tasks_own(trunks, tmp_path, kind):
     """What only a language task reads stays as it is in steps without its rows; what all read does not."""
     texts = write_jsonl(tmp_path / "texts.jsonl", text_rows(8))
@@ -245,8 +248,90 @@ def test_a_language_head_is_its_tasks_own(trunks, tmp_path, kind):
     spec = task_spec(trunks[kind], body, tmp_path / "job", max_steps=2, batch_size=4, weight_decay=0.5)
     job, _ = first_weights(spec)
     own = job._model.own[1]
-    assert all("decoder" in name for name in own) and bool(own) == (kind == "t5")
+    expected = {"t5": "decoder", "gpt2": None, "llama": "lm_head"}[kind]
+    assert bool(own) == (expected is not None) and all(expected in name for name in own)
     assert not own.keys() & job._model.shared.keys() and set(job._model.trainable) >= set(own)
+    seen = set()
+    for _ in range(6):
+        before = {name: weight.detach().clone() for name, weight in job._model.trainable.items()}
+        told = job.trainer.train_step().tasks
+        seen |= set(told)
+        stays = language["name"] not in told
+        assert all(torch.equal(before[name], weight) == stays for name, weight in own.items()), told
+        assert any(not torch.equal(before[name], weight) for name, weight in job._model.shared.items())
+    assert len(seen) == 2, "steps of both tasks were looked at"
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "upgrad"])
+def test_the_weights_that_are_told_are_those_of_the_method(digits, tmp_path, method):
+    """They are what each task's gradient is multiplied with: of no two steps the same."""
+    tasks = [DIGIT_TASKS[0] | {"weight": 2.0}, *DIGIT_TASKS[1:]]
+    _, said, _ = run_tasks(digit_spec(digits, tmp_path / "job", tasks, body={"balancing": method}, max_steps=8))
+    weights = [{n: one.weight for n, one in m.tasks.items()} for m in said if isinstance(m, Progress)]
+    assert all(set(each) == {task["name"] for task in tasks} for each in weights)
+    assert len({each["digit"] for each in weights}) > 4 and all(each["digit"] > 0 for each in weights)
+    alone = digit_spec(digits, tmp_path / "alone", tasks[:1], body={"balancing": method}, max_steps=2)
+    _, said, _ = run_tasks(alone)
+    assert [m.tasks["digit"].weight for m in said if isinstance(m, Progress)] == pytest.approx([2.0, 2.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sum", "pcgrad"])
+def test_when_memory_runs_out_less_is_computed_at_a_time(trunks, tmp_path, monkeypatch, method):
+    """Also where the longest row is another source's: the run ends with the same weights, to rounding."""
+    long = write_jsonl(tmp_path / "long.jsonl", [row | {"text": row["text"] * 3} for row in text_rows(8)])
+    rows = write_jsonl(tmp_path / "rows.jsonl", text_rows(40))
+    tasks = [*with_files([TEXT_TASKS[0]], long), *with_files([TEXT_TASKS[2]], rows)]
+    body = {"model": "tiny", "tasks": tasks, "balancing": method, "sampling": {"strategy": "proportional"}}
+    asked = {"max_steps": 3, "batch_size": 16, "dtype": "float64"}
+    spec = task_spec(trunks["bert"], body, tmp_path / "free", **asked)
+    free, _, _ = run_tasks(spec)
+    outcomes = TrainableTasks.outcomes
+
+    def short_of_memory(self, batch, **more):
+        if batch.inputs.numel() > 200:
+            raise torch.OutOfMemoryError("made up")
+        return outcomes(self, batch, **more)
+
+    monkeypatch.setattr(TrainableTasks, "outcomes", short_of_memory)
+    tight, _, _ = run_tasks(task_spec(trunks["bert"], body, tmp_path / "tight", **asked))
+    assert tight.trainer.state.micro_batch_tokens <= 200 < free.trainer.state.micro_batch_tokens
+    for name, weight in free._model.trainable.items():
+        assert torch.allclose(weight, tight._model.trainable[name], rtol=0, atol=1e-9), name
+
+
+def test_the_metrics_of_targets_far_from_zero(digits, tmp_path):
+    """R² of numbers around 10⁹ whose spread is 5 is that of the same numbers around zero."""
+    from services.worker.multi_task.description import HeadDescription
+    from services.worker.multi_task.heads import outcome
+    from services.worker.multi_task.metrics import task_metrics
+
+    generator = np.random.default_rng(0)
+    targets = 1.7e9 + 5 * generator.standard_normal(1000)
+    wrong = 0.5 * generator.standard_normal(1000)
+    expected = 1 - (wrong**2).sum() / ((targets - targets.mean()) ** 2).sum()
+    for mean, deviation in ((targets.mean(), 5.0), (0.0, 1.0)):
+        head = HeadDescription(
+            name="far", kind="regression", mean=mean, deviation=deviation, center=float(targets.mean())
+        )
+        scaled = torch.from_numpy((targets - mean) / deviation)
+        found = outcome(head, (scaled + torch.from_numpy(wrong) / deviation)[:, None], scaled, counting=True)
+        metrics = task_metrics(head, float(found.loss), found.targets, found.counts.numpy())
+        assert metrics["r2"] == pytest.approx(expected, abs=1e-6)
+        assert metrics["mae"] == pytest.approx(np.abs(wrong).mean(), rel=1e-6)
+
+
+def test_a_row_with_a_long_answer_fills_a_pass_by_it(trunks, tmp_path):
+    rows = [row | {"reversed": row["text"] * 4} for row in text_rows(6)]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    spec = task_spec(trunks["t5"], {"model": "tiny", "tasks": with_files([SEQ2SEQ], file)}, tmp_path / "job")
+    data = PreparedRows(Path(spec.sources[0].data), 0, (0,))
+    answers = np.array([len(row["reversed"]) for row in rows])
+    assert (data.costs - data.lengths >= answers).all() and data.manifest.longest_target == max(
+        data.costs - data.lengths
+    )
+    assert data.manifest.target_tokens == sum(data.costs - data.lengths)
+    for batch in row_batches({0: data}, {0: np.arange(6)}, {0: (0,)}, int(data.costs.max())):
+        assert len(batch.inputs) == 1
 
 
 def test_odd_inputs_are_refused_and_harm_nobody(trunks, tmp_path):

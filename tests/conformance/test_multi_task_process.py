@@ -180,9 +180,9 @@ def assert_metrics_alike(one, other):
     assert one.keys() == other.keys()
     for step, tasks in one.items():
         for name, task in tasks.items():
-            same = other[step][name]
-            assert (task.best_step, task.is_stopped) == (same.best_step, same.is_stopped)
-            assert task.metrics == pytest.approx(same.metrics, abs=1e-8)
+            twin = other[step][name]
+            assert (task.best_step, task.is_stopped) == (twin.best_step, twin.is_stopped)
+            assert task.metrics == pytest.approx(twin.metrics, abs=1e-8)
 
 
 @pytest.mark.parametrize(("kind", "sharding"), [("t5", "fsdp"), ("llama", "tensor")])

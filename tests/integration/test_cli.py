@@ -285,6 +285,20 @@ def test_train_says_what_it_would_take_and_then_does_it(cli, specification):
     assert again["status"] == "succeeded" and [task["name"] for task in again["tasks"]] == ["odd", "size"]
 
 
+def test_a_specification_has_times_and_numbers_as_they_are_written(tmp_path):
+    from lamplighter.training_spec import read_specification
+
+    (tmp_path / "spec.yaml").write_text(
+        "window: {start: 22:00, end: 06:00, tz: UTC}\ndeadline: 2026-11-28T06:00:00Z\n"
+        "hyperparameters: {learning_rate: 1e-4, n_epochs: 3, warmup_ratio: 0.1}\nseed: 010\nmodel: yes\n"
+    )
+    found = read_specification(tmp_path / "spec.yaml")
+    assert found["window"] == {"start": "22:00", "end": "06:00", "tz": "UTC"}
+    assert found["deadline"] == "2026-11-28T06:00:00Z" and found["seed"] == "010"
+    assert found["hyperparameters"] == {"learning_rate": 1e-4, "n_epochs": 3, "warmup_ratio": 0.1}
+    json.dumps(found)
+
+
 def test_train_says_what_is_wrong(cli, specification, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(jsonl([{"text": [1, 2], "odd": 1, "size": 1}, {"text": [1], "odd": 0}]))
     refused = cli("train", "spec.yaml", "--dry-run", code=1)

@@ -212,7 +212,7 @@ def trainer_of(native, job_id):
 
 def test_paused_killed_resumed_it_ends_as_undisturbed(native, digits):
     """The same seed: the same losses, task by task, whatever happened on the way."""
-    hyper = {"max_steps": 400, "eval_steps": 100}
+    hyper = {"max_steps": 1200, "eval_steps": 300}
     body = {"balancing": "uncertainty", "hyper": hyper}
     whole = wait_for(native, create(native, digits, **body)["id"])
     job = create(native, digits, **body)
@@ -224,8 +224,8 @@ def test_paused_killed_resumed_it_ends_as_undisturbed(native, digits):
     time.sleep(1)
     wait_for(native, job["id"], (*ENDED, "running"))
     paused = native.request("POST", f"/v1/training/jobs/{job['id']}/pause")
-    if paused["status"] == "paused":
-        native.request("POST", f"/v1/training/jobs/{job['id']}/resume")
+    assert paused["status"] == "paused", "it was not done before it could be paused"
+    native.request("POST", f"/v1/training/jobs/{job['id']}/resume")
     ended = wait_for(native, job["id"])
     assert ended["status"] == "succeeded" and ended["tasks"] == whole["tasks"]
     files = [b"".join(native._content(next(iter(each["result_files"])))) for each in (whole, ended)]
@@ -289,6 +289,14 @@ TASK = {"name": "topic", "kind": "classification", "label_field": "label"}
     ("task", "training", "validation", "code", "line", "says"),
     [
         (TASK, [{"text": "x", "label": "a"}] * 5, None, "one_class", None, "only 'a'"),
+        (
+            TASK | {"kind": "multilabel"},
+            [{"text": "x", "label": ["a", "b"]}] * 5,
+            None,
+            "one_class",
+            None,
+            "every row has every label",
+        ),
         (TASK, GOOD, [{"text": "x", "label": "c"}], "unknown_label", 1, "'c' does not occur in the training file"),
         (TASK, GOOD[:1], None, "invalid_n_examples", None, "at least 2 rows"),
         (TASK, [*GOOD, {"text": "no label"}], None, "missing_field", 13, "The field 'label' is missing"),
@@ -354,6 +362,7 @@ def test_bad_data_is_refused_with_task_file_and_line(native, bases, task, traini
         ({"sampling": {"strategy": "temperature"}}, "sampling"),
         ({"sampling": {"strategy": "uniform", "cap": 5}}, "sampling"),
         ({"sampling": {"rehearsal": 0.5}}, None),
+        ({"sampling": {"strategy": "weights"}, "tasks": [TASK, TASK | {"name": "b", "weight": 5}]}, None),
         ({"balancing": "magic"}, "balancing"),
         ({"balancing": "torchjd:NashMTL"}, "balancing"),
         ({"hyperparameters": {"n_epochs": 1, "max_steps": 4}}, "hyperparameters"),
@@ -374,6 +383,22 @@ def test_an_impossible_specification_is_refused_at_once(native, bases, change, p
     with pytest.raises(ApiError) as refused:
         native.training.create(**body)
     assert refused.value.status == 400 and refused.value.param == param, refused.value
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"sharing": "last_layers", "hyperparameters": {"n_layers": 50}}, "hyperparameters.n_layers", "has 2 layers"),
+        ({"mode": "sequential", "hyperparameters": {"max_steps": 1}}, "hyperparameters.max_steps", "would have none"),
+    ],
+)
+def test_what_does_not_fit_its_base_or_data_is_refused_before_it_is_queued(native, bases, change, param, words):
+    file = upload(native, GOOD)
+    tasks = [TASK | {"training_file": file}, TASK | {"name": "other", "training_file": file}]
+    job = native.training.create(**{"model": bases["bert"], "tasks": tasks} | change)
+    failed = wait_for(native, job["id"])
+    assert failed["status"] == "failed" and failed["started_at"] is None
+    assert failed["error"]["param"] == param and words in failed["error"]["message"]
 
 
 def test_the_schema_is_published(native):

@@ -24,7 +24,7 @@ def prepare_tasks(body: TrainingCreate, base: Path, out: Path) -> list[PreparedS
     shape = vector_shape(body.model)
     asked = body.hyperparameters
     files = None if shape else TokenizerFiles.read(base)
-    length = 1 if shape else min(asked.max_length or files.context_tokens, files.context_tokens)
+    length = 1 if shape else min(asked.max_length or files.row_tokens, files.row_tokens)
     reading = Reading(shape[0] if shape else 0, files, length, asked.truncate)
     prepared = []
     for group in body.sources():

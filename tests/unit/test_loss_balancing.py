@@ -7,7 +7,7 @@ import torch
 import torchjd.aggregation
 import torchjd.scalarization
 
-from services.worker.trainer.loss_balancing import GradientWeights, LossWeights, NnlsProjector, combine
+from services.worker.trainer.loss_balancing import DwaState, GradientWeights, LossWeights, NnlsProjector, combine
 from shared.domain.balancing import TORCHJD_METHODS
 
 WEIGHTS = [1.0, 2.0, 0.5]
@@ -59,6 +59,13 @@ def test_dwa_is_torchjds():
             ours.note(dict(enumerate(losses.tolist())), ends_epoch=last)
         theirs.step()
         assert (epoch >= 1) == (len(ours.dwa.averages) == 2)
+
+
+def test_a_task_that_has_stopped_counts_as_standing_still():
+    """Not seen in the newer epoch: nobody's weight changes for that."""
+    weights = LossWeights("dwa", [1.0, 1.0], [0, 0])
+    weights.dwa = DwaState([0.0] * 2, [0] * 2, [[1.0, 1.0], [1.0, 0.0]])
+    assert weights.weights() == pytest.approx([1.0, 1.0])
 
 
 def test_dwa_takes_a_task_that_was_not_seen_as_standing_still():

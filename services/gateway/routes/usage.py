@@ -21,8 +21,8 @@ router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 LENGTH: dict[Bucket, timedelta] = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 USUAL_BUCKETS: dict[Bucket, int] = {"hour": 24, "day": 30}
 MOST_BUCKETS = 10_000
-LATEST = 253_402_300_799
-"""The last second of the year 9999."""
+LATEST = 32_503_680_000
+"""The year 3000."""
 
 Moment = Annotated[int | None, Query(ge=0, le=LATEST, description="Unix seconds.")]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutput
 
 from services.worker.engine.rows import Pending, Refused, Row, RowEngine
 from services.worker.multi_task.description import HeadDescription
@@ -107,9 +108,10 @@ class PredictionEngine(RowEngine[Predicted]):
         inputs, mask = self._inputs(batch)
         asked = {self._numbers[name] for row in batch for name in self._tasks(row)}
         plain = [task for task in sorted(asked) if self._heads[task].kind != "seq2seq"]
-        logits = self._model.logits(inputs, mask, plain) if plain else {}
+        hidden = self._model.trunk(inputs, mask)
+        logits = self._model.logits_of(hidden, mask, plain)
         texts = {
-            task: self._generate(inputs, mask, [self._heads[task].name in self._tasks(row) for row in batch])
+            task: self._generate(hidden, mask, [self._heads[task].name in self._tasks(row) for row in batch])
             for task in asked
             if self._heads[task].kind == "seq2seq"
         }
@@ -135,14 +137,14 @@ class PredictionEngine(RowEngine[Predicted]):
             return logits[:, 0].double() * head.deviation + head.mean
         return torch.sigmoid(logits) if head.kind == "multilabel" else torch.softmax(logits, dim=-1)
 
-    def _generate(self, inputs: torch.Tensor, mask: torch.Tensor, wanted: list[bool]) -> list[str]:
-        """Return what the decoder says of the rows that want it, its likeliest token at a time; "" for the others."""
+    def _generate(self, hidden: torch.Tensor, mask: torch.Tensor, wanted: list[bool]) -> list[str]:
+        """Return what the decoder says of encoded rows that want it, its likeliest token each time; "" for others."""
         texts = [""] * len(wanted)
         rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
         for start in range(0, len(rows), GENERATED_AT_A_TIME):
             chosen = rows[start : start + GENERATED_AT_A_TIME]
             made = self._model.trunk.plain.generate(
-                input_ids=inputs[chosen],
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden[chosen]),
                 attention_mask=mask[chosen].long(),
                 do_sample=False,
                 num_beams=1,

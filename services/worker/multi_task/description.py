@@ -18,13 +18,14 @@ RegressionLoss = Literal["mse", "huber"]
 
 
 class HeadDescription(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One task: targets of regression are standardised by `mean` and `deviation`."""
+    """One task: targets of regression are standardised by `mean` and `deviation`; around `center` sums are taken."""
 
     name: str
     kind: TaskKind
     labels: list[str] = []
     mean: float = 0.0
     deviation: float = 1.0
+    center: float = 0.0
     loss: RegressionLoss = "mse"
 
     @property

@@ -20,7 +20,7 @@ class Outcome:
     `counts`, of classification and token classification [labels, labels]: rows by label (row) and answer (column);
     multilabel [4, labels]: true positives, false positives, false negatives, and in the last row, for every label the
     same, rows of which all labels are right; regression [5]: sums of |e|, squares of e, y, squares of y, and 1, in the
-    unit of the targets as given; language models [1]: tokens right.
+    unit of the targets as given, y around the training file's mean; language models [1]: tokens right.
     """
 
     loss: torch.Tensor
@@ -43,7 +43,7 @@ def outcome(head: HeadDescription, logits: torch.Tensor, target: torch.Tensor, *
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if head.kind == "regression":
-        return _regression(head, logits[:, 0], target.to(logits.dtype))
+        return _regression(head, logits[:, 0], target)
     if head.kind == "multilabel":
         return _multilabel(logits, target.to(logits.dtype))
     kept = target != IGNORED
@@ -61,9 +61,11 @@ def outcome(head: HeadDescription, logits: torch.Tensor, target: torch.Tensor, *
 
 
 def _regression(head: HeadDescription, predicted: torch.Tensor, target: torch.Tensor) -> Outcome:
-    loss = (functional.huber_loss if head.loss == "huber" else functional.mse_loss)(predicted, target, reduction="sum")
+    function = functional.huber_loss if head.loss == "huber" else functional.mse_loss
+    loss = function(predicted, target.to(predicted.dtype), reduction="sum")
+    # Of the targets as they were given: those that are not standardised may be far from zero.
     errors = (predicted.detach().double() - target.double()) * head.deviation
-    values = target.double() * head.deviation + head.mean
+    values = target.double() * head.deviation + (head.mean - head.center)
     sums = [errors.abs().sum(), (errors**2).sum(), values.sum(), (values**2).sum(), values.new_tensor(len(values))]
     return Outcome(loss, len(target), torch.stack(sums))
 

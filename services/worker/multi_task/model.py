@@ -33,7 +33,17 @@ class MultiTaskModel:
         inputs: [R, T] tokens or [R, width] vectors. mask: [R, T]. targets: Of seq2seq tasks, whose decoder sees them.
         spans: Which rows each task's head is asked of; by default all.
         """
-        hidden = self.trunk(inputs, mask)
+        return self.logits_of(self.trunk(inputs, mask), mask, tasks, targets, spans)
+
+    def logits_of(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        tasks: Iterable[int],
+        targets: Mapping[int, torch.Tensor] | None = None,
+        spans: Mapping[int, slice] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Return what `logits` does for the trunk's output [R, T, H]."""
         pooled = pool(self.trunk.pooling, hidden, mask)
         outputs = {}
         for task in tasks:

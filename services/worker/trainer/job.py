@@ -27,8 +27,8 @@ CHANGE_NO_RESULT = ("micro_batch_tokens", "gradient_checkpointing")
 """Hyperparameters that only say how a step is computed: a run may go on with others."""
 SHORTAGE_FILE = "micro_batch_tokens"
 """In the job's directory: how many tokens at a time are still to be tried, after ranks in step ran out of memory."""
-TRAINING_BYTES_PER_WEIGHT = 12
-"""A float32 weight and two moments, as they are written."""
+WEIGHT_BYTES, MOMENT_BYTES = 4, 8
+"""A float32 weight, and the two moments of a trained one, as they are written."""
 
 
 class RunState(Protocol):
@@ -72,6 +72,9 @@ class AnyTrainer(Protocol):
 
 class AnyModel(Protocol):
     """What a job asks of its model."""
+
+    @property
+    def stored_weights(self) -> int: ...
 
     def watch(self, moved: Callable[[], None]) -> None: ...
     def save(self, directory: Path | None) -> None: ...
@@ -254,7 +257,7 @@ class TrainingJob(ABC, Generic[Spec]):
 
     @property
     def _expected_bytes(self) -> int:
-        return self.trainer.trainable_parameters * TRAINING_BYTES_PER_WEIGHT
+        return self._model.stored_weights * WEIGHT_BYTES + self.trainer.trainable_parameters * MOMENT_BYTES
 
     def _finish(self) -> Finished:
         state = self.trainer.state

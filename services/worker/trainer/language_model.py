@@ -59,6 +59,12 @@ class CausalLanguageModel:
         """The weights that are trained, by name."""
         return {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
 
+    @property
+    def stored_weights(self) -> int:
+        """How many weights `save` writes: all of a model, or its adapter's."""
+        weights = self._model.parameters() if self._asked.full else self.trainable.values()
+        return sum(weight.numel() for weight in weights)
+
     def train(self, is_training: bool) -> None:
         """Switch dropout on or off."""
         self._model.train(is_training)

@@ -75,7 +75,8 @@ class LossWeights:
             return [1.0] * len(self._task_weights)
         older, newer = (np.asarray(averages) for averages in self.dwa.averages)
         # A task that one of the epochs did not see, or whose loss has come to nothing, is taken as standing still.
-        rates = np.divide(newer, older, out=np.ones_like(newer), where=(older > 0) & np.isfinite(older * newer))
+        is_known = (older > 0) & (newer > 0) & np.isfinite(older * newer)
+        rates = np.divide(newer, older, out=np.ones_like(newer), where=is_known)
         powers = np.exp((rates - rates.max()) / DWA_TEMPERATURE)
         factors: list[float] = (len(rates) * powers / powers.sum()).tolist()
         return factors

@@ -45,6 +45,7 @@ class MultiTaskJob(TrainingJob[TrainTasks]):
             labels=known.labels,
             mean=known.mean,
             deviation=known.deviation,
+            center=known.center,
             loss=plan.loss,
         )
 

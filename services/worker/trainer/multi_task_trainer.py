@@ -22,7 +22,7 @@ from services.worker.trainer.errors import LossNotFinite
 from services.worker.trainer.loss_balancing import DwaState, LossWeights, combine
 from services.worker.trainer.ranks import Ranks
 from services.worker.trainer.stepper import Stepper, seed_everything
-from services.worker.trainer.task_data import Draw, PreparedRows, RowBatch, lengths_of, row_batches, share_of_rows
+from services.worker.trainer.task_data import Draw, PreparedRows, RowBatch, costs_of, row_batches, share_of_rows
 from services.worker.trainer.task_sampler import Segment, TaskMix, TaskSampler
 from services.worker.trainer.trainable_tasks import TrainableTasks
 from services.worker.trainer.trainer import EVALUATED_AT_A_TIME, STATE_FILE
@@ -93,7 +93,7 @@ class _Draw:
     tasks: dict[int, tuple[int, ...]]
     targets: dict[int, int]
 
-    def share(self, task: int, batch: RowBatch) -> float:
+    def factor(self, task: int, batch: RowBatch) -> float:
         """Return what a summed loss of a pass is multiplied with, to be its part of the mean over the step."""
         return 0.0 if batch.is_idle else 1 / max(1, self.targets.get(task, 0))
 
@@ -156,8 +156,10 @@ class MultiTaskTrainer:
         """Take one optimizer step. Raises LossNotFinite, with the weights as they were, and OutOfMemory."""
         step, weights = self.state.step, self._weights.weights()
         draw = self._draw(step)
+        told_weights = dict(enumerate(weights))
         if is_on_gradients(self._spec.balancing):
-            means = self._balance_gradients(draw, weights)
+            means, factors = self._balance_gradients(draw, weights)
+            told_weights = {task: weights[task] * factor for task, factor in factors.items()}
         else:
             means = self._accumulate_losses(draw, weights)
         loss = sum(weights[task] * mean for task, mean in means.items())
@@ -167,7 +169,9 @@ class MultiTaskTrainer:
         rate, norm = self._stepper.update(step, loss)
         tokens = sum(int(self._training[source].lengths[rows].sum()) for source, rows in draw.rows.items())
         self._note(loss, tokens)
-        told = {self._name(task): TaskStep(mean, weights[task], draw.targets[task]) for task, mean in means.items()}
+        told = {
+            self._name(task): TaskStep(mean, told_weights[task], draw.targets[task]) for task, mean in means.items()
+        }
         return TasksStep(loss, rate, norm, tokens, told)
 
     def _draw(self, step: int) -> _Draw:
@@ -192,13 +196,14 @@ class MultiTaskTrainer:
             sums = TaskSums()
             for batch in self._passes(self._training, draw.rows, draw.tasks):
                 outcomes = self._model.outcomes(batch)
-                parts = [one.loss * (weights[task] * draw.share(task, batch)) for task, one in outcomes.items()]
+                parts = [one.loss * (weights[task] * draw.factor(task, batch)) for task, one in outcomes.items()]
                 self._stepper.backward(torch.stack(parts).sum())
                 if not batch.is_idle:
                     sums.add(outcomes)
             return sums
 
-        sums = self._stepper.within_memory(self.state, lengths_of(self._training, draw.rows), work)
+        sums = self._stepper.within_memory(self.state, costs_of(self._training, draw.rows), work)
+        self._stepper.put_back()
         self._stepper.sum_gradients(self._updated(draw))
         return self._means(sums, draw)
 
@@ -218,8 +223,10 @@ class MultiTaskTrainer:
                 weight.grad = torch.zeros_like(weight)
         return chosen
 
-    def _balance_gradients(self, draw: _Draw, weights: list[float]) -> dict[int, float]:
-        """Leave the combined gradient of the shared weights, and of each head its own task's."""
+    def _balance_gradients(self, draw: _Draw, weights: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+        """Leave the combined gradient of the shared weights, and of each head its own task's; return the tasks' mean
+        losses and their weights in the combination.
+        """
         shared = list(self._model.shared.values())
 
         def work() -> tuple[TaskSums, dict[int, list[torch.Tensor]]]:
@@ -231,24 +238,23 @@ class MultiTaskTrainer:
                 outcomes = self._model.outcomes(batch)
                 learning = [task for task in outcomes if draw.targets.get(task)]
                 for task in learning:
-                    scaled = outcomes[task].loss * (weights[task] * draw.share(task, batch))
+                    scaled = outcomes[task].loss * (weights[task] * draw.factor(task, batch))
                     self._differentiate(task, scaled, gradients[task], is_last=task == learning[-1])
                 if not batch.is_idle:
                     sums.add(outcomes)
             return sums, gradients
 
-        # Of the sources, the one whose longest row is the longest fills a pass the most.
-        by_source = [self._training[source].lengths[rows] for source, rows in draw.rows.items()]
-        sums, gradients = self._stepper.within_memory(self.state, max(by_source, key=np.max), work)
+        # Where all rows together are computed one at a time, so are those of each source.
+        sums, gradients = self._stepper.within_memory(self.state, costs_of(self._training, draw.rows), work)
         means = self._means(sums, draw)
         self._require_finite(means)
         by_task = [self._ranks.sum_tensors(parts) for parts in gradients.values()]
         self._stepper.sum_gradients(weight for task in gradients for weight in self._model.own[task].values())
         seed = int(np.random.SeedSequence([self._spec.seed, self.state.step, _BALANCING_KEY]).generate_state(1)[0])
-        combined, _ = combine(self._spec.balancing, by_task, seed)
+        combined, factors = combine(self._spec.balancing, by_task, seed)
         for weight, gradient in zip(shared, combined, strict=True):
             weight.grad = gradient
-        return means
+        return means, dict(zip(gradients, factors, strict=True))
 
     def _differentiate(self, task: int, loss: torch.Tensor, into: list[torch.Tensor], *, is_last: bool) -> None:
         """Add a task's gradients: of the shared weights to `into`, of its head to where the optimizer looks."""
@@ -340,7 +346,7 @@ class MultiTaskTrainer:
                         part.add({task: outcomes[task] for task in tasks})
                 return part
 
-            part = self._stepper.within_memory(self.state, data.lengths[rows], work)
+            part = self._stepper.within_memory(self.state, data.costs[rows], work)
             for task, loss in part.losses.items():
                 sums.add({task: Outcome(loss, part.targets[task], part.counts[task])})
 
@@ -348,11 +354,12 @@ class MultiTaskTrainer:
         """Return a task's loss, targets and counts over all ranks."""
         shape = self._counts_shape(task)
         counts = sums.counts.get(task, torch.zeros(shape, dtype=torch.float64)).cpu()
-        loss = float(sums.losses.get(task, 0.0))
-        if self._ranks.shares == 1:
-            return loss, sums.targets[task], counts
-        numbers = self._ranks.sum_shares(loss, float(sums.targets[task]), *counts.reshape(-1).tolist())
-        return numbers[0], int(numbers[1]), torch.tensor(numbers[2:], dtype=torch.float64).reshape(shape)
+        loss, targets = float(sums.losses.get(task, 0.0)), sums.targets[task]
+        if self._ranks.shares > 1:
+            (counts,) = self._ranks.sum_tensors([counts])
+            loss, summed = self._ranks.sum_shares(loss, float(targets))
+            targets = int(summed)
+        return loss, targets, counts
 
     def _counts_shape(self, task: int) -> tuple[int, ...]:
         head = self._model.heads[task]

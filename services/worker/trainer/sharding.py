@@ -39,7 +39,7 @@ def require_divisible(config: Any, ranks: Ranks) -> None:
             raise BaseRefused(f"Its {name} = {heads} cannot be divided by parallelism.tensor = {ranks.size}.")
 
 
-class Whole(torch.nn.Module):
+class Root(torch.nn.Module):
     """A model of which more is computed than its own forward pass: any parts of it, in any order.
 
     Divided by `shard_layers`, what lies in no layer is gathered for as long as `compute` takes.

@@ -93,11 +93,14 @@ class Stepper:
                 self._aside[parameter] = parameter.grad if known is None else known + parameter.grad
                 parameter.grad = None
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Give every rank the sum of what all have added; what is divided among them was summed in the passes."""
+    def put_back(self) -> None:
+        """Once all passes are done: give weights their gradients that were put aside."""
         for parameter, gradient in self._aside.items():
             parameter.grad = gradient
         self._aside.clear()
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give every rank the sum of what all have added; what is divided among them was summed in the passes."""
         self._ranks.sum_gradients([parameter for parameter in parameters if not is_divided(parameter)])
 
     def apply(self, step: int, loss: float) -> tuple[float, float]:
@@ -105,6 +108,7 @@ class Stepper:
 
         Raises LossNotFinite, with the weights as they were.
         """
+        self.put_back()
         self.sum_gradients(self._bounded.values())
         return self.update(step, loss)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ class PreparedRows:
         elif len(self._labels[task]) != expected:
             raise DataDamaged(f"there are {len(self._labels[task])} targets of {described.name!r}, not {expected}")
 
+    @cached_property
+    def costs(self) -> Indices:
+        """By how many tokens a row fills a pass: its own, and the targets of a decoder."""
+        answers = [np.diff(offsets) for offsets in self._label_offsets.values()]
+        return self.lengths + np.max(answers, axis=0) if answers else self.lengths
+
     def __len__(self) -> int:
         return self.manifest.rows
 
@@ -163,15 +170,15 @@ Draw = Mapping[int, Indices]
 """Rows, by source."""
 
 
-def lengths_of(data: Sources, draw: Draw) -> Indices:
-    """Return the lengths of drawn rows, source by source."""
-    return np.concatenate([data[source].lengths[rows] for source, rows in draw.items()])
+def costs_of(data: Sources, draw: Draw) -> Indices:
+    """Return by how many tokens drawn rows fill a pass, source by source."""
+    return np.concatenate([data[source].costs[rows] for source, rows in draw.items()])
 
 
 def share_of_rows(data: Sources, draw: Draw, rank: int, size: int) -> dict[int, Indices]:
     """Return what one of `size` ranks computes of drawn rows, so that all have about as many tokens."""
     mine = np.zeros(sum(map(len, draw.values())), dtype=np.bool_)
-    mine[share(lengths_of(data, draw), rank, size)] = True
+    mine[share(costs_of(data, draw), rank, size)] = True
     return {source: rows[kept] for (source, rows), kept in zip(draw.items(), _divided(mine, draw), strict=True)}
 
 
@@ -182,7 +189,7 @@ def row_batches(
 
     A pass has rows of like lengths from all sources: small ones of each source alone would cost more for as many rows.
     """
-    for group in plan_padded(lengths_of(data, draw), budget_tokens):
+    for group in plan_padded(costs_of(data, draw), budget_tokens):
         chosen = np.zeros(sum(map(len, draw.values())), dtype=np.bool_)
         chosen[group] = True
         parts = zip(draw.items(), _divided(chosen, draw), strict=True)

@@ -23,7 +23,7 @@ from services.worker.trainer.language_model import align
 from services.worker.trainer.lora import attach_lora
 from services.worker.trainer.model_files import load_adapter, save_adapter, save_model, watch_layers
 from services.worker.trainer.ranks import Ranks
-from services.worker.trainer.sharding import Whole, loading_arguments, require_divisible, shard_layers
+from services.worker.trainer.sharding import Root, loading_arguments, require_divisible, shard_layers
 from services.worker.trainer.task_data import RowBatch
 from shared.domain.prepared_tasks import vector_shape
 
@@ -42,13 +42,13 @@ class TrainableTasks:
         model: MultiTaskModel,
         module: nn.Module,
         tokenizer: Any,
-        whole: Whole | None = None,
+        root: Root | None = None,
         *,
         is_autocast: bool = False,
     ) -> None:
-        """`module`: the trunk's model with its adapter, if it has one. `whole`: what gathers a divided one."""
+        """`module`: the trunk's model with its adapter, if it has one. `root`: what gathers a divided one."""
         self._spec, self._model, self._module = spec, model, module
-        self._whole = whole or Whole(module)
+        self._root = root or Root(module)
         self._tokenizer, self._is_autocast = tokenizer, is_autocast
         self.shared = {f"trunk.{name}": weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.own: dict[int, dict[str, nn.Parameter]] = {
@@ -90,6 +90,14 @@ class TrainableTasks:
         """All weights that are trained, by name."""
         return self.shared | {name: weight for own in self.own.values() for name, weight in own.items()}
 
+    @property
+    def stored_weights(self) -> int:
+        """How many weights `save` writes: of a trunk all, or its adapter's, and of heads all."""
+        if self._spec.sharing == "lora":
+            return sum(weight.numel() for weight in self.trainable.values())
+        heads = (weight for layer in self._model.layers.values() for weight in layer.parameters())
+        return sum(weight.numel() for weight in (*self._module.parameters(), *heads))
+
     def train(self, is_training: bool) -> None:
         """Switch dropout on or off."""
         self._module.train(is_training)
@@ -97,7 +105,7 @@ class TrainableTasks:
     def outcomes(self, batch: RowBatch, *, counting: bool = False) -> dict[int, Outcome]:
         """Return the loss, and where asked for the counts, of a batch's tasks from one pass of the trunk."""
         with self._precision():
-            logits = self._whole(
+            logits = self._root(
                 lambda: self._model.logits(batch.inputs, batch.mask, batch.targets, batch.targets, batch.spans)
             )
         return {
@@ -216,9 +224,9 @@ def _load_text(
     _freeze_unused(trunk, kinds)
     if spec.sharing == "last_layers":
         _freeze_all_but_last(trunk, spec.last_layers)
-    whole = Whole(model)
+    root = Root(model)
     if ranks.is_fully_sharded:
-        shard_layers(whole, device, torch.bfloat16 if is_mixed else None)
+        shard_layers(root, device, torch.bfloat16 if is_mixed else None)
     torch.manual_seed(spec.seed)
     module: Any = model
     if spec.sharing == "lora":
@@ -229,7 +237,7 @@ def _load_text(
     layers = build_layers(heads, trunk.hidden_size, spec.seed, device, head_type)
     is_autocast = is_mixed and not ranks.is_fully_sharded
     shared = MultiTaskModel(trunk, heads, layers)
-    return TrainableTasks(spec, shared, module, tokenizer, whole, is_autocast=is_autocast)
+    return TrainableTasks(spec, shared, module, tokenizer, root, is_autocast=is_autocast)
 
 
 def _freeze_unused(trunk: TextTrunk, kinds: set[Any]) -> None:

@@ -19,6 +19,8 @@ GUESSED_SECONDS_PER_TOKEN = 1e-3
 GUESSED_TOKENS_PER_BYTE = 0.25
 MOST_CHUNKS = 24
 """Parts of a job that a forecast moves about by themselves."""
+CHUNKS_IN_ALL = 4000
+"""About as many parts as a forecast has, however many jobs there are: it takes a quarter of a millisecond for each."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class Speeds:
         return iter(self._known.values())
 
 
-def chunks(seconds: float, slices: int, kind: SliceKind) -> tuple[float, ...]:
-    """Divide what is left of a job into parts that may run side by side; training has one."""
-    count = 1 if kind is SliceKind.TRAIN else max(1, min(slices, MOST_CHUNKS))
+def chunks(seconds: float, slices: int, kind: SliceKind, jobs: int = 1) -> tuple[float, ...]:
+    """Divide what is left of one of so many jobs into parts that may run side by side; training has one."""
+    most = max(1, min(MOST_CHUNKS, CHUNKS_IN_ALL // max(1, jobs)))
+    count = 1 if kind is SliceKind.TRAIN else max(1, min(slices, most))
     return (seconds / count,) * count if seconds > 0 else ()
 
 

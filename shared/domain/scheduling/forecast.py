@@ -6,6 +6,7 @@ at the end of their job's window and go on at its next opening, as slices do.
 """
 
 import heapq
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ _TOKENS_PER_SECOND = 1000
 class Work:
     """An open job. `chunks`: device seconds of the parts of what is left, which may run on several workers at once.
 
-    order: Of acceptance. on: Workers that run parts of it now; they go on with it.
+    order: Of acceptance. on: Workers that run parts of it now; they go on with it. arrives_at: When it is handed in,
+        for a simulation; None: it is there.
     """
 
     job_id: UUID
@@ -42,6 +44,7 @@ class Work:
     deadline: datetime | None = None
     parents: frozenset[UUID] = frozenset()
     on: tuple[UUID, ...] = ()
+    arrives_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,13 @@ class _Host:
 @dataclass
 class _Job:
     work: Work
+    place: tuple[int, int, int]
+    """Where it stands in its tenant's queue."""
     chunks: deque[float]
+    open_parents: int = 0
     active: int = 0
     starts_at: datetime | None = None
     ends_at: datetime | None = None
-
-    @property
-    def seconds_left(self) -> float:
-        return sum(self.chunks)
 
 
 @dataclass(order=True)
@@ -126,6 +128,11 @@ class _Running:
 
 
 class _Run:
+    """Jobs that may run stand in their tenants' queues, the others sleep until their gate is to be looked at again.
+
+    So an event costs as much as there are tenants and free workers, and not as there are jobs.
+    """
+
     def __init__(
         self,
         works: Iterable[Work],
@@ -135,76 +142,110 @@ class _Run:
         load_seconds: Mapping[str, float],
     ) -> None:
         self._now, self._weights, self._load_seconds = now, weights, load_seconds
-        ordered = sorted(works, key=lambda work: (work.slice_class, -work.priority, work.order))
-        self._jobs = {work.job_id: _Job(work, deque(work.chunks)) for work in ordered}
+        self._jobs = {work.job_id: _Job(work, _place(work), deque(work.chunks)) for work in works}
         self._free = {lane.worker_id: None for lane in lanes}  # in their order
         self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
-        self._fairness, self._heap, self._number = Fairness(), list[_Running](), 0
+        self._queues: dict[str, list[_Job]] = defaultdict(list)
+        self._children: dict[UUID, list[_Job]] = defaultdict(list)
+        self._asleep: list[tuple[datetime, int, _Job]] = []
+        self._running: list[_Running] = []
+        self._fairness, self._number = Fairness(), 0
         self._blocks: dict[UUID, list[Block]] = defaultdict(list)
+        for job in self._jobs.values():
+            parents = [parent for parent in job.work.parents if parent in self._jobs]
+            job.open_parents = len(parents)
+            for parent in parents:
+                self._children[parent].append(job)
 
     def forward(self, horizon: timedelta) -> Plan:
         end = self._now + horizon
+        for job in self._jobs.values():
+            self._look_at(job)
         self._continue_running()
         while self._now < end:
-            self._close_finished()
-            gates = {job_id: self._gate(job) for job_id, job in self._jobs.items() if job.ends_at is None}
-            self._release([self._jobs[job_id] for job_id, (is_open, _) in gates.items() if is_open])
-            times = [at for is_open, at in gates.values() if at is not None and not is_open]
-            if self._heap:
-                times.append(self._heap[0].until)
+            self._release()
+            times = [heap[0].until for heap in (self._running,) if heap] + [at for at, _, _ in self._asleep[:1]]
             if not times:
                 break
             self._now = min(times)
-            while self._heap and self._heap[0].until <= self._now:
-                self._stop(heapq.heappop(self._heap))
-        self._close_finished()
+            while self._running and self._running[0].until <= self._now:
+                self._stop(heapq.heappop(self._running))
+            while self._asleep and self._asleep[0][0] <= self._now:
+                self._look_at(heapq.heappop(self._asleep)[2])
         spans = {job_id: Span(job.starts_at, job.ends_at) for job_id, job in self._jobs.items()}
         blocks = [block for lane in self._blocks.values() for block in lane]
         return Plan(sorted(blocks, key=lambda block: (block.starts_at, block.worker_id.hex)), spans)
 
-    def _close_finished(self) -> None:
-        """Note the end of jobs that have nothing left, and of those in turn that only waited for them."""
-        for job in self._jobs.values():
-            if job.ends_at is None and not job.chunks and not job.active and self._has_parents_ended(job):
-                job.ends_at = self._now
+    def _look_at(self, job: _Job) -> None:
+        """Put a job into its tenant's queue if its gate is open, or take it out; note when to look again."""
+        if job.ends_at is not None or job.open_parents:
+            return
+        if job.work.arrives_at is not None and job.work.arrives_at > self._now:
+            self._number += 1
+            heapq.heappush(self._asleep, (job.work.arrives_at, self._number, job))
+            return
+        if not job.chunks and not job.active:
+            self._end(job)
+            return
+        work, seconds_left = job.work, sum(job.chunks) / max(1, len(self._warm))
+        decided = gate(self._now, work.windows, work.deadline, seconds_left=seconds_left)
+        queue = self._queues[work.tenant_id]
+        place = bisect_left(queue, job.place, key=lambda each: each.place)
+        is_queued = place < len(queue) and queue[place] is job
+        if decided.is_open and not is_queued:
+            queue.insert(place, job)
+        elif not decided.is_open and is_queued:
+            del queue[place]
+        if decided.review_at is not None:
+            self._number += 1
+            heapq.heappush(self._asleep, (decided.review_at, self._number, job))
 
-    def _has_parents_ended(self, job: _Job) -> bool:
-        parents = (self._jobs[parent] for parent in job.work.parents if parent in self._jobs)
-        return all(parent.ends_at is not None for parent in parents)
-
-    def _gate(self, job: _Job) -> tuple[bool, datetime | None]:
-        """Return whether a job may run now, and when to ask again."""
-        work = job.work
-        decided = gate(
-            self._now,
-            work.windows,
-            work.deadline,
-            has_open_parents=not self._has_parents_ended(job),
-            seconds_left=job.seconds_left / max(1, len(self._warm)),
-        )
-        return decided.is_open, decided.review_at
+    def _end(self, job: _Job) -> None:
+        job.ends_at = self._now
+        queue = self._queues[job.work.tenant_id]
+        if job in queue:
+            queue.remove(job)
+        for child in self._children[job.work.job_id]:
+            child.open_parents -= 1
+            self._look_at(child)
 
     def _continue_running(self) -> None:
         """Let workers go on with what they run."""
-        for job in self._jobs.values():
+        for job in sorted(self._jobs.values(), key=lambda each: each.place):
             for worker_id in job.work.on:
-                if job.chunks and worker_id in self._free and self._gate(job)[0]:
+                if job.chunks and worker_id in self._free and job in self._queues[job.work.tenant_id]:
                     self._start(job, [worker_id])
 
-    def _release(self, open_jobs: list[_Job]) -> None:
+    def _release(self) -> None:
         """Ask the policy what the free workers do next, until it has nothing for them."""
         while self._free:
-            numbered = [job for job in open_jobs if job.chunks]
-            backlog = [self._waiting(number, job) for number, job in enumerate(numbered)]
+            offered = [job for queue in self._queues.values() for job in self._heads(queue, len(self._free))]
+            backlog = [self._waiting(number, job) for number, job in enumerate(offered)]
             hosts = [_Host(worker_id, frozenset(self._warm[worker_id])) for worker_id in self._free]
             releases = plan_releases(backlog, hosts, self._fairness, window=0, weights=self._weights)
-            if not releases:
+            has_started = [self._start_release(offered[each.slice_id], each.worker_id) for each in releases]
+            if not any(has_started):
                 return
-            for release in releases:
-                job = numbered[release.slice_id]
-                others = [lane for lane in self._free if lane != release.worker_id][: job.work.devices_needed - 1]
-                if release.worker_id in self._free and len(others) == job.work.devices_needed - 1:
-                    self._start(job, [release.worker_id, *others])
+
+    def _start_release(self, job: _Job, worker_id: UUID) -> bool:
+        """Start a job's next chunk if all its lanes are still free: a job before it may have taken several."""
+        others = [lane for lane in self._free if lane != worker_id][: job.work.devices_needed - 1]
+        is_possible = worker_id in self._free and len(others) == job.work.devices_needed - 1
+        if is_possible:
+            self._start(job, [worker_id, *others])
+        return is_possible
+
+    @staticmethod
+    def _heads(queue: list[_Job], most: int) -> list[_Job]:
+        """Return the jobs of a queue's next chunks, each as often as it has chunks; training stands in no one's way."""
+        heads: list[_Job] = []
+        generating = 0
+        for job in queue:
+            heads += [job] * min(len(job.chunks), most)
+            generating += len(job.chunks) if job.work.kind is SliceKind.GENERATE else 0
+            if generating >= most:
+                break
+        return heads
 
     def _waiting(self, number: int, job: _Job) -> _Waiting:
         work = job.work
@@ -217,9 +258,8 @@ class _Run:
         if model is not None and model not in self._warm[lanes[0]]:
             seconds += self._load_seconds.get(model, 0.0)
             self._warm[lanes[0]].add(model)
-        until = self._now + timedelta(seconds=seconds)
+        until, left = self._now + timedelta(seconds=seconds), 0.0
         closing = self._closing(job.work)
-        left = 0.0
         if closing is not None and closing < until:
             left, until = (until - closing).total_seconds(), closing
         for lane in lanes:
@@ -228,7 +268,7 @@ class _Run:
         job.active += 1
         job.starts_at = job.starts_at or self._now
         self._number += 1
-        heapq.heappush(self._heap, _Running(until, self._number, job, lanes, left))
+        heapq.heappush(self._running, _Running(until, self._number, job, lanes, left))
 
     def _closing(self, work: Work) -> datetime | None:
         """Return when a job that may run now has to stop; None where its deadline goes before its windows."""
@@ -245,9 +285,16 @@ class _Run:
     def _stop(self, running: _Running) -> None:
         for lane in running.lanes:
             self._free[lane] = None
-        running.job.active -= 1
+        job = running.job
+        job.active -= 1
         if running.left > 0:
-            running.job.chunks.appendleft(running.left)
+            job.chunks.appendleft(running.left)
+        if not job.chunks and not job.active:
+            self._end(job)
+
+
+def _place(work: Work) -> tuple[int, int, int]:
+    return (work.slice_class, -work.priority, work.order)
 
 
 def run_forward(

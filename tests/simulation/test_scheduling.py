@@ -1,0 +1,72 @@
+"""The policy over made-up fleets: nothing idle while work waits, fair shares, nobody starves, the same every time."""
+
+from dataclasses import replace
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from shared.domain.scheduling.forecast import Work, run_forward
+from tests.simulation.fleets import START, busy_seconds, idle_while_waiting, jain, lanes, served, week
+
+TWO_DAYS = {"gpus": 4, "tenants": 4, "days": 2, "models": 5}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_worker_is_idle_while_work_waits(seed):
+    trace = week(seed, **TWO_DAYS)
+    plan = run_forward(trace.works, trace.lanes, START)
+    assert abs(busy_seconds(plan) - sum(sum(work.chunks) for work in trace.works)) < 1
+    assert all(span.ends_at is not None for span in plan.spans.values())
+    assert idle_while_waiting(trace, plan) < 1
+
+
+def test_it_is_the_same_every_time():
+    trace = week(7, **TWO_DAYS)
+    assert run_forward(trace.works, trace.lanes, START) == run_forward(trace.works, trace.lanes, START)
+
+
+def backlogged(tenants, hours, chunk_seconds=120.0):
+    """Return one endless batch for each tenant, and for the first one ten."""
+    jobs = [0] * 9 + list(range(tenants))
+    return [
+        Work(UUID(int=number + 1), f"t{tenant}", "m", (chunk_seconds,) * (hours * 30 * 8), order=number)
+        for number, tenant in enumerate(jobs)
+    ]
+
+
+def test_backlogged_tenants_of_equal_weight_have_equal_shares_every_hour():
+    """However many jobs one of them has, and however long its chunks are."""
+    works = backlogged(5, 4)
+    works = [
+        replace(work, chunks=tuple(3 * s for s in work.chunks)) if work.tenant_id == "t1" else work for work in works
+    ]
+    plan = run_forward(works, lanes(8), START, horizon=timedelta(hours=4))
+    for hour in range(4):
+        start = START + timedelta(hours=hour)
+        assert jain(list(served(plan, works, start, start + timedelta(hours=1)).values())) >= 0.98
+
+
+def test_weights_are_shares():
+    works = backlogged(3, 6)
+    plan = run_forward(works, lanes(8), START, weights={"t0": 1.0, "t1": 2.0, "t2": 3.0}, horizon=timedelta(hours=4))
+    seconds = served(plan, works, START, START + timedelta(hours=3))
+    assert seconds["t1"] / seconds["t0"] == pytest.approx(2, rel=0.05)
+    assert seconds["t2"] / seconds["t0"] == pytest.approx(3, rel=0.05)
+
+
+def test_a_large_batch_delays_anothers_first_result_by_a_chunk_at_most():
+    large = Work(UUID(int=1), "large", "m", (120.0,) * 4000, order=0)
+    small = Work(UUID(int=2), "small", "m", (60.0,), order=1, arrives_at=START + timedelta(hours=1, seconds=7))
+    plan = run_forward([large, small], lanes(4), START, horizon=timedelta(hours=3))
+    assert plan.spans[small.job_id].starts_at - small.arrives_at <= timedelta(seconds=120)
+
+
+def test_a_higher_priority_never_ends_later():
+    trace = week(11, **TWO_DAYS)
+    for work in trace.works[::40]:
+        low, high = (
+            run_forward([replace(w, priority=p) if w is work else w for w in trace.works], trace.lanes, START)
+            for p in (2, 8)
+        )
+        assert high.spans[work.job_id].starts_at <= low.spans[work.job_id].starts_at
