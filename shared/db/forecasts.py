@@ -23,8 +23,8 @@ JOBS_OF_A_MODEL = 5
 class OpenJob:
     """An open job that may run sooner or later.
 
-    tokens: Of its input by a first estimate, or of the training. done_tokens, done_seconds: Of the parts that have
-    given their device back, from which its own speed follows. slices: How many are open.
+    tokens: Of its input by a first estimate, or of the training. done_tokens, done_seconds: What is done of them, and
+        the device's time that it took: from both its own speed follows. slices: How many are open.
     """
 
     tenant_id: str
@@ -68,7 +68,7 @@ OPEN_JOBS = f"""
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(part.estimated_tokens), 0)::float8 AS tokens,
             coalesce(sum(part.estimated_tokens * part.share) FILTER (WHERE part.is_open), 0)::float8 AS tokens_left,
-            coalesce(sum(part.estimated_tokens * (part.measured - part.share)), 0)::float8 AS done_tokens,
+            coalesce(sum(part.estimated_tokens * (1 - part.share)), 0)::float8 AS done_tokens,
             coalesce(sum(part.seconds), 0)::float8 AS done_seconds,
             count(*) FILTER (WHERE part.is_open) AS slices,
             coalesce(max(part.devices_needed), 1) AS devices_needed,
@@ -77,11 +77,11 @@ OPEN_JOBS = f"""
         FROM (
             SELECT slice.estimated_tokens, slice.devices_needed, slice.slice_class, slice.worker_id, slice.state,
                 slice.state IN ('held', 'queued', 'dispatched', 'running') AS is_open, {_SHARE_LEFT} AS share,
-                -- A running slice says of its lines how far it is, but of its seconds only once it is given back.
-                CASE WHEN slice.state = 'running' AND slice.kind <> 'train' THEN {_SHARE_LEFT} ELSE 1 END AS measured,
-                CASE WHEN slice.state = 'running' AND slice.kind = 'train'
-                     THEN slice.device_seconds + extract(epoch FROM now() - slice.claimed_at)
-                     WHEN slice.state = 'running' THEN 0 ELSE slice.device_seconds END AS seconds
+                -- What runs has not said its seconds yet: it shares the device with the others that run there.
+                slice.device_seconds + CASE WHEN slice.state <> 'running' THEN 0
+                    ELSE extract(epoch FROM now() - slice.claimed_at) / (
+                        SELECT count(*) FROM slice AS fellow
+                        WHERE fellow.worker_id = slice.worker_id AND fellow.state = 'running') END AS seconds
             FROM slice WHERE slice.job_id = job.job_id) AS part
     ) AS live
     ORDER BY job.created_at, job.job_id

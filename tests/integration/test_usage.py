@@ -5,6 +5,7 @@ import io
 import time
 from datetime import UTC, datetime
 
+import httpx
 import openai
 import pytest
 from lamplighter.client import Client
@@ -31,6 +32,15 @@ def consumer(native, stack):
                 sdk.chat.completions.create(model="echo", messages=[{"role": "user", "content": "one two three"}])
     with Client(stack.url, keys[0]["key"]) as client:
         yield client, [key["id"] for key in keys], batches, began
+
+
+def table_of(stack, native, **query):
+    """Return the rows of a key of the consumer's, as a spreadsheet reads them."""
+    key = native.request("POST", "/v1/keys", json={"tenant": "consumer", "scopes": ["read"]})["key"]
+    headers = {"Authorization": f"Bearer {key}", "Accept": "text/csv"}
+    answer = httpx.get(f"{stack.url}/v1/usage", params=query, headers=headers)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
+    return list(csv.DictReader(io.StringIO(answer.text)))
 
 
 def used(client, **query):
@@ -83,10 +93,9 @@ def test_buckets_are_whole_and_empty_ones_are_there(consumer):
     assert used(client, bucket="day", start=0, end=86_400 * 3)[0]["results"] == []
 
 
-def test_as_a_table(consumer, stack):
-    client, keys, _, _ = consumer
-    answer = client.request("GET", "/v1/usage", params={"group_by": ["key", "model"]}, headers={"Accept": "text/csv"})
-    table = list(csv.DictReader(io.StringIO(answer if isinstance(answer, str) else answer.decode())))
+def test_as_a_table(consumer, stack, native):
+    _, keys, _, _ = consumer
+    table = table_of(stack, native, group_by=["key", "model"])
     assert list(table[0]) == ["start", "end", "key", "model", *SUMS]
     assert {row["key"] for row in table} == set(keys)
     assert sum(int(row["requests"]) for row in table) == 28
@@ -106,7 +115,7 @@ def test_who_sees_what(consumer, native):
         ({"bucket": "week"}, "bucket"),
         ({"group_by": "colour"}, "group_by"),
         ({"start": 2000, "end": 1000, "bucket": "hour"}, "start"),
-        ({"start": 0, "bucket": "hour"}, "start"),
+        ({"start": 0, "end": 2_000_000_000, "bucket": "hour"}, "start"),
         ({"start": -5}, "start"),
         ({"end": "tomorrow"}, "end"),
     ],
