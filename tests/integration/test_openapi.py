@@ -159,6 +159,7 @@ def owned(sdk, native, tunable):
         "output_id": batch.output_file_id,
         "tuning_id": tuning.id,
         "training_id": native.wait(train_two_tasks(native)["id"])["id"],
+        "tenant_id": "default",
     }
 
 
@@ -203,7 +204,7 @@ def path_of(path, ids):
 def ask(http, method, path, ids, **more):
     """Ask with a body that the route would take, so that what refuses is the key or the id."""
     if method == "PATCH":
-        more["json"] = {"priority": 1}
+        more["json"] = {"priority": 1} if "jobs" in path else {"weight": 1.0}
     return http.request(method, path_of(path, ids), **more)
 
 
@@ -290,7 +291,7 @@ def test_ids_of_another_tenant_open_nothing(stranger, admin, owned, method, path
 def test_what_is_the_operators_is_out_of_a_tenants_reach(stranger, admin, method, path):
     mine = admin.post("/v1/keys", json={}).json()
     body = {"id": "mine", "name": "x", "source": "/"} if method == "POST" else None
-    answer = ask(stranger, method, path, {"key_id": mine["id"]}, json=body)
+    answer = ask(stranger, method, path, {"key_id": mine["id"], "tenant_id": "default"}, json=body)
     assert answer.status_code == 403, (method, path, answer.text)
     assert mine["id"] not in answer.text
     assert mine["id"] in admin.get("/v1/keys").text and admin.get("/v1/models/echo").status_code == 200
@@ -484,6 +485,7 @@ def test_every_route_answers_as_it_is_described(conforming, document, tiny_llama
         round_of_jobs,
         round_of_tuning,
         round_of_training,
+        round_of_the_night,
         round_of_an_operator,
     ):
         step(http, tiny_llama)
@@ -645,6 +647,33 @@ def round_of_training(http, _):
     assert http.get("/v1/training/schema").json()["type"] == "object"
     wait_until(lambda: http.get(job).json()["ended_at"], 60)
     assert http.post(TRAINING, json=body | {"seed": -1}).status_code == 400
+
+
+def round_of_the_night(http, _):
+    lines = [chat_line("a"), chat_line("b", temperature=9)]
+    file = http.post("/v1/files", files={"file": ("n.jsonl", jsonl(lines))}, data={"purpose": "batch"}).json()["id"]
+    body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    assert http.post("/v1/estimate", json=body).json()["input_tokens"] > 0
+    assert http.post("/v1/estimate", json={"model": "nobody"}).status_code == 400
+    batch = http.post("/v1/batches", json=body).json()["id"]
+    assert http.post(f"/v1/jobs/{batch}/retry_failed").status_code in (200, 409)
+    wait_until(lambda: http.get(f"/v1/jobs/{batch}").json()["ended_at"], 60)
+    assert http.post(f"/v1/jobs/{batch}/retry_failed").json()["status"] == "validating"
+    night = {"start": "22:00", "end": "06:00", "tz": "UTC"}
+    waiting = http.post("/v1/batches", json=body | {"window": night, "after": [batch]}).json()["id"]
+    wait_until(
+        lambda: (
+            http.get(f"/v1/jobs/{waiting}").json()["forecast"] or http.get(f"/v1/jobs/{waiting}").json()["ended_at"]
+        ),
+        30,
+    )
+    assert http.get("/v1/plan").json()["lanes"]
+    assert http.get("/v1/usage", params={"group_by": ["tenant", "key", "model", "job"], "bucket": "hour"}).json()[
+        "data"
+    ]
+    assert http.get("/v1/usage", headers={"Accept": "text/csv"}).text.startswith("start,end")
+    assert http.get("/v1/usage", params={"start": 5, "end": 4}).status_code == 400
+    http.post(f"/v1/jobs/{waiting}/cancel")
 
 
 def round_of_an_operator(http, _):

@@ -62,6 +62,7 @@ def _bounds(start: int | None, end: int | None, bucket: Bucket) -> tuple[datetim
     first = (
         last - USUAL_BUCKETS[bucket] * length if start is None else _floor(datetime.fromtimestamp(start, UTC), bucket)
     )
+    first = max(first, datetime.fromtimestamp(0, UTC))
     if first >= last or (start is not None and start > until.timestamp()):
         raise InvalidRequest("start: lies behind the end.", param="start", code="invalid_value")
     if (last - first) / length > MOST_BUCKETS:
