@@ -83,6 +83,8 @@ class GatedJob:
     failed_parent_id: UUID | None
 
 
+RECENT_JOBS = 200
+"""Of a tenant and kind: among these, jobs on the same model say how long what is left will take."""
 _ENDED = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
 _WAITING = "('validating', 'queued', 'running', 'paused')"
 _PARENT = """
@@ -116,10 +118,12 @@ DUE = f"""
         FROM slice WHERE slice.job_id = job.job_id) AS left_over ON true
     LEFT JOIN LATERAL (
         SELECT sum(device_seconds) / nullif(sum(completed + failed), 0) AS seconds FROM (
-            SELECT done.device_seconds, done.completed, done.failed FROM job AS done
-            WHERE done.tenant_id = job.tenant_id AND done.kind = job.kind AND done.model = job.model
-                AND done.state = 'succeeded' AND done.device_seconds > 0
-            ORDER BY done.created_at DESC LIMIT 5) AS recent) AS speed ON true
+            SELECT done.device_seconds, done.completed, done.failed FROM (
+                SELECT * FROM job AS earlier
+                WHERE earlier.tenant_id = job.tenant_id AND earlier.kind = job.kind AND job.deadline IS NOT NULL
+                ORDER BY earlier.created_at DESC LIMIT {RECENT_JOBS}) AS done
+            WHERE done.model = job.model AND done.state = 'succeeded' AND done.device_seconds > 0
+            LIMIT 5) AS recent) AS speed ON true
     ORDER BY job.job_id FOR NO KEY UPDATE OF job SKIP LOCKED
 """
 

@@ -177,6 +177,7 @@ def test_an_answer_that_comes_while_redis_is_away_is_given_or_refused_soon(stack
 
 def test_a_killed_gateway_leaves_no_call_behind(stack, http, rows):
     works_again(http)
+    wait_until(lambda: in_flight(rows) == [(0, 0)], SILENCE_SECONDS + 10, "calls of earlier tests are over")
     left = "SELECT count(*) FROM result WHERE status_code = 499"
     before = rows(left)[0][0]
     with Waiting(http, delay_ms=60_000, stream=True) as waiting:

@@ -36,12 +36,12 @@ def test_a_running_batch_says_when_it_will_end(sdk, native, tiny_llama):
     """At half of it the end is known to a half of the whole, and the machine is busy with other things as well."""
     native.request("POST", "/v1/models", json={"name": "foretold", "source": str(tiny_llama)})
     wait_for(sdk, submit(sdk, chat_lines(2, model="foretold", max_tokens=2)).id)  # the model is loaded
-    batch = submit(sdk, chat_lines(400, model="foretold", max_tokens=24, ignore_eos=True))
-    wait_until(lambda: job_of(native, batch.id)["progress"]["done"] >= 120, 180, "a part of it is done")
-    time.sleep(2.5)  # until the next forecast, and the next but one
+    batch = submit(sdk, chat_lines(2000, model="foretold", max_tokens=24, ignore_eos=True))
+    wait_until(lambda: job_of(native, batch.id)["progress"]["done"] >= 400, 180, "a part of it is done")
+    time.sleep(1.5)  # until the next forecast
     forecast = expected(native, batch.id)
     assert forecast["on_time"] is None and forecast["starts_at"] == job_of(native, batch.id)["started_at"]
-    wait_for(sdk, batch.id, seconds=180)
+    wait_for(sdk, batch.id, seconds=400)
     job = job_of(native, batch.id)
     assert job["forecast"] is None
     took = job["ended_at"] - job["started_at"]
