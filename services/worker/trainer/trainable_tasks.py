@@ -230,14 +230,18 @@ def _load_text(
     torch.manual_seed(spec.seed)
     module: Any = model
     if spec.sharing == "lora":
-        task_type = TaskType.CAUSAL_LM if "causal_lm" in kinds else TaskType.FEATURE_EXTRACTION
-        if "seq2seq" in kinds:
-            task_type = TaskType.SEQ_2_SEQ_LM
-        module = attach_lora(model, asked, spec.base_name, task_type)
+        module = attach_lora(model, asked, spec.base_name, _task_type(kinds))
     layers = build_layers(heads, trunk.hidden_size, spec.seed, device, head_type)
     is_autocast = is_mixed and not ranks.is_fully_sharded
     shared = MultiTaskModel(trunk, heads, layers)
     return TrainableTasks(spec, shared, module, tokenizer, root, is_autocast=is_autocast)
+
+
+def _task_type(kinds: set[Any]) -> TaskType:
+    """Return what peft calls the model that an adapter of these tasks changes."""
+    if "seq2seq" in kinds:
+        return TaskType.SEQ_2_SEQ_LM
+    return TaskType.CAUSAL_LM if "causal_lm" in kinds else TaskType.FEATURE_EXTRACTION
 
 
 def _freeze_unused(trunk: TextTrunk, kinds: set[Any]) -> None:
