@@ -7,20 +7,12 @@ Follows: 0010
 import sqlalchemy as sa
 from alembic import op
 
+from migrations.isolation import isolate
+
 revision = "0011"
 down_revision = "0010"
 branch_labels = None
 depends_on = None
-
-MINE = "tenant_id = current_setting('lamplighter.tenant_id', true)"
-IS_ADMIN = "current_setting('lamplighter.is_admin', true) = 'on'"
-POLICIES = {
-    "owner_all": "TO CURRENT_USER USING (true)",
-    "gateway_tenant": f"TO lamplighter_gateway USING ({MINE} OR {IS_ADMIN})",
-    "preprocessor_tenant": f"TO lamplighter_preprocessor USING ({MINE})",
-    "worker_all": "TO lamplighter_worker USING (true)",
-    "scheduler_all": "TO lamplighter_scheduler USING (true)",
-}
 
 
 def upgrade() -> None:
@@ -35,10 +27,7 @@ def upgrade() -> None:
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("device_seconds", sa.Double(), nullable=False),
     )
-    op.execute("ALTER TABLE online_usage ENABLE ROW LEVEL SECURITY")
-    op.execute("ALTER TABLE online_usage FORCE ROW LEVEL SECURITY")
-    for name, what in POLICIES.items():
-        op.execute(f"CREATE POLICY {name} ON online_usage {what}")
+    isolate("online_usage")
     op.execute("GRANT SELECT, INSERT, UPDATE ON online_usage TO lamplighter_worker")
     op.execute("GRANT SELECT ON online_usage TO lamplighter_gateway, lamplighter_scheduler")
     op.create_index("usage_all_time_idx", "usage", ["recorded_at"])

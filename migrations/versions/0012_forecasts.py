@@ -8,20 +8,12 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
+from migrations.isolation import isolate
+
 revision = "0012"
 down_revision = "0011"
 branch_labels = None
 depends_on = None
-
-MINE = "tenant_id = current_setting('lamplighter.tenant_id', true)"
-IS_ADMIN = "current_setting('lamplighter.is_admin', true) = 'on'"
-POLICIES = {
-    "owner_all": "TO CURRENT_USER USING (true)",
-    "gateway_tenant": f"TO lamplighter_gateway USING ({MINE} OR {IS_ADMIN})",
-    "preprocessor_tenant": f"TO lamplighter_preprocessor USING ({MINE})",
-    "worker_all": "TO lamplighter_worker USING (true)",
-    "scheduler_all": "TO lamplighter_scheduler USING (true)",
-}
 TABLES = ("forecast", "forecast_block", "forecast_basis")
 
 
@@ -38,6 +30,7 @@ def upgrade() -> None:
         sa.Column("ends_at", sa.DateTime(timezone=True)),
         sa.Column("on_time", sa.Boolean()),
         sa.Column("is_measured", sa.Boolean(), nullable=False),
+        sa.Column("seconds_left", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
         sa.UniqueConstraint("job_id"),
     )
@@ -57,10 +50,7 @@ def upgrade() -> None:
         sa.Column("basis", postgresql.JSONB(), nullable=False),
     )
     for table in TABLES:
-        op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-        op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
-        for name, what in POLICIES.items():
-            op.execute(f"CREATE POLICY {name} ON {table} {what}")
+        isolate(table)
     # What an estimate runs forward beside the job that it is asked of: everybody's, without names.
     op.execute(
         "CREATE POLICY gateway_shared ON forecast_basis FOR SELECT TO lamplighter_gateway USING (tenant_id = 'system')"

@@ -36,6 +36,20 @@ from shared.queueing.wake import connect_redis
 from shared.settings import Settings, load_settings
 from shared.store import Store
 
+ROUTES = (
+    health,
+    metrics_routes,
+    files,
+    batches,
+    fine_tuning,
+    training,
+    generation,
+    jobs,
+    models,
+    admin,
+    usage,
+    plan,
+)
 POOL_SIZE = 16
 WAKE_SECONDS = 0.25
 DRAIN_SECONDS = 7
@@ -82,20 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestId)
     app.add_middleware(KnownHosts, allowed_hosts=settings.served_hosts, www_redirect=False)
     metrics.install(app, parts)
-    for module in (
-        health,
-        metrics_routes,
-        files,
-        batches,
-        fine_tuning,
-        training,
-        generation,
-        jobs,
-        models,
-        admin,
-        usage,
-        plan,
-    ):
+    for module in ROUTES:
         app.include_router(module.router)
     return app
 

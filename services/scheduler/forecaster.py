@@ -50,12 +50,12 @@ class Forecaster:
             fleet = workers.loads(connection, self._settings.lease_seconds)
             lanes = [Lane(worker.worker_id, worker.models) for worker in fleet]
             weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
+            works = [work for order, job in enumerate(jobs) if (work := self._work(job, order, len(jobs)))]
             found = {job.job_id: job for job in jobs}
-            works = [_work(job, self._seconds_left(job), order, len(jobs)) for order, job in enumerate(jobs)]
             plan = run_forward(works, lanes, datetime.now(UTC), weights=weights)
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
-            expected = [self._forecast(job, plan) for job in jobs]
+            expected = [self._forecast(found[work.job_id], plan) for work in works]
             forecasts.replace(connection, expected, _blocks(found, plan), basis)
         self._said_anything = bool(jobs)
 
@@ -74,7 +74,18 @@ class Forecaster:
             ends_at=span.ends_at,
             on_time=is_on_time(span, job.deadline),
             is_measured=_has_own_speed(job) or self._speeds.is_measured(job.kind, job.model),
+            seconds_left=self._seconds_left(job),
         )
+
+    def _work(self, job: OpenJob, order: int, jobs: int) -> Work | None:
+        """Return a job as forecasts see it; None for one that says what nobody here understands, such as a time zone
+        that this machine does not know: it stands in nobody's way.
+        """
+        try:
+            return _work(job, self._seconds_left(job), order, jobs)
+        except ValueError:
+            log.warning("a job cannot be foretold", extra={"job_id": str(job.job_id)}, exc_info=True)
+            return None
 
 
 def _has_own_speed(job: OpenJob) -> bool:

@@ -3,15 +3,17 @@
 import logging
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import OperationalError
 
 from shared.db import gates
 from shared.db.gates import GatedJob
+from shared.domain.scheduling.estimates import windows_of
 from shared.domain.scheduling.gates import gate
-from shared.domain.scheduling.windows import Window, WindowSpec
 
 log = logging.getLogger(__name__)
 
 AT_A_TIME = 100
+RETRY_SECONDS = 60.0
 
 
 class Gatekeeper:
@@ -26,9 +28,24 @@ class Gatekeeper:
         while True:
             with self._engine.begin() as connection:
                 found = gates.due(connection, AT_A_TIME)
-                changed += sum(self._decide(connection, job) for job in found)
+                changed += sum(self._try(connection, job) for job in found)
             if len(found) < AT_A_TIME:
                 return changed
+
+    def _try(self, connection: Connection, job: GatedJob) -> bool:
+        """Decide a job's gate; one that cannot be decided stands in nobody's way, and is looked at again later."""
+        savepoint = connection.begin_nested()
+        try:
+            changed = self._decide(connection, job)
+        except OperationalError:
+            raise  # Postgres is away: no job is to blame
+        except Exception:
+            savepoint.rollback()
+            gates.postpone(connection, job, RETRY_SECONDS)
+            log.exception("cannot decide whether a job may run", extra={"job_id": str(job.job_id)})
+            return False
+        savepoint.commit()
+        return changed
 
     def _decide(self, connection: Connection, job: GatedJob) -> bool:
         if job.failed_parent_id is not None:
@@ -37,14 +54,10 @@ class Gatekeeper:
             return True
         decided = gate(
             job.now,
-            _windows(job),
+            windows_of(job.window, job.tenant_window),
             job.deadline,
             has_open_parents=job.has_open_parents,
-            seconds_left=float(job.seconds_left),
+            seconds_left=job.seconds_left,
         )
         gates.set_gate(connection, job, decided)
         return decided.is_open != (job.gate_reason is None)
-
-
-def _windows(job: GatedJob) -> list[Window]:
-    return [WindowSpec.model_validate(spec).window for spec in (job.window, job.tenant_window) if spec]

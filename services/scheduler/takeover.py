@@ -17,7 +17,7 @@ from shared.db.results import Earlier, TakenLine
 from shared.domain.batch_file import batch_request_id, render_line
 from shared.store import Store
 
-READ_LINES = 1000
+READ_LINES = 256
 WRITE_LINES = 5000
 
 
@@ -66,8 +66,15 @@ def _digests(store: Store, path: str, index_path: str, count: int) -> Iterator[t
     for start in range(0, count, READ_LINES):
         lines = store.read_lines(path, index_path, start, min(start + READ_LINES, count))
         for line_no, line in enumerate(lines, start):
-            asked = orjson.dumps(orjson.loads(line), option=orjson.OPT_SORT_KEYS)
-            yield line_no, hashlib.sha256(asked).digest()
+            yield line_no, hashlib.sha256(_canonical(line)).digest()
+
+
+def _canonical(line: bytes) -> bytes:
+    """Return a line as it would be written with its keys in order; one nested too deep for that as it stands."""
+    try:
+        return orjson.dumps(orjson.loads(line), option=orjson.OPT_SORT_KEYS)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        return line
 
 
 def _rendered_bytes(job_hex: str, line_no: int, custom_id: str, body_bytes: int) -> int:

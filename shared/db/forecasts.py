@@ -125,6 +125,7 @@ class NewForecast:
     ends_at: datetime | None
     on_time: bool | None
     is_measured: bool
+    seconds_left: float
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,12 @@ _FORGET = text("""
     DELETE FROM forecast WHERE NOT job_id = ANY(:job_ids)
 """)
 _PUT = text("""
-    INSERT INTO forecast AS known (tenant_id, job_id, starts_at, ends_at, on_time, is_measured)
+    INSERT INTO forecast AS known (tenant_id, job_id, starts_at, ends_at, on_time, is_measured, seconds_left)
     SELECT * FROM unnest(cast(:tenants AS text[]), cast(:job_ids AS uuid[]), cast(:starts AS timestamptz[]),
-                         cast(:ends AS timestamptz[]), cast(:on_time AS boolean[]), cast(:measured AS boolean[]))
+                         cast(:ends AS timestamptz[]), cast(:on_time AS boolean[]), cast(:measured AS boolean[]),
+                         cast(:seconds_left AS float8[]))
     ON CONFLICT (tenant_id, job_id) DO UPDATE SET starts_at = excluded.starts_at, ends_at = excluded.ends_at,
-        on_time = excluded.on_time, is_measured = excluded.is_measured
-    WHERE (known.starts_at, known.ends_at, known.on_time, known.is_measured)
-        IS DISTINCT FROM (excluded.starts_at, excluded.ends_at, excluded.on_time, excluded.is_measured)
+        on_time = excluded.on_time, is_measured = excluded.is_measured, seconds_left = excluded.seconds_left
 """)
 _PUT_BLOCKS = text("""
     INSERT INTO forecast_block (tenant_id, worker_id, starts_at, ends_at, job_id)
@@ -179,6 +179,7 @@ def replace(
         "ends": [each.ends_at for each in found],
         "on_time": [each.on_time for each in found],
         "measured": [each.is_measured for each in found],
+        "seconds_left": [each.seconds_left for each in found],
     }
     connection.execute(_PUT, columns)
     rows = {
@@ -210,10 +211,11 @@ def of_jobs(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, Forec
 
 
 def all_jobs(connection: Connection) -> list[tuple[str, UUID, ForecastView]]:
-    """Return (kind, job id, forecast) of every job that the transaction may see, by their begin."""
+    """Return (kind, job id, forecast) of every open job that the transaction may see, by their begin."""
     statement = text("""
         SELECT job.kind, job_id, forecast.starts_at, forecast.ends_at, on_time, is_measured
-        FROM forecast JOIN job USING (tenant_id, job_id) ORDER BY forecast.starts_at NULLS LAST, job_id
+        FROM forecast JOIN job USING (tenant_id, job_id) WHERE job.state IN ('queued', 'running')
+        ORDER BY forecast.starts_at NULLS LAST, job_id
     """)
     return [
         (row.kind, row.job_id, ForecastView(row.starts_at, row.ends_at, row.on_time, row.is_measured))
@@ -221,13 +223,17 @@ def all_jobs(connection: Connection) -> list[tuple[str, UUID, ForecastView]]:
     ]
 
 
-def blocks(connection: Connection) -> list[dict[str, Any]]:
-    """Return every expected block of work that the transaction may see, with its job's kind and model."""
+def blocks(connection: Connection) -> dict[UUID, list[dict[str, Any]]]:
+    """Return, by worker, the expected blocks that the transaction may see, with their jobs' kinds and models."""
     statement = text("""
         SELECT worker_id, forecast_block.starts_at, ends_at, job_id, job.kind, job.model
-        FROM forecast_block JOIN job USING (tenant_id, job_id) ORDER BY worker_id, forecast_block.starts_at
+        FROM forecast_block JOIN job USING (tenant_id, job_id) WHERE job.state IN ('queued', 'running')
+        ORDER BY worker_id, forecast_block.starts_at
     """)
-    return [dict(row) for row in connection.execute(statement).mappings()]
+    found: dict[UUID, list[dict[str, Any]]] = {}
+    for row in connection.execute(statement).mappings():
+        found.setdefault(row["worker_id"], []).append(dict(row))
+    return found
 
 
 def basis(connection: Connection) -> dict[str, Any] | None:

@@ -41,8 +41,10 @@ def find_parents(connection: Connection, tenant_id: str, public_ids: Sequence[st
     return list(found)
 
 
+# One that follows others is found by them, and looked at by the clock only when they have ended.
 _CLOSE_NEW = text("""
-    UPDATE job SET gate_reason = :reason, gate_review_at = now() WHERE job_id = :job_id
+    UPDATE job SET gate_reason = :reason, gate_review_at = CASE WHEN :reason = 'window' THEN now() END
+    WHERE job_id = :job_id
 """)
 _ADD_PARENT = text("""
     INSERT INTO job_parent (tenant_id, job_id, parent_id) VALUES (:tenant_id, :job_id, :parent_id)
@@ -66,7 +68,7 @@ def begin_closed(
 
 @dataclass(frozen=True)
 class GatedJob:
-    """A job whose gate is looked at, its row locked. `seconds_left`: an estimate, 0 where nothing is known."""
+    """A job whose gate is looked at, its row locked. `seconds_left`: its forecast's, 0 before there is one."""
 
     tenant_id: str
     job_id: UUID
@@ -83,8 +85,6 @@ class GatedJob:
     failed_parent_id: UUID | None
 
 
-RECENT_JOBS = 200
-"""Of a tenant and kind: among these, jobs on the same model say how long what is left will take."""
 _ENDED = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
 _WAITING = "('validating', 'queued', 'running', 'paused')"
 _PARENT = """
@@ -110,20 +110,10 @@ DUE = f"""
         tenant.run_window AS tenant_window, job.deadline, job.gate_reason, job.gate_until,
         EXISTS ({_OPEN_PARENT}) AS has_open_parents, failed.kind AS failed_parent_kind,
         failed.job_id AS failed_parent_id,
-        CASE WHEN job.deadline IS NULL THEN 0 ELSE coalesce(left_over.units * speed.seconds, 0) END AS seconds_left
+        coalesce(forecast.seconds_left, 0) AS seconds_left
     FROM job JOIN due USING (job_id) JOIN tenant ON tenant.tenant_id = job.tenant_id
+    LEFT JOIN forecast ON forecast.tenant_id = job.tenant_id AND forecast.job_id = job.job_id
     LEFT JOIN LATERAL ({_FAILED_PARENT} LIMIT 1) AS failed ON true
-    LEFT JOIN LATERAL (
-        SELECT job.total - coalesce(sum(slice.completed + slice.failed), 0) AS units
-        FROM slice WHERE slice.job_id = job.job_id) AS left_over ON true
-    LEFT JOIN LATERAL (
-        SELECT sum(device_seconds) / nullif(sum(completed + failed), 0) AS seconds FROM (
-            SELECT done.device_seconds, done.completed, done.failed FROM (
-                SELECT * FROM job AS earlier
-                WHERE earlier.tenant_id = job.tenant_id AND earlier.kind = job.kind AND job.deadline IS NOT NULL
-                ORDER BY earlier.created_at DESC LIMIT {RECENT_JOBS}) AS done
-            WHERE done.model = job.model AND done.state = 'succeeded' AND done.device_seconds > 0
-            LIMIT 5) AS recent) AS speed ON true
     ORDER BY job.job_id FOR NO KEY UPDATE OF job SKIP LOCKED
 """
 
@@ -200,6 +190,16 @@ def fail_for_parent(connection: Connection, job: GatedJob) -> None:
     events.add(connection, job.tenant_id, job.job_id, "message", str(listed["message"]), level="error")
     data = {"status": JobState.FAILED}
     events.add(connection, job.tenant_id, job.job_id, "status", "The job is failed.", data=data)
+
+
+_POSTPONE = text("""
+    UPDATE job SET gate_review_at = now() + make_interval(secs => :seconds) WHERE job_id = :job_id
+""")
+
+
+def postpone(connection: Connection, job: GatedJob, seconds: float) -> None:
+    """Look at a job again later, as it could not be decided now; its gate stays as it is."""
+    connection.execute(_POSTPONE, {"job_id": job.job_id, "seconds": seconds})
 
 
 _REVIEW = text("UPDATE job SET gate_review_at = now() WHERE job_id = :job_id")

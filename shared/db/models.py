@@ -186,8 +186,20 @@ class Job(Base):
         ),
         Index("job_all_page_idx", "created_at", "job_id", postgresql_where=text("kind <> 'online'")),
         Index("job_ended_idx", "ended_at"),
-        Index("job_gate_idx", "gate_review_at", postgresql_where=text("gate_review_at IS NOT NULL")),
-        Index("job_dependent_idx", "job_id", postgresql_where=text("gate_reason = 'dependency'")),
+        Index(
+            "job_gate_idx",
+            "gate_review_at",
+            postgresql_where=text(
+                "gate_review_at IS NOT NULL AND state IN ('validating', 'queued', 'running', 'paused')"
+            ),
+        ),
+        Index(
+            "job_dependent_idx",
+            "job_id",
+            postgresql_where=text(
+                "gate_reason = 'dependency' AND state IN ('validating', 'queued', 'running', 'paused')"
+            ),
+        ),
     )
 
 
@@ -501,6 +513,8 @@ class Forecast(Base):
     on_time: Mapped[bool | None]
     is_measured: Mapped[bool]
     """Whether its speed was measured, on itself or on earlier jobs, and not guessed."""
+    seconds_left: Mapped[float]
+    """Device seconds that what is left of it will take."""
 
     __table_args__ = (
         UniqueConstraint("job_id"),

@@ -1,5 +1,6 @@
 """Run windows and jobs that follow others, against the whole stack."""
 
+import json
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -307,3 +308,33 @@ def test_another_tenants_job_cannot_be_followed(sdk, native, stack):
         with pytest.raises(openai.BadRequestError) as refused:
             submit(own, chat_lines(2), extra_body={"after": [theirs.id]})
         assert refused.value.param == "after[0]"
+
+
+def test_a_job_that_cannot_be_judged_stands_in_nobodys_way(database, store):
+    """Its time zone is not known to the scheduler's machine: others open meanwhile, and are foretold."""
+    from sqlalchemy import text
+
+    from services.scheduler.forecaster import Forecaster
+    from services.scheduler.gatekeeper import Gatekeeper
+    from services.scheduler.planner import Planner
+    from shared.db import gates
+    from shared.db.session import tenant_transaction
+    from tests.support.batches import make_job, rows
+
+    engine, scheduler = database.engine("gateway"), database.engine("scheduler")
+    bad, good = (make_job(engine, store, chat_lines(3)) for _ in range(2))
+    with tenant_transaction(engine, "default") as connection:
+        for job_id, zone in ((bad, "Atlantis/City"), (good, "UTC")):
+            window = opened() | {"tz": zone}
+            statement = (
+                "UPDATE job SET spec = spec || jsonb_build_object('window', cast(:w AS jsonb)) WHERE job_id = :j"
+            )
+            connection.execute(text(statement), {"w": json.dumps(window), "j": job_id})
+            gates.begin_closed(connection, "default", job_id, parents=[], has_window=True)
+    Planner(scheduler, database.settings("scheduler"), store).tick()
+    assert Gatekeeper(scheduler).tick() == 1
+    states = dict(rows(scheduler, "SELECT job_id, min(state) FROM slice GROUP BY job_id"))
+    assert states == {bad: "held", good: "queued"}
+    assert Gatekeeper(scheduler).tick() == 0, "it is looked at again later, and not at once"
+    Forecaster(scheduler, database.settings("scheduler")).tick()
+    assert [row.job_id for row in rows(scheduler, "SELECT job_id FROM forecast")] == [good]

@@ -5,6 +5,7 @@ import json
 import openai
 import psycopg
 import pytest
+from lamplighter.client import Client
 from lamplighter.errors import ApiError
 
 from tests.support.batches import chat_line, chat_lines, read_lines, submit, wait_for
@@ -100,6 +101,23 @@ def test_failed_lines_are_retried(sdk, native, stack):
     with pytest.raises(ApiError) as nothing:
         native.request("POST", f"/v1/jobs/{whole.id}/retry_failed")
     assert nothing.value.status == 409 and nothing.value.code == "not_retryable"
+
+
+def test_a_line_nested_too_deep_to_be_written_again_harms_no_other(sdk, stack):
+    deep = json.dumps(chat_line("deep")).replace('"echo"', '"echo", "extra": ' + "[" * 400 + "]" * 400).encode()
+    earlier = wait_for(sdk, submit(sdk, [*chat_lines(3), deep]).id)
+    batch = wait_for(sdk, submit(sdk, [deep, *chat_lines(4)], extra_body={"resume_from": earlier.id}).id)
+    assert batch.status == "completed" and batch.request_counts.completed >= 4
+    assert computed(stack, batch.id) <= 2
+
+
+def test_a_submit_only_key_retries_nothing(sdk, native, stack):
+    """It would learn of a job's failures by it."""
+    earlier = wait_for(sdk, submit(sdk, [*chat_lines(2), chat_line("bad", temperature=9)]).id)
+    key = native.request("POST", "/v1/keys", json={"scopes": ["submit"]})["key"]
+    with Client(stack.url, key) as client, pytest.raises(ApiError) as refused:
+        client.request("POST", f"/v1/jobs/{earlier.id}/retry_failed")
+    assert refused.value.status == 403
 
 
 def test_what_cannot_be_resumed(sdk, native):

@@ -109,6 +109,29 @@ def test_who_sees_what(consumer, native):
     assert set(totals(used(client, group_by="tenant", tenant="default"), "tenant")) == {("consumer",)}
 
 
+def test_more_sums_than_anybody_reads_are_refused(database):
+    """The answer would not fit into the gateway, whoever asks."""
+    from datetime import timedelta
+
+    from sqlalchemy import text
+
+    from shared.db import usage
+    from shared.domain.errors import InvalidRequest
+
+    with database.engine("migration").begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO online_usage SELECT 'default', date_trunc('hour', now()) - n % 200 * interval '1 hour', '',"
+                " 'm' || n / 200, 1, 1, 1, 1 FROM generate_series(0, 60000) n"
+            )
+        )
+        now = datetime.now(UTC)
+        asked = {"start": now - timedelta(days=30), "end": now, "bucket": "hour"}
+        with pytest.raises(InvalidRequest, match="fewer groups"):
+            usage.used(connection, **asked, groups=["model"])
+        assert sum(row["requests"] for row in usage.used(connection, **asked)) == 60_001
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [

@@ -18,7 +18,6 @@ from services.gateway.dependencies import (
     Parts,
     PartsDependency,
     Reader,
-    Submitter,
     Writer,
     answer_once,
 )
@@ -172,7 +171,7 @@ def resume_job(
 
 @router.post("/{job_id}/retry_failed")
 def retry_failed_lines(
-    job_id: str, parts: PartsDependency, caller: Submitter, key: IdempotencyKey, body: NoFields | None = None
+    job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
 ) -> Response:
     """Run an ended batch's failed and unrun lines again, as a new batch that takes over its answers."""
 

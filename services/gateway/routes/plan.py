@@ -4,13 +4,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
+from sqlalchemy import Connection
+from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
-from services.gateway.dependencies import PartsDependency, Reader
+from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.estimates import estimate_job
 from services.gateway.schemas import AnyFields
 from shared.api_objects import unix
 from shared.db import forecasts, workers
+from shared.db.submissions import body_digest
 from shared.domain.job import public_job_id
 
 router = APIRouter(prefix="/v1", route_class=KeyedRoute)
@@ -34,8 +37,7 @@ def read_plan(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
                     "starts_at": unix(block["starts_at"]),
                     "ends_at": unix(block["ends_at"]),
                 }
-                for block in blocks
-                if block["worker_id"] == worker.worker_id
+                for block in blocks.get(worker.worker_id, ())
             ],
         }
         for worker in fleet
@@ -55,7 +57,10 @@ def read_plan(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
 
 
 @router.post("/estimate")
-def estimate(body: AnyFields, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+def estimate(body: AnyFields, parts: PartsDependency, caller: Reader, key: IdempotencyKey) -> Response:
     """Return what a batch, a fine-tuning or a training job with this body would take, and accept nothing."""
-    with parts.own_transaction(caller) as connection:
+
+    def make(connection: Connection) -> dict[str, Any]:
         return estimate_job(connection, parts.settings, caller, body.model_extra or {})
+
+    return answer_once(parts, caller, key, body_digest("estimate", body), make)

@@ -1,7 +1,7 @@
 """From what jobs took to what they will take: device seconds of what is left, in chunks for a forecast. Pure."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,8 @@ LEAST_SHARE = 0.05
 GUESSED_SECONDS_PER_TOKEN = 1e-3
 """For kinds of jobs of which none has ended yet."""
 GUESSED_TOKENS_PER_BYTE = 0.25
+BASIS_CHUNKS = 500
+"""Of all works that an estimate runs forward: it is somebody's call, and does with less detail than a forecast."""
 MOST_CHUNKS = 24
 """Parts of a job that a forecast moves about by themselves."""
 CHUNKS_IN_ALL = 4000
@@ -79,8 +81,14 @@ def hidden_name(tenant_id: str) -> str:
     return hashlib.sha256(f"tenant:{tenant_id}".encode()).hexdigest()[:16]
 
 
+def _coarse(seconds: Sequence[float], most: int) -> list[float]:
+    """Return about as much in at most so many equal parts."""
+    count = min(len(seconds), most)
+    return [sum(seconds) / count] * count if count else []
+
+
 def basis_of(
-    works: Iterable[Work],
+    works: Sequence[Work],
     specs: Mapping[UUID, list[Any]],
     lanes: Iterable[Lane],
     weights: Mapping[str, float],
@@ -99,7 +107,7 @@ def basis_of(
                 "id": work.job_id.hex,
                 "tenant": hidden_name(work.tenant_id),
                 "model": work.model,
-                "chunks": list(work.chunks),
+                "chunks": _coarse(work.chunks, max(1, BASIS_CHUNKS // len(works))),
                 "kind": work.kind,
                 "class": work.slice_class,
                 "priority": work.priority,
