@@ -36,6 +36,7 @@ def show_night(console: Console, plan: dict[str, Any]) -> None:
         for block in lane["blocks"]:
             where.setdefault(block["job"], set()).add(lane["worker"])
     table = Table("job", "begins", "ends", "", "by", "workers", box=None)
+    table.columns[0].overflow = "fold"  # an id that is cut off is none
     for job in plan["jobs"]:
         times = clock(job["starts_at"]), clock(job["ends_at"])
         basis = "measured" if job["confidence"] == "measured" else "a guess"
