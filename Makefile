@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask peers chaos test-compose lock
+.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask bench-night peers chaos test-compose lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,7 +40,7 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix-only .
 
 bench: setup ## Every benchmark, also after one that misses a bar; tables in build/bench/
-	$(MAKE) --keep-going bench-spine bench-surface bench-engine bench-finetune bench-multitask
+	$(MAKE) --keep-going bench-spine bench-surface bench-engine bench-finetune bench-multitask bench-night
 
 bench-spine: setup ## The rows of the spine: throughput, upload, engine share, embeddings, cache
 	$(BIN)/python -m tests.benchmarks.bench_spine
@@ -59,6 +59,9 @@ bench-finetune: setup ## Training beside transformers' Trainer: right, exact aft
 
 bench-multitask: setup ## Several tasks on one model: right, exact after kills, reference numbers, real text, speed
 	$(BIN)/python -m tests.benchmarks.bench_multitask
+
+bench-night: setup ## The policy over made-up fleets: nothing idle, fair shares, what a look at many jobs costs
+	$(BIN)/python -m tests.benchmarks.bench_night
 
 peers: setup ## Install what the engine is compared with (llama.cpp is compiled, some ten minutes)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'

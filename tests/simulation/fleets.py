@@ -54,6 +54,15 @@ def week(seed: int, *, gpus: int = 16, tenants: int = 8, load: float = 0.9, days
     return Trace(works, lanes(gpus))
 
 
+def backlogged(tenants: int, hours: int, chunk_seconds: float = 120.0) -> list[Work]:
+    """Return one endless batch for each tenant, and for the first one ten."""
+    jobs = [0] * 9 + list(range(tenants))
+    return [
+        Work(UUID(int=number + 1), f"t{tenant}", "m", (chunk_seconds,) * (hours * 30 * 8), order=number)
+        for number, tenant in enumerate(jobs)
+    ]
+
+
 def busy_seconds(plan: Plan) -> float:
     return sum((block.ends_at - block.starts_at).total_seconds() for block in plan.blocks)
 

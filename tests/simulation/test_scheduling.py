@@ -7,7 +7,7 @@ from uuid import UUID
 import pytest
 
 from shared.domain.scheduling.forecast import Work, run_forward
-from tests.simulation.fleets import START, busy_seconds, idle_while_waiting, jain, lanes, served, week
+from tests.simulation.fleets import START, backlogged, busy_seconds, idle_while_waiting, jain, lanes, served, week
 
 TWO_DAYS = {"gpus": 4, "tenants": 4, "days": 2, "models": 5}
 
@@ -24,15 +24,6 @@ def test_no_worker_is_idle_while_work_waits(seed):
 def test_it_is_the_same_every_time():
     trace = week(7, **TWO_DAYS)
     assert run_forward(trace.works, trace.lanes, START) == run_forward(trace.works, trace.lanes, START)
-
-
-def backlogged(tenants, hours, chunk_seconds=120.0):
-    """Return one endless batch for each tenant, and for the first one ten."""
-    jobs = [0] * 9 + list(range(tenants))
-    return [
-        Work(UUID(int=number + 1), f"t{tenant}", "m", (chunk_seconds,) * (hours * 30 * 8), order=number)
-        for number, tenant in enumerate(jobs)
-    ]
 
 
 def test_backlogged_tenants_of_equal_weight_have_equal_shares_every_hour():

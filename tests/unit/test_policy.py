@@ -4,7 +4,7 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.scheduling.policy import Fairness, _Room, plan_releases
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,20 @@ def test_devices_are_promised_once():
     begun = [Worker(slots=4, is_training=True, awaited=1, worker_id=UUID(int=7)), *fleet_of(2)]
     assert plan([Slice(2, kind="train", devices_needed=2)], begun) == []
     assert [r.slice_id for r in plan([Slice(3, kind="train")], begun)] == [3]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6), st.frozensets(st.sampled_from("mno"))), max_size=8),
+    st.lists(st.sampled_from(["m", "n", "o", "p", None]), max_size=40),
+    st.integers(0, 3),
+)
+def test_heaps_decide_as_a_look_at_every_worker_would(rows, models, window):
+    workers = [Worker(s, o, m, worker_id=UUID(int=i * 7919 % 1009)) for i, (s, o, m) in enumerate(rows)]
+    room = _Room(workers, window)
+    for model in models:
+        chosen = room.best(model)
+        assert chosen is room.best_of(workers, model)
+        if chosen is None:
+            assert not room.is_left
+            return
+        room.take(chosen)

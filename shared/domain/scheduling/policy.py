@@ -5,6 +5,7 @@ class; inside a tenant the queue's own order. Placement prefers a worker that ha
 so that one large batch spreads over all workers.
 """
 
+import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,24 +91,24 @@ def plan_releases(
     workers than it needs devices waits, and what is behind it goes on.
     """
     devices = _TrainingDevices(workers)
-    room = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
+    room = _Room(workers, window)
     queues: dict[str, list[Waiting]] = defaultdict(list)
     for waiting in backlog:
         queues[waiting.tenant_id].append(waiting)
     fairness.admit(sorted(queues))
     releases: list[Release] = []
-    while queues and any(space > 0 for space in room.values()):
+    while queues and room.is_left:
         tenant_id = min(queues, key=lambda t: (queues[t][0].slice_class, fairness.served[t], t))
         waiting = queues[tenant_id].pop(0)
         if not queues[tenant_id]:
             del queues[tenant_id]
-        hosts = devices.hosts(waiting) if waiting.kind == SliceKind.TRAIN else workers
-        worker = _place(waiting, hosts, room, window)
+        is_training = waiting.kind == SliceKind.TRAIN
+        worker = room.best_of(devices.hosts(waiting), waiting.model) if is_training else room.best(waiting.model)
         if worker is None:
             continue
-        if waiting.kind == SliceKind.TRAIN:
+        if is_training:
             devices.promise(waiting, worker)
-        room[worker.worker_id] -= 1
+        room.take(worker)
         fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
@@ -130,15 +131,71 @@ class _TrainingDevices:
         self._promised += waiting.devices_needed - 1
 
 
-def _place(waiting: Waiting, workers: Sequence[Host], room: Mapping[UUID, int], window: int) -> Host | None:
-    """Return the best worker with room: free slots first, then a warm model, then the emptiest; None: all are full."""
+class _Room:
+    """How many slices each worker may still be given: first where a slot is free, then where the model is warm, then
+    where most room is.
 
-    def preference(worker: Host) -> tuple[bool, bool, int, str]:
-        space = room[worker.worker_id]
-        has_slot = space > window  # what is left beyond the few that may wait in Redis
-        return (not has_slot, waiting.model not in worker.models, -space, worker.worker_id.hex)
+    Workers stand in heaps by their room, all together and by model, so that a decision costs little however many there
+    are. An entry whose worker has less room by now is passed over.
+    """
 
-    return min((worker for worker in workers if room[worker.worker_id] > 0), key=preference, default=None)
+    def __init__(self, workers: Sequence[Host], window: int) -> None:
+        self._window = window
+        self._space = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
+        self._all: list[_Entry] = []
+        self._warm: dict[str, list[_Entry]] = defaultdict(list)
+        for worker in workers:
+            if self._space[worker.worker_id] > 0:
+                entry = self._entry(worker)
+                for heap in (self._all, *(self._warm[model] for model in worker.models)):
+                    heap.append(entry)
+        for heap in (self._all, *self._warm.values()):
+            heapq.heapify(heap)
+
+    def _entry(self, worker: Host) -> "_Entry":
+        return (-self._space[worker.worker_id], worker.worker_id.hex, worker)
+
+    @property
+    def is_left(self) -> bool:
+        return self._top(self._all) is not None
+
+    def _top(self, heap: "list[_Entry]") -> Host | None:
+        while heap and -heap[0][0] != self._space[heap[0][2].worker_id]:
+            heapq.heappop(heap)
+        return heap[0][2] if heap else None
+
+    def _has_slot(self, worker: Host | None) -> bool:
+        # What is left beyond the few that may wait in Redis.
+        return worker is not None and self._space[worker.worker_id] > self._window
+
+    def best(self, model: str | None) -> Host | None:
+        """Return the best worker for a slice; None when all are full."""
+        warm = self._top(self._warm[model]) if model in self._warm else None
+        roomiest = self._top(self._all)
+        if warm is not None and (self._has_slot(warm) or not self._has_slot(roomiest)):
+            return warm
+        return roomiest
+
+    def best_of(self, workers: Sequence[Host], model: str | None) -> Host | None:
+        """Return the best of some workers; None when they are full."""
+
+        def preference(worker: Host) -> tuple[bool, bool, int, str]:
+            space = self._space[worker.worker_id]
+            return (not self._has_slot(worker), model not in worker.models, -space, worker.worker_id.hex)
+
+        return min((each for each in workers if self._space[each.worker_id] > 0), key=preference, default=None)
+
+    def take(self, worker: Host) -> None:
+        """Note that a worker is given one slice more."""
+        self._space[worker.worker_id] -= 1
+        if self._space[worker.worker_id] > 0:
+            entry = self._entry(worker)
+            for heap in (self._all, *(self._warm[model] for model in worker.models)):
+                heapq.heappush(heap, entry)
+
+
+_Entry = tuple[int, str, Host]
+"""Room, the other way round; an id, so that equal room is decided; the worker."""
 
 
 class OnlineHost(Host, Protocol):

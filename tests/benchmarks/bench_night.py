@@ -1,0 +1,87 @@
+"""`make bench-night`: the policy over made-up fleets, and what a look at many jobs costs.
+
+The rows of the night shift that are judged yet; seeds are fixed, so that all but times are the same every time.
+"""
+
+import statistics
+import sys
+import time
+from datetime import timedelta
+from uuid import UUID
+
+from services.scheduler.dispatcher import HEAD_OF_QUEUE
+from shared.db.slices import Candidate
+from shared.db.workers import WorkerLoad
+from shared.domain.scheduling.estimates import chunks
+from shared.domain.scheduling.forecast import Work, run_forward
+from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.slice import SliceKind
+from tests.benchmarks.table import Table
+from tests.simulation.fleets import START, backlogged, idle_while_waiting, jain, lanes, served, week
+
+HOURS = 4
+
+
+def bench_work(table: Table) -> None:
+    """Row 1: no device idle while work waits."""
+    trace = week(1)
+    plan = run_forward(trace.works, trace.lanes, START, horizon=timedelta(days=60))
+    idle = idle_while_waiting(trace, plan)
+    what = f"16 GPUs, 8 tenants, a week, {len(trace.works)} jobs: seconds that any was idle while work waited"
+    table.add("night-1-idle", what, idle, "s", "0 s", idle < 1)
+
+
+def bench_fairness(table: Table) -> None:
+    """Rows 2: shares of backlogged tenants, and what a large one does to another."""
+    works = backlogged(5, HOURS)
+    plan = run_forward(works, lanes(8), START, horizon=timedelta(hours=HOURS))
+    hours = [(START + timedelta(hours=n), START + timedelta(hours=n + 1)) for n in range(HOURS)]
+    indices = [jain(list(served(plan, works, *hour).values())) for hour in hours]
+    what = "Jain's index over five backlogged tenants, one of them with ten jobs, lowest of the hours"
+    table.add("night-2a", what, min(indices), "", "≥ 0.98", min(indices) >= 0.98, indices)
+    slices = 1_000_000 // 256
+    large = Work(UUID(int=1), "large", "m", (120.0,) * slices, order=0)
+    small = Work(UUID(int=2), "small", "m", (60.0,), order=1, arrives_at=START + timedelta(hours=1, seconds=7))
+    found = run_forward([large, small], lanes(4), START, horizon=timedelta(hours=3)).spans[small.job_id]
+    assert found.starts_at is not None
+    waited = (found.starts_at - START - timedelta(hours=1, seconds=7)).total_seconds() / 120
+    what = "a tenant with 10⁶ lines before another's job: how long that waits, in slices"
+    table.add("night-2b", what, waited, "slices", "≤ 1", waited <= 1)
+
+
+def bench_scale(table: Table) -> None:
+    """Rows 4: one tick over the heads of 100,000 slices, and a forecast over 1,000 jobs."""
+    tenants = 50
+    backlog = [
+        Candidate(number, f"t{number % tenants}", UUID(int=number), 2, 5, f"m{number % 9}", 256, 9000, 0, "generate", 1)
+        for number in range(tenants * HEAD_OF_QUEUE)
+    ]
+    fleet = [WorkerLoad(UUID(int=n), f"w{n}", 4, frozenset({f"m{n % 9}"}), n % 7) for n in range(1000)]
+    times = [_seconds(lambda: plan_releases(backlog, fleet, Fairness(), window=2, weights={})) for _ in range(3)]
+    what = f"one decision over {len(backlog)} heads of 50 tenants' queues and 1,000 workers, without its SQL"
+    milliseconds = 1000 * statistics.median(times)
+    table.add("night-4a", what, milliseconds, "ms", "≤ 100 ms", milliseconds <= 100, times)
+    parts = chunks(24 * 300.0, 24, SliceKind.GENERATE, 1000)
+    works = [Work(UUID(int=n + 1), f"t{n % 8}", f"m{n % 5}", parts, order=n) for n in range(1000)]
+    times = [_seconds(lambda: run_forward(works, lanes(16), START)) for _ in range(3)]
+    what = f"a forecast over 1,000 open jobs of {len(parts)} chunks on 16 workers"
+    table.add("night-forecast", what, statistics.median(times), "s", "told", None, times)
+
+
+def _seconds(act) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    table = Table("night")
+    for part in (bench_work, bench_fairness, bench_scale):
+        part(table)
+        table.write()
+    table.show()
+    return 0 if table.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
