@@ -7,8 +7,6 @@ from sqlalchemy.exc import OperationalError
 
 from shared.db import gates
 from shared.db.gates import GatedJob
-from shared.domain.scheduling.estimates import windows_of
-from shared.domain.scheduling.gates import gate
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +50,6 @@ class Gatekeeper:
             gates.fail_for_parent(connection, job)
             log.info("job failed with one that it follows", extra={"job_id": str(job.job_id)})
             return True
-        decided = gate(
-            job.now,
-            windows_of(job.window, job.tenant_window),
-            job.deadline,
-            has_open_parents=job.has_open_parents,
-            seconds_left=job.seconds_left,
-        )
+        decided = job.decision
         gates.set_gate(connection, job, decided)
         return decided.is_open != (job.gate_reason is None)

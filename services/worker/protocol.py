@@ -304,7 +304,8 @@ class TrainingSpec(msgspec.Struct, kw_only=True):
 
     `base` is a model's directory, and `base_name` what the product calls it. Under `output`, the job's own directory,
     `checkpoints/TOKEN/step-N` and `model` are written. `memory_bytes`: what the child may take. `place`: among the
-    processes that train it together.
+    processes that train it together. `recorded_steps`: what was told of these is recorded; of later ones that a
+    checkpoint holds it is told again.
     """
 
     base: str
@@ -316,6 +317,7 @@ class TrainingSpec(msgspec.Struct, kw_only=True):
     checkpoints: CheckpointPolicy = CheckpointPolicy()
     memory_bytes: int | None = None
     place: Place = Place()
+    recorded_steps: int = 0
 
 
 class Train(TrainingSpec, tag="train", kw_only=True):
@@ -388,13 +390,16 @@ class Listening(msgspec.Struct, tag="listening"):
 
 
 class Started(msgspec.Struct, tag="started"):
-    """A job's model is loaded; it goes on after `step` of `total_steps`. `skipped`: checkpoints that were damaged."""
+    """A job's model is loaded; it goes on after `step` of `total_steps`, in which it learnt from `trained_tokens`.
+    `skipped`: checkpoints that were damaged.
+    """
 
     step: int
     total_steps: int
     steps_per_epoch: int
     trainable_parameters: int
     skipped: list[str] = []
+    trained_tokens: int = 0
 
 
 class TaskStep(msgspec.Struct, frozen=True):
@@ -414,7 +419,8 @@ class TaskValidation(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress"):
-    """One optimizer step is done. Steps after the last checkpoint are told again, the same, after a loss of the child.
+    """One optimizer step is done. It is told again, the same, after a loss of the child, unless it is known to be
+    recorded: computed once more, or out of the journal where a checkpoint holds it.
 
     `loss` and `accuracy` are means over the step's `trained_tokens`, before its update; `tokens` are all those read.
     """

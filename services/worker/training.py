@@ -124,6 +124,17 @@ class _Report:
             stopped = "; it has stopped" if task.is_stopped else ""
             self.messages.append(("info", f"Step {message.step}: validation of {name}: {shown}{stopped}"))
 
+    def begun_anew(self) -> "_Report":
+        """Return the report that follows this one, which is about to be recorded; a last step whose validation is
+        still on its way goes over into it. Where that never comes, the step is told again by who goes on from here.
+        """
+        following = _Report(self.steps, self.trained_tokens)
+        if self.awaits_evaluation:
+            following.awaits_evaluation = True
+            following.metrics.append(self.metrics.pop())
+            self.steps -= 1
+        return following
+
     def __bool__(self) -> bool:
         return bool(self.metrics or self.messages)
 
@@ -329,7 +340,8 @@ class _Work:
         """Return what the child is to do, as the first of all."""
         store = self._store_directory()
         output = str(store / training_path(self._job.tenant_id, self._job.job_id))
-        return self._plan.message(store, output, str(self._fence.lease_token), memory_bytes, self._place)
+        message = self._plan.message(store, output, str(self._fence.lease_token), memory_bytes, self._place)
+        return msgspec.structs.replace(message, recorded_steps=self._job.recorded_steps)
 
     def _store_directory(self) -> Path:
         directory = self._parts.settings.store_directory
@@ -391,13 +403,14 @@ class _Work:
     def _started(self, message: Started) -> None:
         kind = "Fine-tuning" if self._job.kind == JobKind.FINE_TUNING else "Training"
         what = f"Training goes on after step {message.step}." if message.step else f"{kind} job started."
+        self._report.trained_tokens = message.trained_tokens
         self._report.messages.append(("info", what))
         for path in message.skipped:
             self._report.messages.append(("warn", f"A damaged checkpoint was passed over: {Path(path).name}."))
 
     def _flush(self) -> None:
         """Record what has come so far."""
-        report, self._report = self._report, _Report(self._report.steps, self._report.trained_tokens)
+        report, self._report = self._report, self._report.begun_anew()
         if not report:
             return
         self._write(
@@ -416,8 +429,11 @@ class _Work:
         self._parts.write(self._lease, act)
 
     def _checkpoint(self, message: CheckpointWritten) -> None:
-        """Have an epoch's end served by name. The last one is the product itself, and others only serve to go on."""
-        if message.step % self._plan.epoch_steps == 0:
+        """Have an epoch's end served by name. The last one is the product itself, and others only serve to go on.
+
+        One that was written because the job was stopped amid its validation comes again, with what that said.
+        """
+        if message.step % self._plan.epoch_steps == 0 and not self._report.awaits_evaluation:
             self._serve(message)
 
     def _serve(self, message: CheckpointWritten) -> None:
@@ -501,7 +517,7 @@ class _Work:
             with suppress(Conflict):  # it is being cancelled
                 jobs.pause(connection, self._job.job_id)
             notes = [("error", f"{message.message} The job is paused; resume it once there is room.")]
-            training.progress(connection, self._fence, steps=message.step, tokens=0, messages=notes)
+            training.progress(connection, self._fence, steps=0, tokens=0, messages=notes)
             self._parts.give_back(connection, self._lease)
 
         self._write(write)

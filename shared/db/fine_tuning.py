@@ -58,7 +58,7 @@ def accept_fine_tuning(
         idempotency_key=key,
         deadline=body.deadline_at,
     )
-    return training.accept(connection, new, parents=parents, has_window=body.window is not None)
+    return training.accept(connection, new, parents=parents)
 
 
 def require_room(connection: Connection, settings: Settings, tenant_id: str, jobs: int = 1) -> None:

@@ -16,7 +16,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from shared.db import events, slices
 from shared.domain.errors import InvalidRequest, NotFound
 from shared.domain.job import TERMINAL, JobState, StopReason, parse_job_id, public_job_id
-from shared.domain.scheduling.gates import Gate, GateReason
+from shared.domain.scheduling.estimates import windows_of
+from shared.domain.scheduling.gates import Gate, GateReason, gate
+from shared.domain.scheduling.windows import Window
 from shared.domain.slice import SliceState
 
 
@@ -41,29 +43,9 @@ def find_parents(connection: Connection, tenant_id: str, public_ids: Sequence[st
     return list(found)
 
 
-# One that follows others is found by them, and looked at by the clock only when they have ended.
-_CLOSE_NEW = text("""
-    UPDATE job SET gate_reason = :reason, gate_review_at = CASE WHEN :reason = 'window' THEN now() END
-    WHERE job_id = :job_id
-""")
 _ADD_PARENT = text("""
     INSERT INTO job_parent (tenant_id, job_id, parent_id) VALUES (:tenant_id, :job_id, :parent_id)
 """)
-
-
-def begin_closed(
-    connection: Connection, tenant_id: str, job_id: UUID, *, parents: Sequence[UUID], has_window: bool
-) -> None:
-    """Close the gate of a job that was accepted in this transaction, if there is a reason to: it opens at the first
-    look at it, should nothing speak against that.
-    """
-    for parent_id in parents:
-        connection.execute(_ADD_PARENT, {"tenant_id": tenant_id, "job_id": job_id, "parent_id": parent_id})
-    of_tenant = text("SELECT run_window IS NOT NULL FROM tenant WHERE tenant_id = :tenant_id")
-    has_window = has_window or bool(connection.execute(of_tenant, {"tenant_id": tenant_id}).scalar_one_or_none())
-    if parents or has_window:
-        reason = GateReason.DEPENDENCY if parents else GateReason.WINDOW
-        connection.execute(_CLOSE_NEW, {"job_id": job_id, "reason": reason})
 
 
 @dataclass(frozen=True)
@@ -83,6 +65,22 @@ class GatedJob:
     has_open_parents: bool
     failed_parent_kind: str | None
     failed_parent_id: UUID | None
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Those of the job and its tenant, which both must be open."""
+        return windows_of(self.window, self.tenant_window)
+
+    @property
+    def decision(self) -> Gate:
+        """What follows from all this."""
+        return gate(
+            self.now,
+            self.windows,
+            self.deadline,
+            has_open_parents=self.has_open_parents,
+            seconds_left=self.seconds_left,
+        )
 
 
 _ENDED = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
@@ -159,6 +157,29 @@ def _close(connection: Connection, job: GatedJob) -> None:
     if job.state == JobState.PAUSED:
         return  # its running slices are to end already, for good reason
     slices.stop_job(connection, job.job_id, StopReason.WINDOW, quiet=SliceState.HELD)
+
+
+_NEW = text("""
+    SELECT job.tenant_id, job.job_id, job.state, now() AS now, job.spec -> 'window' AS window,
+        tenant.run_window AS tenant_window, job.deadline, job.gate_reason, job.gate_until
+    FROM job JOIN tenant ON tenant.tenant_id = job.tenant_id WHERE job.job_id = :job_id
+""")
+
+
+def begin(connection: Connection, tenant_id: str, job_id: UUID, *, parents: Sequence[UUID]) -> None:
+    """Set the gate of a job that was accepted in this transaction, which is to follow `parents`.
+
+    Whether these have ended, and how, is seen at the first look at it.
+    """
+    for parent_id in parents:
+        connection.execute(_ADD_PARENT, {"tenant_id": tenant_id, "job_id": job_id, "parent_id": parent_id})
+    row = connection.execute(_NEW, {"job_id": job_id}).mappings().one()
+    job = GatedJob(
+        **row, seconds_left=0.0, has_open_parents=bool(parents), failed_parent_kind=None, failed_parent_id=None
+    )
+    decided = job.decision
+    if decided != Gate():
+        set_gate(connection, job, decided)
 
 
 _FAIL = text("""

@@ -50,7 +50,7 @@ def accept_training(
         idempotency_key=key,
         deadline=body.deadline_at,
     )
-    return training.accept(connection, new, parents=parents, has_window=body.window is not None)
+    return training.accept(connection, new, parents=parents)
 
 
 def _require_base(connection: Connection, tenant_id: str, body: TrainingCreate) -> None:
@@ -209,7 +209,6 @@ def add_single_jobs(connection: Connection, job: training.UnpreparedJob) -> dict
                 deadline=parse_deadline(job.spec.get("deadline") or "none"),
             ),
             parents=parents,
-            has_window=bool(job.spec.get("window")),
         )
         made[task["name"]] = single.hex
     return made

@@ -72,7 +72,7 @@ def accept_batch(
         lines=lines,
     )
     job_id = jobs.accept_batch(connection, batch)
-    gates.begin_closed(connection, caller.tenant_id, job_id, parents=parents, has_window=body.window is not None)
+    gates.begin(connection, caller.tenant_id, job_id, parents=parents)
     return job_id
 
 

@@ -61,7 +61,7 @@ _ACCEPT = text("""
 """).bindparams(bindparam("spec", type_=JSONB), bindparam("metadata", type_=JSONB(none_as_null=True)))
 
 
-def accept(connection: Connection, new: NewTraining, *, parents: Sequence[UUID] = (), has_window: bool = False) -> UUID:
+def accept(connection: Connection, new: NewTraining, *, parents: Sequence[UUID] = ()) -> UUID:
     """Write an accepted training job; once this commits, it is kept. Returns its id.
 
     parents: The jobs that it follows.
@@ -72,7 +72,7 @@ def accept(connection: Connection, new: NewTraining, *, parents: Sequence[UUID] 
     what = "fine-tuning" if new.kind == JobKind.FINE_TUNING else "training"
     events.add(connection, new.tenant_id, job_id, "message", f"Created {what} job.")
     _status_event(connection, new.tenant_id, job_id, JobState.VALIDATING)
-    gates.begin_closed(connection, new.tenant_id, job_id, parents=parents, has_window=has_window)
+    gates.begin(connection, new.tenant_id, job_id, parents=parents)
     return job_id
 
 
@@ -243,13 +243,17 @@ class TrainingRun:
     spec: dict[str, Any]
     outcome: dict[str, Any]
     steps: int
+    recorded_steps: int
     started_at: datetime
 
 
 def run_of(connection: Connection, job_id: UUID) -> TrainingRun:
     """Return what a training job is to do."""
     statement = text("""
-        SELECT tenant_id, job_id, kind, model, spec, outcome, total AS steps, started_at FROM job WHERE job_id = :job_id
+        SELECT job.tenant_id, job.job_id, job.kind, job.model, job.spec, job.outcome, job.total AS steps,
+            slice.completed AS recorded_steps, job.started_at
+        FROM job JOIN slice ON slice.tenant_id = job.tenant_id AND slice.job_id = job.job_id AND slice.kind = 'train'
+        WHERE job.job_id = :job_id
     """)
     return TrainingRun(**connection.execute(statement, {"job_id": job_id}).mappings().one())
 
@@ -360,7 +364,7 @@ class Product:
 
 def add_checkpoint(connection: Connection, lease: Lease, checkpoint: NewCheckpoint, product: Product) -> None:
     """Record a checkpoint and have its model served by name; a step recorded before stays. Raises LeaseLost."""
-    tenant_id, job_id, _ = _fenced(connection, lease, checkpoint.step, checkpoint.tokens)
+    tenant_id, job_id, _ = _fenced(connection, lease, 0, checkpoint.tokens)
     parameters = {"tenant_id": tenant_id, "checkpoint_id": uuid4(), "job_id": job_id, "step": checkpoint.step}
     parameters |= {"path": checkpoint.path, "sha256": checkpoint.sha256, "metrics": checkpoint.metrics}
     added = connection.execute(_ADD_CHECKPOINT, parameters | {"lease_token": lease.lease_token}).rowcount

@@ -135,13 +135,22 @@ def same_weights(weights, expected):
 def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, child, undisturbed):
     """Killed at whatever it does: loading, a step, an evaluation, a checkpoint. At most one interval is done again."""
     kills = int(os.environ.get("LAMPLIGHTER_TRAINER_KILLS", "5"))
+
+    def job(token):
+        return spec(
+            base,
+            data,
+            tmp_path,
+            token=token,
+            validation=str(validation),
+            checkpoints=EVERY_STEP,
+            recorded_steps=max(metrics_of(child.said), default=0),
+            **RUN,
+        )
+
     newest = 0
     for number in range(kills):
-        child.train(
-            spec(
-                base, data, tmp_path, token=f"lease-{number}", validation=str(validation), checkpoints=EVERY_STEP, **RUN
-            )
-        )
+        child.train(job(f"lease-{number}"))
         started = child.next(Started)
         assert started.step >= newest and not started.skipped
         target = started.step + 20 // (kills + 1)
@@ -151,7 +160,7 @@ def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, c
         child.kill()
         assert child.next(Finished) is None
         newest = max([newest, *(message.step for message in checkpoints_of(child.said))])
-    child.train(spec(base, data, tmp_path, token="last", validation=str(validation), checkpoints=EVERY_STEP, **RUN))
+    child.train(job("last"))
     assert isinstance(child.finish(), Finished)
     expected, product, _ = undisturbed[False]
     same_run(child.said, expected)
@@ -159,6 +168,35 @@ def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, c
     computed = sum(isinstance(message, Progress) for message in child.said)
     assert computed <= 20 + kills
     assert child.restarts == kills
+
+
+@pytest.mark.parametrize("recorded", [0, 7, 12])
+def test_what_nobody_recorded_before_a_checkpoint_is_told_again(
+    base, data, validation, tmp_path, child, undisturbed, recorded
+):
+    """The checkpoint of step 12 is on disk, what was said is lost with a worker: the next run says it in its order."""
+    policy = CheckpointPolicy(every_seconds=None, keep_steps=(6, 12))
+    job = dict(validation=str(validation), checkpoints=policy, **RUN)
+    child.train(spec(base, data, tmp_path, token="first", **job))
+    while child.next(CheckpointWritten).step < 12:
+        pass
+    child.kill()
+    assert child.next(Finished) is None
+    child.said.clear()
+    child.train(spec(base, data, tmp_path, token="second", recorded_steps=recorded, **job))
+    started = child.next(Started)
+    assert started.step == 12 and started.trained_tokens > 0
+    told = child.said[: child.said.index(started)]
+    expected, _, _ = undisturbed[False]
+    lost = range(recorded + 1, 13)
+    assert metrics_of(told) == {step: metrics_of(expected)[step] for step in lost}
+    evaluated = [message for message in told if isinstance(message, Evaluated)]
+    assert evaluated == [m for m in expected if isinstance(m, Evaluated) and m.step in lost]
+    assert [message.step for message in checkpoints_of(told)] == [step for step in (6, 12) if step >= recorded]
+    assert [message.step for message in told] == sorted(message.step for message in told)
+    for checkpoint in checkpoints_of(told):
+        assert {"train_loss", "full_valid_loss"} <= checkpoint.metrics.keys()
+    assert isinstance(child.finish(), Finished)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_told(base, data, tmp_path, child):

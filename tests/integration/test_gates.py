@@ -324,13 +324,18 @@ def test_a_job_that_cannot_be_judged_stands_in_nobodys_way(database, store):
     engine, scheduler = database.engine("gateway"), database.engine("scheduler")
     bad, good = (make_job(engine, store, chat_lines(3)) for _ in range(2))
     with tenant_transaction(engine, "default") as connection:
-        for job_id, zone in ((bad, "Atlantis/City"), (good, "UTC")):
-            window = opened() | {"tz": zone}
-            statement = (
-                "UPDATE job SET spec = spec || jsonb_build_object('window', cast(:w AS jsonb)) WHERE job_id = :j"
-            )
+
+        def set_window(job_id, window):
+            statement = """
+                UPDATE job SET gate_review_at = now(),
+                    spec = spec || jsonb_build_object('window', cast(:w AS jsonb)) WHERE job_id = :j
+            """
             connection.execute(text(statement), {"w": json.dumps(window), "j": job_id})
-            gates.begin_closed(connection, "default", job_id, parents=[], has_window=True)
+
+        for job_id, zone in ((bad, "Atlantis/City"), (good, "UTC")):
+            set_window(job_id, closed())
+            gates.begin(connection, "default", job_id, parents=[])
+            set_window(job_id, opened() | {"tz": zone})
     Planner(scheduler, database.settings("scheduler"), store).tick()
     assert Gatekeeper(scheduler).tick() == 1
     states = dict(rows(scheduler, "SELECT job_id, min(state) FROM slice GROUP BY job_id"))

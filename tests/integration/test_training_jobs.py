@@ -12,7 +12,7 @@ from services.scheduler.finalizer import Finalizer
 from services.worker.children import EngineChild
 from services.worker.room import DeviceRoom
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
-from services.worker.protocol import Evaluated, Failed, Progress, Started, Stopped
+from services.worker.protocol import CheckpointWritten, Evaluated, Failed, Progress, Started, Stopped
 from services.worker.training import TrainingParts, TrainingRunner, _Work
 from shared.db import files, jobs, model_registry, slices, training
 from shared.db.fine_tuning import FULL_RETRY_SECONDS, accept_fine_tuning
@@ -129,6 +129,27 @@ def test_an_epochs_step_waits_for_its_validation(database, job, parts):
     with database.engine("worker").begin() as connection:
         (_, last) = training.metrics_of(connection, job)
     assert last["full_valid_loss"] == 1.5 and last["valid_mean_token_accuracy"] == 0.6
+
+
+def test_a_step_whose_validation_never_came_is_not_recorded_without_it(database, job, parts):
+    first = work_of(database, parts, claim(database, parts))
+    first._job.outcome["validation"] = {"path": "prepared/y"}
+    written = CheckpointWritten("/x/step-3", "/x/step-3/model", 3, "0", {})
+    for message in (step(1), step(2), step(3), written):  # stopped amid its validation
+        first._take(message)
+    assert first._take(Stopped(3))
+    assert look(database, job).completed == 2, "the third has no validation"
+    assert not any("Checkpoint created" in message for message in messages(database))
+    second = work_of(database, parts, claim(database, parts))
+    assert second.message(None).recorded_steps == 2
+    second._job.outcome["validation"] = {"path": "prepared/y"}
+    for message in (step(3), written, Started(3, STEPS, 3, 100, trained_tokens=30), Evaluated(3, 1.5, 0.6), written):
+        second._take(message)
+    with database.engine("worker").begin() as connection:
+        (*_, last) = found = training.metrics_of(connection, job)
+    assert [row["step"] for row in found] == [1, 2, 3] and last["full_valid_loss"] == 1.5
+    assert sum("Checkpoint created" in message for message in messages(database)) == 1
+    assert scalar(database.engine("worker"), "SELECT input_tokens FROM slice") == 30
 
 
 def test_a_full_disk_pauses_the_job_until_somebody_makes_room(database, job, parts):

@@ -129,10 +129,8 @@ class CheckpointStore:
         """
         damaged = []
         for step, path in sorted(self._all(), reverse=True):
-            try:
-                manifest = self._verify(path)
-            except (Damaged, OSError, msgspec.MsgspecError) as error:
-                log.warning("checkpoint is damaged", extra={"path": str(path), "reason": str(error)})
+            manifest = self._verified(path)
+            if manifest is None:
                 damaged.append(str(path))
                 continue
             self._require_same_job(manifest)
@@ -140,13 +138,23 @@ class CheckpointStore:
         return None, damaged
 
     def of_steps(self, steps: tuple[int, ...]) -> list[Checkpoint]:
-        """Return the checkpoints of these steps that are there."""
-        found = {step: path for step, path in self._all() if step in steps}
-        return [Checkpoint(path, step, _sha256(path / MANIFEST_FILE)) for step, path in sorted(found.items())]
+        """Return the checkpoints of these steps that are there and whole."""
+        found = {}
+        for step, path in self._all():
+            if step in steps and self._verified(path) is not None:
+                found[step] = Checkpoint(path, step, _sha256(path / MANIFEST_FILE))
+        return [found[step] for step in sorted(found)]
 
     def _all(self) -> list[tuple[int, Path]]:
         paths = [path for lease in self._leases for path in lease.glob("step-*")]
         return [(int(path.name.removeprefix("step-")), path) for path in paths]
+
+    def _verified(self, path: Path) -> Manifest | None:
+        try:
+            return self._verify(path)
+        except (Damaged, OSError, msgspec.MsgspecError) as error:
+            log.warning("checkpoint is damaged", extra={"path": str(path), "reason": str(error)})
+            return None
 
     def _verify(self, path: Path) -> Manifest:
         manifest = msgspec.json.decode((path / MANIFEST_FILE).read_bytes(), type=Manifest)

@@ -15,6 +15,7 @@ from services.worker.protocol import CheckpointWritten, Evaluated, Finished, Fro
 from services.worker.trainer.checkpoint import CheckpointStore, as_disk_full, require_room, write_directory
 from services.worker.trainer.errors import StopRequested
 from services.worker.trainer.gate import Gate, Pulse
+from services.worker.trainer.journal import Journal, Told
 from services.worker.trainer.memory import limit_memory
 from services.worker.trainer.ranks import Ranks, RanksLost, SharedGate
 from services.worker.trainer.stepper import SHORT_OF_MEMORY
@@ -106,9 +107,11 @@ class TrainingJob(ABC, Generic[Spec]):
         self._open_data()
         self._output = Path(spec.output)
         self._store: CheckpointStore | None = None
+        self._journal: Journal | None = None
         newest, skipped = "", list[str]()
         if ranks.is_first:
             self._store = self._open_store(device)
+            self._journal = Journal(self._checkpoints, spec.lease_token)
             with pulse.uncounted():
                 found, skipped = self._store.newest()
             newest = str(found.path) if found else ""
@@ -116,9 +119,9 @@ class TrainingJob(ABC, Generic[Spec]):
             newest = ranks.tell("checkpoint", newest)
         self._load(Path(newest) if newest else None, device)
         self._remember_shortage()
-        self._saved_step = self.trainer.state.step
+        self._saved = self._place
         self._saved_at = time.monotonic()
-        report(self._started(skipped))
+        self._begin(skipped)
 
     @abstractmethod
     def _open_data(self) -> None:
@@ -148,14 +151,51 @@ class TrainingJob(ABC, Generic[Spec]):
     def _open_store(self, device: torch.device) -> CheckpointStore:
         spec = self._spec
         environment = _environment(device, self._ranks.size)
-        root, moved = self._output / "checkpoints", self._pulse.advance
-        return CheckpointStore(root, spec.lease_token, spec.checkpoints, self._fingerprint(), environment, moved)
-
-    def _started(self, skipped: list[str]) -> Started:
-        trainer = self.trainer
-        return Started(
-            trainer.state.step, trainer.total_steps, trainer.steps_per_epoch, trainer.trainable_parameters, skipped
+        moved = self._pulse.advance
+        return CheckpointStore(
+            self._checkpoints, spec.lease_token, spec.checkpoints, self._fingerprint(), environment, moved
         )
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._output / "checkpoints"
+
+    def _begin(self, skipped: list[str]) -> None:
+        """Say where the job stands, after what nobody may have recorded of the way there."""
+        trainer, state = self.trainer, self.trainer.state
+        for told in self._unrecorded():
+            self._report(told)
+        self._report(
+            Started(
+                step=state.step,
+                total_steps=trainer.total_steps,
+                steps_per_epoch=trainer.steps_per_epoch,
+                trainable_parameters=trainer.trainable_parameters,
+                skipped=skipped,
+                trained_tokens=state.trained_tokens,
+            )
+        )
+
+    def _unrecorded(self) -> list[Told | CheckpointWritten]:
+        """Return what the newest checkpoint holds of steps that may not be recorded, and the checkpoints to be kept.
+
+        Each checkpoint comes after its own step and before the next, as it did at first: so, once later steps are
+        recorded, it is too.
+        """
+        if self._journal is None:
+            return []
+        recorded, step = self._spec.recorded_steps, self.trainer.state.step
+        kept = tuple(each for each in self._spec.checkpoints.keep_steps if recorded <= each <= step)
+        told: list[Told | CheckpointWritten] = [
+            *self._journal.between(recorded, step),
+            *self._checkpoints_of(kept),
+        ]
+        return sorted(told, key=lambda message: message.step)  # which keeps the order within a step
+
+    @property
+    def _place(self) -> tuple[int, int | None]:
+        """What tells one state of the trainer from another."""
+        return self.trainer.state.step, self.trainer.state.evaluated_step
 
     def _fingerprint(self) -> dict[str, str]:
         """Return what a checkpoint must have been made with for this job to go on from it."""
@@ -197,7 +237,7 @@ class TrainingJob(ABC, Generic[Spec]):
                 started = time.monotonic()
                 told = self._step()
                 told.seconds = time.monotonic() - started
-                self._report(told)
+                self._tell(told)
         except StopRequested:
             self._save()
             raise
@@ -212,7 +252,12 @@ class TrainingJob(ABC, Generic[Spec]):
         if is_due and state.evaluated_step != state.step:
             evaluated = self._evaluate()
             if evaluated is not None:
-                self._report(evaluated)
+                self._tell(evaluated)
+
+    def _tell(self, message: Told) -> None:
+        self._report(message)
+        if self._journal is not None:
+            self._journal.note(message)
 
     def _save_if_due(self) -> None:
         policy, state = self._spec.checkpoints, self.trainer.state
@@ -233,21 +278,24 @@ class TrainingJob(ABC, Generic[Spec]):
     def _save(self) -> None:
         """Write a checkpoint, if there is anything new; ranks that do not write give what they have of it."""
         step = self.trainer.state.step
-        if step == self._saved_step:
+        if self._place == self._saved:
             return
         if self._store is not None:
             self._write_checkpoint(self._store, step)
         elif self._ranks.is_in_step:
             with self._pulse.waiting():
                 self._write_state(None)
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved, self._saved_at = self._place, time.monotonic()
 
     def _write_state(self, directory: Path | None) -> None:
         self._model.save(directory / "model" if directory else None)
         self.trainer.save(directory)
 
     def _write_checkpoint(self, store: CheckpointStore, step: int) -> None:
+        assert self._journal is not None
         with self._pulse.uncounted():
+            with as_disk_full():
+                self._journal.write()
             checkpoint = store.save(step, self._write_state, self._expected_bytes, self.trainer.best_steps)
         self._report(
             CheckpointWritten(
@@ -277,14 +325,14 @@ class TrainingJob(ABC, Generic[Spec]):
             state.trained_tokens,
             dict(state.metrics),
             self._drawn,
-            self._best_checkpoints(),
+            self._checkpoints_of(self.trainer.best_steps),
         )
 
-    def _best_checkpoints(self) -> list[CheckpointWritten]:
-        """Return the checkpoints of the trainer's best steps, as far as they are there."""
+    def _checkpoints_of(self, steps: tuple[int, ...]) -> list[CheckpointWritten]:
+        """Return the checkpoints of these steps, as far as they are there."""
         if self._store is None:
             return []
-        found = self._store.of_steps(self.trainer.best_steps)
+        found = self._store.of_steps(steps)
         return [
             CheckpointWritten(str(one.path), str(one.model), one.step, one.sha256, self.trainer.metrics_in(one.path))
             for one in found
