@@ -17,6 +17,7 @@ from tests.support.models import make_tiny_llama
 from tests.support.servers import Database, postgres_cluster, valkey_server
 
 FAST = {
+    "LAMPLIGHTER_WEBHOOK_NETWORKS": "127.0.0.0/8",
     "LAMPLIGHTER_HEARTBEAT_SECONDS": "1",
     "LAMPLIGHTER_REAP_SECONDS": "1",
     "LAMPLIGHTER_DISPATCH_SECONDS": "0.5",

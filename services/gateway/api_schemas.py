@@ -533,6 +533,72 @@ class KeyList(Page):
     data: list[Key]
 
 
+class EventTypeList(Answer):
+    object: Literal["list"]
+    data: list[str]
+
+
+class Webhook(Answer):
+    """A target for events of a tenant's jobs, without its secret."""
+
+    id: str
+    object: Literal["webhook_endpoint"]
+    created_at: Time
+    updated_at: Time
+    event_types: list[str]
+    name: str
+    url: str
+    signing_secret_hint: str
+    tenant: str
+    is_active: Annotated[bool, Field(description="False once it answered 410; changing it has it take events again.")]
+
+
+class WebhookList(Page):
+    data: list[Webhook]
+
+
+class WebhookWithSecret(Webhook):
+    """A target with its signing secret: shown this once, null to a request repeated under its Idempotency-Key."""
+
+    signing_secret: str | None
+
+
+class DeletedWebhook(Answer):
+    id: str
+    object: Literal["webhook_endpoint.deleted"]
+    deleted: bool
+
+
+class WebhookTested(Answer):
+    """What a target answered to a sample event."""
+
+    object: Literal["webhook_endpoint.test"]
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: Literal[True]
+
+
+class Delivery(Answer):
+    """An event on its way to a target, or at the end of it."""
+
+    id: Annotated[str, Field(description="The event's id; its header `webhook-id` ends in the same digits.")]
+    object: Literal["webhook_endpoint.delivery"]
+    event_type: str
+    job: Annotated[str | None, Field(description="None: a test.")]
+    status: Literal["waiting", "delivered", "failed"]
+    attempts: Count
+    status_code: int | None
+    error: str | None
+    created_at: Time
+    next_attempt_at: Time | None
+    ended_at: Time | None
+
+
+class DeliveryList(Page):
+    data: list[Delivery]
+
+
 class WorkerMemory(Answer):
     used_bytes: Count
     budget_bytes: Count
@@ -866,6 +932,15 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/v1/keys"): KeyList,
     ("post", "/v1/keys"): NewKey,
     ("delete", "/v1/keys/{key_id}"): Deleted,
+    ("get", "/v1/webhook_event_types"): EventTypeList,
+    ("get", "/v1/webhook_endpoints"): WebhookList,
+    ("post", "/v1/webhook_endpoints"): WebhookWithSecret,
+    ("get", "/v1/webhook_endpoints/{webhook_endpoint_id}"): Webhook,
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): Webhook,
+    ("delete", "/v1/webhook_endpoints/{webhook_endpoint_id}"): DeletedWebhook,
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret"): WebhookWithSecret,
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): WebhookTested,
+    ("get", "/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries"): DeliveryList,
     ("get", "/v1/workers"): WorkerList,
     ("get", "/v1/usage"): UsageList,
     ("get", "/v1/plan"): Plan,

@@ -28,6 +28,7 @@ from services.gateway.routes import (
     plan,
     training,
     usage,
+    webhooks,
 )
 from services.gateway.routes import metrics as metrics_routes
 from shared.db.session import connect_engine
@@ -49,6 +50,7 @@ ROUTES = (
     admin,
     usage,
     plan,
+    webhooks,
 )
 POOL_SIZE = 16
 WAKE_SECONDS = 0.25

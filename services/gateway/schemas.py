@@ -1,21 +1,29 @@
 """What goes in and out over HTTP: OpenAI's objects and our own (contracts.md)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from shared.api_objects import unix
 from shared.db.files import FileView
 from shared.db.model_registry import ModelView
+from shared.domain.errors import InvalidRequest
 from shared.domain.job import public_file_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
 from shared.domain.scheduling.windows import WindowSpec
 from shared.domain.submission import Deadline
+from shared.domain.webhooks import EVENT_TYPES
 
 FILE_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
 TENANT_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+
+def _known_event(name: str) -> str:
+    if name not in EVENT_TYPES:
+        raise ValueError(f"there is no event {name[:60]!r} here; known: {', '.join(EVENT_TYPES)}")
+    return name
 
 
 class NativeBody(BaseModel):
@@ -61,6 +69,34 @@ class TenantPatch(NativeBody):
     window: WindowSpec | None = Field(None, description="Hours in which its jobs may run; null for any.")
 
 
+EventType = Annotated[str, Field(json_schema_extra={"enum": list(EVENT_TYPES)}), AfterValidator(_known_event)]
+
+
+class WebhookCreate(NativeBody):
+    """A target for events of a tenant's jobs; of the caller's own where none is named."""
+
+    name: str = Field(min_length=1, max_length=200)
+    url: str = Field(min_length=1, max_length=2000)
+    event_types: list[EventType] = Field(min_length=1, max_length=len(EVENT_TYPES))
+    tenant: str | None = Field(None, pattern=TENANT_ID)
+
+
+class WebhookPatch(NativeBody):
+    """What may be changed of a target; what is left out stays."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    url: str | None = Field(None, min_length=1, max_length=2000)
+    event_types: list[EventType] | None = Field(None, min_length=1, max_length=len(EVENT_TYPES))
+
+
+class WebhookRotation(NativeBody):
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class WebhookTest(NativeBody):
+    event_type: EventType
+
+
 class ModelCreate(NativeBody):
     name: str = Field(pattern=MODEL_NAME)
     source: str = Field(min_length=1, max_length=1000)
@@ -78,6 +114,16 @@ def list_page(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, An
     """Return a list object; `last_id` is what the next page's `after` names."""
     first_id, last_id = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": list(data), "has_more": has_more, "first_id": first_id, "last_id": last_id}
+
+
+def short_page(data: list[dict[str, Any]], limit: int, after: str | None) -> dict[str, Any]:
+    """Return those after the object named `after`; these lists are short and read whole. Raises InvalidRequest."""
+    if after is not None:
+        places = [place for place, each in enumerate(data, 1) if each["id"] == after]
+        if not places:
+            raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
+        data = data[places[0] :]
+    return list_page(data[:limit], has_more=len(data) > limit)
 
 
 def file_object(file: FileView) -> dict[str, Any]:

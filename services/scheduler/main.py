@@ -18,6 +18,7 @@ from services.scheduler.preparer import Preparer
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
 from services.scheduler.ticks import run_each
+from services.scheduler.webhooks import Deliverer
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 RETENTION_SECONDS = 3600.0
 OUTAGE_PAUSE_SECONDS = 0.5
+DELIVERY_SECONDS = 1.0
 
 
 class Scheduler:
@@ -51,6 +53,7 @@ class Scheduler:
         self._epoch = RedisEpoch(engine, self._redis)
         self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings)
         self._retention = Retention(engine, store, settings)
+        self._deliverer = Deliverer(engine, settings)
 
     def listen(self) -> None:
         """Pass on who asks for a tick. While Redis is away nobody can ask, and the loops go by the clock."""
@@ -94,6 +97,9 @@ class Scheduler:
     def forget(self) -> None:
         self._retention.tick()
 
+    def deliver(self) -> None:
+        self._deliverer.tick(self.stop.is_set)
+
     def run(self) -> None:
         """Start every loop and return when all have ended."""
         loops = {
@@ -104,6 +110,7 @@ class Scheduler:
             "redis epoch": (self.watch_redis, lambda: self.stop.wait(self._settings.epoch_seconds)),
             "auditor": (self.audit, lambda: self.stop.wait(self._settings.audit_seconds)),
             "forecaster": (self.foretell, lambda: None),
+            "deliverer": (self.deliver, lambda: self.stop.wait(DELIVERY_SECONDS)),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
         threads = [

@@ -7,7 +7,7 @@ from itertools import islice
 from sqlalchemy import Engine, text
 
 from services.scheduler.ticks import run_each
-from shared.db import files, history, online
+from shared.db import files, history, online, webhooks
 from shared.settings import Settings
 from shared.store import Store, is_file_path
 
@@ -37,6 +37,7 @@ class Retention:
                 self._remove_contents,
                 self._sweep_strays,
                 self._purge,
+                self._purge_webhooks,
             ]
         )
 
@@ -89,6 +90,14 @@ class Retention:
             while forgotten:
                 with self._engine.begin() as connection:
                     forgotten = forget(connection, days, PURGE_ROWS)
+
+    def _purge_webhooks(self) -> None:
+        forgotten = 1
+        while forgotten:
+            with self._engine.begin() as connection:
+                forgotten = webhooks.purge(connection, days=self._settings.result_retention_days, limit=PURGE_ROWS)
+        with self._engine.begin() as connection:
+            webhooks.purge_secrets(connection)
 
     def _drop_partitions(self) -> None:
         oldest_kept = datetime.now(UTC).date() - timedelta(days=self._settings.result_retention_days)

@@ -562,16 +562,72 @@ class Idempotency(Base):
 
 
 class Webhook(Base):
-    """A target that an admin registered; deliveries come with the night shift."""
+    """A target that an admin registered for a tenant. `disabled_at`: it answered that it is gone for good."""
 
     __tablename__ = "webhook"
 
     tenant_id: Mapped[str] = tenant_column()
     webhook_id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
     url: Mapped[str]
-    secret: Mapped[str]
+    secret_hint: Mapped[str]
     events: Mapped[list[Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    updated_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    disabled_at: Mapped[datetime | None]
+
+    __table_args__ = (UniqueConstraint("webhook_id"),)
+
+
+def _of_webhook() -> ForeignKeyConstraint:
+    columns = ["tenant_id", "webhook_id"], ["webhook.tenant_id", "webhook.webhook_id"]
+    return ForeignKeyConstraint(*columns, ondelete="CASCADE")
+
+
+class WebhookSecret(Base):
+    """What a target's deliveries are signed with; one that was rotated out may sign on until it expires.
+
+    Only the scheduler can read it.
+    """
+
+    __tablename__ = "webhook_secret"
+
+    tenant_id: Mapped[str] = tenant_column()
+    webhook_id: Mapped[UUID] = mapped_column(primary_key=True)
+    secret: Mapped[str] = mapped_column(primary_key=True)
+    expires_at: Mapped[datetime | None]
+
+    __table_args__ = (_of_webhook(),)
+
+
+class WebhookDelivery(Base):
+    """An event on its way to one target: the outbox, written by the transaction that ends the job (a trigger)."""
+
+    __tablename__ = "webhook_delivery"
+
+    tenant_id: Mapped[str] = tenant_column()
+    delivery_id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
+    webhook_id: Mapped[UUID]
+    event_type: Mapped[str]
+    job_kind: Mapped[str]
+    job_id: Mapped[UUID]
+    is_test: Mapped[bool] = mapped_column(server_default="false")
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    state: Mapped[str] = mapped_column(server_default="waiting")
+    next_at: Mapped[datetime]
+    attempts: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    status_code: Mapped[int | None] = mapped_column(SmallInteger)
+    error: Mapped[str | None]
+    ended_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        _of_webhook(),
+        UniqueConstraint("delivery_id"),
+        CheckConstraint("state IN ('waiting', 'delivered', 'failed')", name="state"),
+        Index("webhook_delivery_due_idx", "webhook_id", "next_at", postgresql_where=text("state = 'waiting'")),
+        Index("webhook_delivery_list_idx", "webhook_id", "created_at", "delivery_id"),
+        Index("webhook_delivery_old_idx", "ended_at", postgresql_where=text("state <> 'waiting'")),
+    )
 
 
 class AuditFinding(Base):

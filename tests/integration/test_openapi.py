@@ -7,6 +7,8 @@ import os
 import random
 import re
 import shutil
+import socket
+import threading
 from uuid import uuid4
 
 import httpx
@@ -37,10 +39,14 @@ SEED = int(os.environ.get("LAMPLIGHTER_SCHEMA_SEED") or random.SystemRandom().ra
 
 OPEN = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
 """What answers without a key: it tells nothing of anybody."""
+WEBHOOK = "/v1/webhook_endpoints/{webhook_endpoint_id}"
 OPERATOR = {
     *(("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/{key_id}")),
     *(("GET", "/v1/tenants"), ("POST", "/v1/tenants"), ("PATCH", "/v1/tenants/{tenant_id}")),
     *(("POST", "/v1/models"), ("DELETE", "/v1/models/{name:path}"), ("GET", "/metrics")),
+    *(("GET", "/v1/webhook_endpoints"), ("POST", "/v1/webhook_endpoints")),
+    *(("GET", WEBHOOK), ("POST", WEBHOOK), ("DELETE", WEBHOOK), ("GET", f"{WEBHOOK}/deliveries")),
+    *(("POST", f"{WEBHOOK}/rotate_secret"), ("POST", f"{WEBHOOK}/test")),
 }
 """What only an admin's key opens."""
 TUNING = "/v1/fine_tuning/jobs"
@@ -55,6 +61,7 @@ TENANTS = {
     *(("GET", "/v1/jobs"), ("GET", "/v1/models"), ("GET", "/v1/workers"), ("GET", "/v1/models/{name:path}")),
     *(("POST", TUNING), ("GET", TUNING), ("POST", TRAINING), ("GET", TRAINING), ("GET", "/v1/training/schema")),
     *(("POST", "/v1/predictions"), ("GET", "/v1/usage"), ("GET", "/v1/plan"), ("POST", "/v1/estimate")),
+    ("GET", "/v1/webhook_event_types"),
 }
 """What every tenant's key opens: it makes or lists the tenant's own things, or shows what all tenants share."""
 OWNED = {
@@ -77,8 +84,10 @@ OBJECTS = (
 """Where objects are shown."""
 TUNING_ROW_PAGES = {f"{kind}/{{job_id}}/{page}" for kind in (TUNING, TRAINING) for page in ("events", "checkpoints")}
 """Lists within one object, whose `after` is an id of theirs that ends in a number."""
-SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers"}
+SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers", "/v1/webhook_endpoints"}
 """Lists that are read whole and shown in pages."""
+OPERATOR_PAGES = {f"{WEBHOOK}/deliveries"}
+"""Lists within one object of the operator's."""
 
 
 CONFORMANCE = [
@@ -198,7 +207,7 @@ def template_of(path):
 
 
 def path_of(path, ids):
-    return template_of(path).format(**({"key_id": "none"} | ids))
+    return template_of(path).format(**({"key_id": "none", "webhook_endpoint_id": f"we_{'0' * 32}"} | ids))
 
 
 def ask(http, method, path, ids, **more):
@@ -233,7 +242,7 @@ def test_every_route_is_in_one_category(routes):
     with_id = {route for route in routes if "{" in route[1]} - {("GET", "/v1/models/{name:path}")}
     assert with_id == OWNED | {route for route in OPERATOR if "{" in route[1]}
     pages = {path for (_, path), route in routes.items() if "after" in query_parameters(route)}
-    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES | SHORT_LISTS
+    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES | SHORT_LISTS | OPERATOR_PAGES
 
 
 @pytest.mark.parametrize("path", sorted(SHORT_LISTS))
@@ -694,6 +703,24 @@ def round_of_an_operator(http, _):
     assert http.delete(f"/v1/keys/{made['id']}").json()["deleted"]
     assert http.get("/v1/models", headers=theirs).status_code == 401
     assert http.get("/v1/keys").json()["data"][-1]["revoked_at"] is not None
+    round_of_webhooks(http)
+
+
+def round_of_webhooks(http):
+    assert "batch.completed" in http.get("/v1/webhook_event_types").json()["data"]
+    body = {"name": "n", "url": "http://127.0.0.1:9/", "event_types": ["batch.completed"]}
+    made = http.post("/v1/webhook_endpoints", json=body).json()
+    one = f"/v1/webhook_endpoints/{made['id']}"
+    assert http.get("/v1/webhook_endpoints").json()["data"][0] == http.get(one).json()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        assert http.post(one, json={"url": url}).json()["url"] == url
+        threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.1 204 No Content\r\n\r\n")).start()
+        assert http.post(f"{one}/test", json={"event_type": "batch.failed"}).json()["status_code"] == 204
+    (sent,) = http.get(f"{one}/deliveries").json()["data"]
+    assert sent["job"] is None and sent["attempts"] == 1
+    assert http.post(f"{one}/rotate_secret").json()["signing_secret"] != made["signing_secret"]
+    assert http.delete(one).json()["deleted"] and http.get(one).status_code == 404
 
 
 FILE = {"id": f"file-{'0' * 32}", "object": "file", "bytes": 1, "created_at": 1, "expires_at": None, "filename": "x"}

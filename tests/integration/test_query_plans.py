@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from services.scheduler.auditor import INVARIANTS, RECENT
-from shared.db import events, files, forecasts, gates, jobs, results, slices, usage, workers
+from shared.db import events, files, forecasts, gates, jobs, results, slices, usage, webhooks, workers
 from tests.support.batches import rows
 from tests.support.servers import Database
 
@@ -117,6 +117,30 @@ def test_gates_read_what_is_due_by_index(seeded):
         with seeded.engine("migration").begin() as connection:
             connection.execute(text("UPDATE job SET gate_reason = NULL, gate_review_at = NULL"))
             connection.execute(text("DELETE FROM job_parent"))
+
+
+def test_due_deliveries_are_found_by_target_however_many_one_has(seeded):
+    """Of 100,000, most of them one target's, and 300 due ones of others."""
+    with seeded.engine("migration").begin() as connection:
+        for statement in (
+            "INSERT INTO webhook (tenant_id, webhook_id, name, url, secret_hint, events)"
+            " SELECT 't' || (i % 50 + 1), gen_random_uuid(), i::text, 'https://example.org/', '', '[]'"
+            " FROM generate_series(1, 100) i",
+            "INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_kind, job_id, next_at)"
+            " SELECT tenant_id, webhook_id, 'batch.failed', 'batch', gen_random_uuid(),"
+            " now() + CASE WHEN name = '1' THEN -interval '1 hour' ELSE interval '1 h' * (n - 3.5) END"
+            " FROM webhook, LATERAL generate_series(1, CASE WHEN name = '1' THEN 90000 ELSE 100 END) n",
+        ):
+            connection.execute(text(statement))
+    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE webhook_delivery, webhook"))
+    parameters = {"each": 4, "limit": 16, "busy": [], "hold_seconds": 60}
+    sequential, read, milliseconds = explain(seeded, webhooks.TAKE_DUE, **parameters)
+    assert "webhook_delivery" not in sequential and read <= 100 * 6 and milliseconds < 500
+    target = one(seeded, "SELECT webhook_id FROM webhook WHERE name = '1'").webhook_id
+    shown = {"webhook_id": target, "after": None, "limit": 21, "tenant_id": "t2"}
+    sequential, read, _ = explain(seeded, webhooks.DELIVERIES, role="gateway", is_admin=True, **shown)
+    assert "webhook_delivery" not in sequential and read <= 100
 
 
 def test_a_forecast_reads_open_jobs_and_lately_ended_ones(seeded):

@@ -8,11 +8,10 @@ from starlette.responses import JSONResponse, Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
-from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, list_page
+from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, short_page
 from shared.db import model_registry, tenants, workers
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
-from shared.domain.errors import InvalidRequest
 
 MOST_LISTED = 1000
 Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
@@ -52,7 +51,7 @@ def list_tenants(
 ) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
         rows = tenants.list_tenants(connection)
-    return _page([_tenant_object(row) for row in rows], limit, after)
+    return short_page([_tenant_object(row) for row in rows], limit, after)
 
 
 @router.post("/keys")
@@ -82,7 +81,7 @@ def list_keys(
     with parts.transaction(caller) as connection:
         rows = tenants.list_keys(connection)
     data = [{"object": "api_key", "id": row.pop("key_id"), "tenant": row.pop("tenant_id"), **row} for row in rows]
-    return _page(data, limit, after)
+    return short_page(data, limit, after)
 
 
 @router.delete("/keys/{key_id}")
@@ -102,17 +101,7 @@ def list_workers(
         found = workers.listing(connection, parts.settings.lease_seconds)
         usable = {model.name for model in model_registry.visible(connection, caller.tenant_id)}
     shown = {name for worker in found for name in worker.models if caller.is_admin or name in usable}
-    return _page([_worker_object(worker, shown) for worker in found], limit, after)
-
-
-def _page(data: list[dict[str, Any]], limit: int, after: str | None) -> dict[str, Any]:
-    """Return those after the object named `after`; these lists are short and read whole. Raises InvalidRequest."""
-    if after is not None:
-        places = [place for place, each in enumerate(data, 1) if each["id"] == after]
-        if not places:
-            raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
-        data = data[places[0] :]
-    return list_page(data[:limit], has_more=len(data) > limit)
+    return short_page([_worker_object(worker, shown) for worker in found], limit, after)
 
 
 def _worker_object(worker: WorkerView, shown: set[str]) -> dict[str, Any]:
