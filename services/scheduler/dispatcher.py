@@ -6,11 +6,14 @@ from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy import Engine, Row
+from sqlalchemy import Connection, Engine, Row
 
 from shared.db import slices, tenants, workers
-from shared.domain.scheduling.policy import Fairness, plan_releases
-from shared.domain.slice import SliceKind
+from shared.db.slices import Candidate
+from shared.db.workers import WorkerLoad
+from shared.domain.scheduling.policy import Fairness, Release, plan_releases
+from shared.domain.scheduling.urgency import plan_preemptions
+from shared.domain.slice import SliceClass, SliceKind
 from shared.queueing.celery_app import declare_worker_queue
 from shared.queueing.names import GENERATE_TASK, TRAIN_TASK, slice_task_id
 from shared.settings import Settings
@@ -40,8 +43,25 @@ class Dispatcher:
             window = self._settings.queue_window
             releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights)
             sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
+            self._make_way(connection, backlog, releases, fleet)
         self._ring(sent)
         return len(sent)
+
+    @staticmethod
+    def _make_way(
+        connection: Connection, backlog: Sequence[Candidate], releases: Sequence[Release], fleet: Sequence[WorkerLoad]
+    ) -> None:
+        """Have others make way for urgent slices that found no slot: the next tick finds the slots free."""
+        released = {release.slice_id for release in releases}
+        urgent = [each for each in backlog if each.slice_class == SliceClass.URGENT and each.slice_id not in released]
+        if not urgent:
+            return
+        urgent.sort(key=lambda each: (each.deadline is None, each.deadline, each.slice_id))
+        training = {worker.worker_id for worker in fleet if worker.is_training}
+        chosen = plan_preemptions(urgent, slices.running(connection), training, len(fleet))
+        if chosen:
+            asked = slices.make_way(connection, chosen)
+            log.info("slices make way for urgent ones", extra={"slices": asked, "urgent": len(urgent)})
 
     def _ring(self, sent: Sequence[Row[Any]]) -> None:
         """Publish one message a slice, after the commit: a lost one is sent again by the reaper."""

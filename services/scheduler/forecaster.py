@@ -2,15 +2,19 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
-from shared.db import forecasts, tenants, workers
+from shared.db import events, forecasts, slices, tenants, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
 from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
+from shared.domain.scheduling.urgency import Demand, urgent_jobs
+from shared.domain.slice import SliceClass
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -18,6 +22,7 @@ log = logging.getLogger(__name__)
 SPEEDS_SECONDS = 30.0
 """How long speeds of ended jobs are taken for what they were."""
 MOST_BLOCKS = 20_000
+URGENT_MESSAGE = "The job goes before others from now on: in its turn it might miss its deadline."
 REST = 10
 """Times as long as a forecast took is the pause after it, at least."""
 
@@ -52,12 +57,34 @@ class Forecaster:
             weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
             works = [work for order, job in enumerate(jobs) if (work := self._work(job, order, len(jobs)))]
             found = {job.job_id: job for job in jobs}
-            plan = run_forward(works, lanes, datetime.now(UTC), weights=weights)
+            now = datetime.now(UTC)
+            works = self._with_urgency(connection, works, len(lanes), now)
+            plan = run_forward(works, lanes, now, weights=weights)
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
             expected = [self._forecast(found[work.job_id], plan) for work in works]
             forecasts.replace(connection, expected, _blocks(found, plan), basis)
         self._said_anything = bool(jobs)
+
+    @staticmethod
+    def _with_urgency(connection: Connection, works: Sequence[Work], devices: int, now: datetime) -> list[Work]:
+        """Have jobs go first that would miss their deadlines, until they have ended; return all as they are then."""
+        demands = [
+            Demand(work.job_id, work.deadline, sum(work.chunks), max(1, len(work.chunks)), work.windows)
+            for work in works
+            if work.deadline is not None
+        ]
+        urgent = urgent_jobs(demands, devices, now)
+        seen = []
+        for work in works:
+            if work.job_id in urgent and work.slice_class > SliceClass.URGENT:
+                if slices.set_class(connection, work.job_id, SliceClass.URGENT):
+                    events.add(connection, work.tenant_id, work.job_id, "message", URGENT_MESSAGE)
+                    log.info("job is urgent", extra={"job_id": str(work.job_id)})
+                seen.append(replace(work, slice_class=SliceClass.URGENT))
+            else:
+                seen.append(work)
+        return seen
 
     def _seconds_left(self, job: OpenJob) -> float:
         """Return the device seconds that what is left will take: at its own speed, once that says something."""

@@ -14,7 +14,7 @@ slices by id. A claim that took its slice first deadlocked with a pause.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
@@ -23,11 +23,13 @@ from sqlalchemy import Connection, Row, text
 from shared.db import events
 from shared.domain.errors import LeaseLost
 from shared.domain.job import StopReason
+from shared.domain.scheduling.urgency import Running
 from shared.domain.slice import (
     ENGINE_DEATH,
     PROCESS_DEATH,
     AttemptOutcome,
     LossAction,
+    SliceClass,
     SliceKind,
     SliceState,
     decide_after_loss,
@@ -539,6 +541,73 @@ def keep_stopping(connection: Connection, job_id: UUID, reason: StopReason, othe
     connection.execute(statement, {"j": job_id, "r": reason, "other": other})
 
 
+RECALL_SECONDS = 10.0
+OCCUPANTS = """
+    SELECT slice_id, worker_id, slice_class, kind, stop_reason IS NOT NULL AS is_stopping,
+        coalesce(extract(epoch FROM now() - claimed_at), 0)::float8 AS seconds
+    FROM slice WHERE state = 'running' AND worker_id IS NOT NULL ORDER BY slice_id
+"""
+
+
+def running(connection: Connection) -> list[Running]:
+    """Return what every worker computes now."""
+    return [Running(**row) for row in connection.execute(text(OCCUPANTS)).mappings()]
+
+
+_YIELD = text("""
+    UPDATE slice SET stop_reason = 'yield' FROM (
+        SELECT slice_id FROM slice WHERE slice_id = ANY (:slice_ids) AND state = 'running' AND stop_reason IS NULL
+        ORDER BY slice_id FOR UPDATE SKIP LOCKED
+    ) AS victim
+    WHERE slice.slice_id = victim.slice_id RETURNING slice.tenant_id, slice.job_id, slice.worker_id
+""")
+# Their messages are still in Redis, and would have the worker claim them before the urgent one's is read: for a moment
+# they may not run.
+_RECALL = text("""
+    UPDATE slice SET state = 'queued', worker_id = NULL, dispatched_at = NULL,
+        run_after = now() + make_interval(secs => :seconds)
+    FROM (
+        SELECT slice_id FROM slice WHERE worker_id = ANY (:worker_ids) AND state = 'dispatched'
+            AND slice_class > :urgent ORDER BY slice_id FOR UPDATE SKIP LOCKED
+    ) AS waiting
+    WHERE slice.slice_id = waiting.slice_id
+""")
+
+
+def make_way(connection: Connection, slice_ids: Sequence[int]) -> int:
+    """Ask running slices to flush and end at no cost, and take back what waits behind them in Redis; return how many
+    were asked.
+    """
+    asked = connection.execute(_YIELD, {"slice_ids": list(slice_ids)}).all()
+    for tenant_id, job_id in sorted({(row.tenant_id, row.job_id) for row in asked}):
+        message = "A part of the job makes way for urgent work of others; it goes on afterwards."
+        events.add(connection, tenant_id, job_id, "message", message)
+    worker_ids = list({row.worker_id for row in asked})
+    parameters = {"worker_ids": worker_ids, "urgent": SliceClass.URGENT, "seconds": RECALL_SECONDS}
+    connection.execute(_RECALL, parameters)
+    return len(asked)
+
+
+_SET_CLASS = text("""
+    UPDATE slice SET slice_class = :slice_class, state = CASE state WHEN 'dispatched' THEN 'queued' ELSE state END,
+        worker_id = CASE state WHEN 'dispatched' THEN NULL ELSE worker_id END,
+        dispatched_at = CASE state WHEN 'dispatched' THEN NULL ELSE dispatched_at END
+    FROM (
+        SELECT slice_id FROM slice WHERE job_id = :job_id AND state IN ('held', 'queued', 'dispatched', 'running')
+            AND slice_class <> :slice_class ORDER BY slice_id FOR UPDATE
+    ) AS own
+    WHERE slice.slice_id = own.slice_id
+""")
+
+
+def set_class(connection: Connection, job_id: UUID, slice_class: SliceClass) -> bool:
+    """Move a job's open slices into another class; return whether any was in another one.
+
+    Those that wait in Redis are taken back: behind what stands before them there, another class would help them little.
+    """
+    return connection.execute(_SET_CLASS, {"job_id": job_id, "slice_class": slice_class}).rowcount > 0
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A queued slice, as the scheduling policy sees it."""
@@ -554,6 +623,8 @@ class Candidate:
     dispatch_no: int
     kind: str
     devices_needed: int
+    deadline: datetime | None = None
+    """Of urgent ones."""
 
 
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
@@ -574,6 +645,8 @@ CANDIDATES = f"""
     )
     SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
         head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed,
+        CASE WHEN head.slice_class = 1 THEN (
+            SELECT deadline FROM job WHERE job.tenant_id = head.tenant_id AND job.job_id = head.job_id) END AS deadline,
         -- An adapter is warm where its base is.
         coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
                   ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model

@@ -50,6 +50,8 @@ class StopReason(StrEnum):
     EXPIRE = "expire"
     PAUSE = "pause"
     WINDOW = "window"
+    YIELD = "yield"
+    """Of single slices: they make way for urgent ones, and go on later."""
 
 
 BATCH_STATUS = {

@@ -1,7 +1,7 @@
 """A slice is the lease unit: lines `[lo, hi)` of a job's input that one worker owns at a time."""
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from itertools import pairwise
 
 SPLIT_WAYS = 8
@@ -20,6 +20,13 @@ class SliceKind(StrEnum):
 
     GENERATE = "generate"
     TRAIN = "train"
+
+
+class SliceClass(IntEnum):
+    """What goes first; online calls (0) never wait in a queue."""
+
+    URGENT = 1
+    BATCH = 2
 
 
 class SliceState(StrEnum):

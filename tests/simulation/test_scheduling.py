@@ -6,8 +6,22 @@ from uuid import UUID
 
 import pytest
 
+from shared.domain.scheduling import forecast
 from shared.domain.scheduling.forecast import Work, run_forward
-from tests.simulation.fleets import START, backlogged, busy_seconds, idle_while_waiting, jain, lanes, served, week
+from tests.simulation import clairvoyant
+from tests.simulation.fleets import (
+    START,
+    backlogged,
+    busy_seconds,
+    busy_until,
+    idle_while_waiting,
+    jain,
+    lanes,
+    missed,
+    served,
+    week,
+)
+from tests.simulation.watched import run_watched
 
 TWO_DAYS = {"gpus": 4, "tenants": 4, "days": 2, "models": 5}
 
@@ -19,6 +33,45 @@ def test_no_worker_is_idle_while_work_waits(seed):
     assert abs(busy_seconds(plan) - sum(sum(work.chunks) for work in trace.works)) < 1
     assert all(span.ends_at is not None for span in plan.spans.values())
     assert idle_while_waiting(trace, plan) < 1
+
+
+@pytest.mark.parametrize("load", [0.8, 1.1])
+def test_deadlines_are_met_that_can_be_and_nothing_is_idle_or_lost_for_it(load):
+    """At most one in a hundred of those that a scheduler meets that knows everything."""
+    trace = week(5, gpus=8, tenants=4, days=3, load=load, deadlines=0.3)
+    plan, idle = run_watched(trace)
+    ends, _ = clairvoyant.run(trace, timedelta(days=60))
+    due = {work.job_id: work.deadline for work in trace.works if work.deadline}
+    met = {job_id for job_id, deadline in due.items() if ends[job_id] <= deadline}
+    late = missed(plan, trace.works)
+    assert len(due) > 100 and len(late & met) <= 0.01 * len(met) and idle < 1
+    worked = sum(
+        block_seconds for block_seconds in served(plan, trace.works, START, START + timedelta(days=60)).values()
+    )
+    assert worked == pytest.approx(sum(sum(work.chunks) for work in trace.works)), "what was stopped is done once"
+    _, busy = clairvoyant.run(trace, timedelta(days=3))
+    assert busy_until(plan, START + timedelta(days=3)) >= 0.97 * busy
+
+
+def test_without_urgency_many_deadlines_would_be_missed(monkeypatch):
+    """What the last test says is the doing of `urgency`, and no easy trace."""
+    trace = week(5, gpus=8, tenants=4, days=3, load=1.1, deadlines=0.3)
+    monkeypatch.setattr(forecast, "urgent_jobs", lambda *_: set())
+    plan, _ = run_watched(trace)
+    assert len(missed(plan, trace.works)) > 0.3 * sum(work.deadline is not None for work in trace.works)
+
+
+def test_endless_deadlines_starve_nobody():
+    """One tenant's jobs are all urgent; another's, which has none, gets its tenth of the fleet."""
+    hours = timedelta(hours=12)
+    urgent = [
+        Work(UUID(int=number), "hasty", "m", (60.0,) * 400, deadline=START + timedelta(hours=1 + number), order=number)
+        for number in range(1, 12)
+    ]
+    patient = Work(UUID(int=99), "patient", "m", (60.0,) * 400, order=99)
+    plan = run_forward([*urgent, patient], lanes(4), START, horizon=hours, review=timedelta(minutes=1))
+    seconds = served(plan, [*urgent, patient], START, START + hours)
+    assert seconds["patient"] >= 0.08 * sum(seconds.values())
 
 
 def test_it_is_the_same_every_time():

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 from hypothesis import given
@@ -16,6 +17,7 @@ class Slice:
     estimated_tokens: int = 100
     kind: str = "generate"
     devices_needed: int = 1
+    deadline: object = None
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ fleets = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6)), max_size=5).m
 
 @given(backlogs, fleets, st.integers(0, 3))
 def test_work_is_conserved_and_no_worker_is_overfilled(backlog, fleet, window):
+    """No slot stays free while anything waits; the places in Redis are filled too, unless something is urgent."""
     releases = plan(backlog, fleet, window=window)
+    slots = sum(max(0, worker.slots - worker.occupied) for worker in fleet)
     room = sum(max(0, worker.slots + window - worker.occupied) for worker in fleet)
-    assert len(releases) == min(len(backlog), room)
+    assert min(len(backlog), slots) <= len(releases) <= min(len(backlog), room)
+    if all(waiting.slice_class > 1 for waiting in backlog):
+        assert len(releases) == min(len(backlog), room)
     assert len({release.slice_id for release in releases}) == len(releases)
     for worker in fleet:
         given_to = sum(release.worker_id == worker.worker_id for release in releases)
@@ -62,6 +68,43 @@ def test_a_higher_class_goes_first_whatever_a_tenant_was_served():
     fairness.served["urgent"] = 10**9
     backlog = [Slice(1, "a", 2), Slice(2, "urgent", 1)]
     assert [r.slice_id for r in plan(backlog, [Worker(slots=1)], fairness)] == [2]
+
+
+def test_urgent_slices_go_by_deadline_across_tenants_and_priorities():
+    noon = datetime(2026, 7, 6, 12, tzinfo=UTC)
+    deadlines = [noon + timedelta(hours=hours) for hours in (5, 3, 4, 1)]
+    backlog = [Slice(i, "ab"[i % 2], 1, deadline=at) for i, at in enumerate(deadlines)] + [Slice(9, "c", 1)]
+    fairness = Fairness()
+    fairness.served["b"] = 10**9
+    assert [r.slice_id for r in plan(backlog, [Worker(slots=5)], fairness)] == [3, 1, 2, 0, 9]
+
+
+def test_no_amount_of_urgent_work_starves_the_rest():
+    """A tenth of the tokens is theirs."""
+    fairness, counts = Fairness(), {1: 0, 2: 0}
+    for _ in range(500):
+        backlog = [Slice(i, "urgent", 1) for i in range(5)] + [Slice(10 + i, "other", 2) for i in range(5)]
+        for release in plan(backlog, [Worker(slots=2)], fairness):
+            counts[1 if release.slice_id < 10 else 2] += 1
+    assert 8 < counts[1] / counts[2] < 10
+
+
+def test_a_class_that_was_not_there_is_owed_nothing():
+    fairness = Fairness()
+    for _ in range(100):
+        plan([Slice(i, "a", 2) for i in range(9)], [Worker(slots=9)], fairness)
+    backlog = [Slice(1, "a", 2), *(Slice(10 + i, "b", 1) for i in range(9))]
+    assert [r.slice_id for r in plan(backlog, [Worker(slots=9)], fairness)][0] >= 10
+
+
+def test_an_urgent_slice_gets_a_slot_and_no_place_in_redis():
+    """And while it finds none, nothing is put before it."""
+    full, busy = Worker(slots=2, occupied=2), Worker(slots=2, occupied=1)
+    assert plan([Slice(1, "a", 1), Slice(2, "b", 2)], [full], window=3) == []
+    releases = plan([Slice(1, "a", 1), Slice(3, "a", 1), Slice(2, "b", 2)], [full, busy], window=3)
+    assert [(r.slice_id, r.worker_id) for r in releases] == [(1, busy.worker_id)]
+    training = Slice(4, "a", 1, kind="train")
+    assert plan([training], [full], window=3) == [] and len(plan([training], [busy], window=3)) == 1
 
 
 def test_tenants_share_by_weight():

@@ -1,22 +1,24 @@
 """The night run forward: which job runs when, on which worker, by the policy that releases slices. Pure.
 
 An event-driven run of `plan_releases`: whenever a worker becomes free or a gate opens, the policy is asked what goes
-where. A worker computes one chunk at a time, which takes the device seconds that such chunks took before; chunks stop
-at the end of their job's window and go on at its next opening, as slices do.
+where. Jobs become urgent, and others make way for them, by the functions that the scheduler asks too. A worker computes
+one chunk at a time, which takes the device seconds that such chunks took before; chunks stop at the end of their job's
+window and go on at its next opening, as slices do.
 """
 
 import heapq
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from shared.domain.scheduling.gates import gate
 from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.scheduling.urgency import Demand, Running, plan_preemptions, review_pause, urgent_jobs
 from shared.domain.scheduling.windows import Window, next_common_change
-from shared.domain.slice import SliceKind
+from shared.domain.slice import SliceClass, SliceKind
 
 HORIZON = timedelta(days=14)
 _TOKENS_PER_SECOND = 1000
@@ -90,6 +92,7 @@ class _Waiting:
     estimated_tokens: int
     kind: str
     devices_needed: int
+    deadline: datetime | None
 
 
 @dataclass
@@ -107,13 +110,18 @@ class _Host:
 @dataclass
 class _Job:
     work: Work
-    place: tuple[int, int, int]
-    """Where it stands in its tenant's queue."""
     chunks: deque[float]
+    slice_class: int
     open_parents: int = 0
     active: int = 0
     starts_at: datetime | None = None
     ends_at: datetime | None = None
+
+    @property
+    def place(self) -> tuple[int, float, int, int]:
+        """Where it stands in its tenant's queue."""
+        deadline = self.work.deadline if self.slice_class == SliceClass.URGENT else None
+        return (self.slice_class, deadline.timestamp() if deadline else 0.0, -self.work.priority, self.work.order)
 
 
 @dataclass(order=True)
@@ -125,6 +133,7 @@ class _Running:
     job: _Job = field(compare=False)
     lanes: list[UUID] = field(compare=False)
     left: float = field(compare=False)
+    since: datetime = field(compare=False)
 
 
 class _Run:
@@ -140,9 +149,12 @@ class _Run:
         now: datetime,
         weights: Mapping[str, float],
         load_seconds: Mapping[str, float],
+        review: timedelta | None = None,
     ) -> None:
         self._now, self._weights, self._load_seconds = now, weights, load_seconds
-        self._jobs = {work.job_id: _Job(work, _place(work), deque(work.chunks)) for work in works}
+        self._jobs = {work.job_id: _Job(work, deque(work.chunks), work.slice_class) for work in works}
+        self._began, self._review_at, self._review_pause = now, now, review
+        self._with_deadlines = [job for job in self._jobs.values() if job.work.deadline is not None]
         self._free = {lane.worker_id: None for lane in lanes}  # in their order
         self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
         self._queues: dict[str, list[_Job]] = defaultdict(list)
@@ -163,10 +175,13 @@ class _Run:
             self._look_at(job)
         self._continue_running()
         while self._now < end:
+            self._review_urgency()
             self._release()
             times = [heap[0].until for heap in (self._running,) if heap] + [at for at, _, _ in self._asleep[:1]]
             if not times:
                 break
+            if self._with_deadlines:
+                times.append(self._review_at)
             self._now = min(times)
             while self._running and self._running[0].until <= self._now:
                 self._stop(heapq.heappop(self._running))
@@ -250,7 +265,95 @@ class _Run:
     def _waiting(self, number: int, job: _Job) -> _Waiting:
         work = job.work
         tokens = round(job.chunks[0] * _TOKENS_PER_SECOND)
-        return _Waiting(number, work.tenant_id, work.slice_class, work.model, tokens, work.kind, work.devices_needed)
+        return _Waiting(
+            slice_id=number,
+            tenant_id=work.tenant_id,
+            slice_class=job.slice_class,
+            model=work.model,
+            estimated_tokens=tokens,
+            kind=work.kind,
+            devices_needed=work.devices_needed,
+            deadline=work.deadline,
+        )
+
+    def _review_urgency(self) -> None:
+        """Let jobs go first that would miss their deadlines, and what runs make way for them; now and then."""
+        if self._now < self._review_at:
+            return
+        self._review_at = self._now + (self._review_pause or review_pause(self._now - self._began))
+        self._with_deadlines = [job for job in self._with_deadlines if job.ends_at is None]
+        waiting = [job for job in self._with_deadlines if (job.work.arrives_at or self._now) <= self._now]
+        if not waiting:
+            return
+        running: dict[UUID, float] = defaultdict(float)
+        for each in self._running:
+            running[each.job.work.job_id] += (each.until - self._now).total_seconds() + each.left
+        demands = [
+            Demand(
+                job_id=job.work.job_id,
+                deadline=job.work.deadline,
+                seconds=sum(job.chunks) + running[job.work.job_id],
+                parts=len(job.chunks) + job.active,
+                windows=job.work.windows,
+            )
+            for job in waiting
+            if job.work.deadline is not None
+        ]
+        for job_id in sorted(urgent_jobs(demands, len(self._warm), self._now), key=lambda each: each.hex):
+            self._promote(self._jobs[job_id])
+        self._make_way()
+
+    def _promote(self, job: _Job) -> None:
+        if job.slice_class <= SliceClass.URGENT:
+            return
+        queue = self._queues[job.work.tenant_id]
+        is_queued = job in queue
+        if is_queued:
+            queue.remove(job)
+        job.slice_class = SliceClass.URGENT
+        if is_queued:
+            queue.insert(bisect_left(queue, job.place, key=lambda each: each.place), job)
+
+    def _make_way(self) -> None:
+        """Stop what runs for urgent chunks that find no free worker."""
+        most = len(self._warm)
+        urgent = [
+            self._waiting(0, job)
+            for queue in self._queues.values()
+            for job in queue
+            if job.slice_class <= SliceClass.URGENT
+            for _ in range(min(len(job.chunks), most))
+        ]
+        urgent.sort(key=lambda each: each.deadline.timestamp() if each.deadline else 0.0)
+        wanting = urgent[len(self._free) : len(self._free) + most]
+        if not wanting:
+            return
+        running = [
+            Running(
+                slice_id=each.number,
+                worker_id=each.lanes[0],
+                slice_class=each.job.slice_class,
+                kind=each.job.work.kind,
+                seconds=(self._now - each.since).total_seconds(),
+            )
+            for each in self._running
+        ]
+        training = {lane for each in self._running if each.job.work.kind is SliceKind.TRAIN for lane in each.lanes}
+        chosen = set(plan_preemptions(wanting, running, training, most))
+        stopped = [each for each in self._running if each.number in chosen]
+        self._running = [each for each in self._running if each.number not in chosen]
+        heapq.heapify(self._running)
+        for each in stopped:
+            self._interrupt(each)
+
+    def _interrupt(self, running: _Running) -> None:
+        """End a chunk's time on its lanes here; what is left of it goes back to its job."""
+        running.left += (running.until - self._now).total_seconds()
+        for lane in running.lanes:
+            block = self._blocks[lane].pop()
+            if block.starts_at < self._now:
+                self._blocks[lane].append(replace(block, ends_at=self._now))
+        self._stop(running)
 
     def _start(self, job: _Job, lanes: list[UUID]) -> None:
         """Put a job's next chunk on its lanes, until it is done or its window closes."""
@@ -268,7 +371,7 @@ class _Run:
         job.active += 1
         job.starts_at = job.starts_at or self._now
         self._number += 1
-        heapq.heappush(self._running, _Running(until, self._number, job, lanes, left))
+        heapq.heappush(self._running, _Running(until, self._number, job, lanes, left, self._now))
 
     def _closing(self, work: Work) -> datetime | None:
         """Return when a job that may run now has to stop; None where its deadline goes before its windows."""
@@ -293,10 +396,6 @@ class _Run:
             self._end(job)
 
 
-def _place(work: Work) -> tuple[int, int, int]:
-    return (work.slice_class, -work.priority, work.order)
-
-
 def run_forward(
     works: Iterable[Work],
     lanes: Sequence[Lane],
@@ -305,12 +404,14 @@ def run_forward(
     weights: Mapping[str, float] | None = None,
     load_seconds: Mapping[str, float] | None = None,
     horizon: timedelta = HORIZON,
+    review: timedelta | None = None,
 ) -> Plan:
     """Return what every worker does from now on, and when every job begins and ends.
 
-    weights: Of tenants. load_seconds: What loading a model takes where it is not warm.
+    weights: Of tenants. load_seconds: What loading a model takes where it is not warm. review: How often it is asked
+        what is urgent; by default ever more seldom, as a forecast is made again long before.
     """
-    return _Run(works, lanes, now, weights or {}, load_seconds or {}).forward(horizon)
+    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review).forward(horizon)
 
 
 def is_on_time(span: Span, deadline: datetime | None) -> bool | None:

@@ -1,18 +1,24 @@
 """Who runs what, and where. Pure: `(backlog, workers) → releases`; the dispatcher applies them.
 
 Between tenants: weighted round-robin over estimated tokens (deficit round-robin, Shreedhar and Varghese 1996) within a
-class; inside a tenant the queue's own order. Placement prefers a worker that has the model warm, then the emptiest one,
-so that one large batch spreads over all workers.
+class; inside a tenant the queue's own order. Urgent work goes first, by deadlines; it leaves a tenth of the tokens to
+the class behind it, so that no amount of deadlines starves anybody. Placement prefers a worker that has the model warm,
+then the emptiest one, so that one large batch spreads over all workers.
 """
 
 import heapq
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from datetime import datetime
+from typing import Protocol, TypeGuard, TypeVar
 from uuid import UUID
 
-from shared.domain.slice import SliceKind
+from shared.domain.slice import SliceClass, SliceKind
+
+CLASS_SHARES: dict[int, float] = {SliceClass.URGENT: 9.0, SliceClass.BATCH: 1.0}
+"""Of the tokens that are released while both classes wait."""
 
 
 class Waiting(Protocol):
@@ -32,6 +38,8 @@ class Waiting(Protocol):
     def kind(self) -> str: ...
     @property
     def devices_needed(self) -> int: ...
+    @property
+    def deadline(self) -> datetime | None: ...
 
 
 class Host(Protocol):
@@ -62,9 +70,24 @@ class Fairness:
     """Tokens that each tenant has been served, by weight; kept between ticks, harmless to lose."""
 
     served: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    classes: dict[int, float] = field(default_factory=dict)
+    """Tokens that each class was served, by its share."""
 
     def charge(self, tenant_id: str, tokens: int, weight: float) -> None:
         self.served[tenant_id] += max(1, tokens) / weight
+
+    def charge_class(self, slice_class: int, tokens: int) -> None:
+        self.classes[slice_class] = self.class_after(slice_class, tokens)
+
+    def class_after(self, slice_class: int, tokens: int) -> float:
+        """Return what a class will have been served with so many tokens more."""
+        return self.classes[slice_class] + max(1, tokens) / CLASS_SHARES.get(slice_class, 1.0)
+
+    def admit_classes(self, classes: Collection[int]) -> None:
+        """Let classes that come (back) start level with the least served: what nobody claimed is not owed."""
+        known = {each: self.classes[each] for each in classes if each in self.classes}
+        floor = min(known.values(), default=0.0)
+        self.classes = {each: known.get(each, floor) for each in classes}
 
     def admit(self, tenants: Sequence[str]) -> None:
         """Let tenants that come (back) start level with the least served: idle time earns no credit."""
@@ -86,32 +109,97 @@ def plan_releases(
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
 
+    The next class is the one that would be furthest behind its share. Within urgent work the earliest deadline goes
+    first; it is given free slots only, and where it finds none nothing else is put before it into Redis.
+
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
     each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds fewer
     workers than it needs devices waits, and what is behind it goes on.
     """
     devices = _TrainingDevices(workers)
     room = _Room(workers, window)
-    queues: dict[str, list[Waiting]] = defaultdict(list)
-    for waiting in backlog:
-        queues[waiting.tenant_id].append(waiting)
-    fairness.admit(sorted(queues))
+    queues = _Queues(backlog, fairness)
+    if queues.urgent > room.slots:
+        room.keep_to_slots()
     releases: list[Release] = []
     while queues and room.is_left:
-        tenant_id = min(queues, key=lambda t: (queues[t][0].slice_class, fairness.served[t], t))
-        waiting = queues[tenant_id].pop(0)
-        if not queues[tenant_id]:
-            del queues[tenant_id]
-        is_training = waiting.kind == SliceKind.TRAIN
-        worker = room.best_of(devices.hosts(waiting), waiting.model) if is_training else room.best(waiting.model)
+        waiting = queues.pop()
+        is_training, is_urgent = waiting.kind == SliceKind.TRAIN, waiting.slice_class == SliceClass.URGENT
+        if is_training:
+            worker = room.best_of(devices.hosts(waiting), waiting.model, needs_slot=is_urgent)
+        else:
+            worker = room.best(waiting.model, needs_slot=is_urgent)
         if worker is None:
+            if is_urgent:
+                room.keep_to_slots()
             continue
         if is_training:
             devices.promise(waiting, worker)
         room.take(worker)
-        fairness.charge(tenant_id, waiting.estimated_tokens, weights.get(tenant_id, 1.0))
+        queues.charge(waiting, weights.get(waiting.tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
+
+
+class _Queues:
+    """The heads of all queues: urgent work by its deadlines, the rest by class and tenant."""
+
+    def __init__(self, backlog: Sequence[Waiting], fairness: Fairness) -> None:
+        self._fairness = fairness
+        self._urgent: list[tuple[float, int, Waiting]] = []
+        self._classes: dict[int, dict[str, deque[Waiting]]] = defaultdict(lambda: defaultdict(deque))
+        for place, waiting in enumerate(backlog):
+            if waiting.slice_class == SliceClass.URGENT:
+                by = waiting.deadline.timestamp() if waiting.deadline else math.inf
+                self._urgent.append((by, place, waiting))
+            else:
+                self._classes[waiting.slice_class][waiting.tenant_id].append(waiting)
+        heapq.heapify(self._urgent)
+        fairness.admit(sorted({waiting.tenant_id for waiting in backlog}))
+        fairness.admit_classes(self._waiting_classes)
+
+    @property
+    def _waiting_classes(self) -> list[int]:
+        return [*([int(SliceClass.URGENT)] if self._urgent else []), *self._classes]
+
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._classes)
+
+    @property
+    def urgent(self) -> int:
+        """How many urgent slices wait."""
+        return len(self._urgent)
+
+    def pop(self) -> Waiting:
+        """Take the slice that is next in turn."""
+        slice_class = min(self._waiting_classes, key=self._class_turn)
+        if slice_class == SliceClass.URGENT:
+            return heapq.heappop(self._urgent)[2]
+        tenants = self._classes[slice_class]
+        tenant_id = self._next_tenant(slice_class)
+        waiting = tenants[tenant_id].popleft()
+        if not tenants[tenant_id]:
+            del tenants[tenant_id]
+        if not tenants:
+            del self._classes[slice_class]
+        return waiting
+
+    def _next_tenant(self, slice_class: int) -> str:
+        return min(self._classes[slice_class], key=lambda each: (self._fairness.served[each], each))
+
+    def _class_turn(self, slice_class: int) -> tuple[float, int]:
+        """By what a class will have had with its next slice (virtual finish times; Demers, Keshav and Shenker 1989): a
+        large slice that is owed to the class behind does not go before many small urgent ones.
+        """
+        if len(self._waiting_classes) == 1:
+            return (0.0, slice_class)
+        urgent = slice_class == SliceClass.URGENT
+        waiting = self._urgent[0][2] if urgent else self._classes[slice_class][self._next_tenant(slice_class)][0]
+        return (self._fairness.class_after(slice_class, waiting.estimated_tokens), slice_class)
+
+    def charge(self, waiting: Waiting, weight: float) -> None:
+        self._fairness.charge(waiting.tenant_id, waiting.estimated_tokens, weight)
+        self._fairness.charge_class(waiting.slice_class, waiting.estimated_tokens)
 
 
 class _TrainingDevices:
@@ -140,7 +228,7 @@ class _Room:
     """
 
     def __init__(self, workers: Sequence[Host], window: int) -> None:
-        self._window = window
+        self._window, self._needs_slot = window, False
         self._space = {worker.worker_id: worker.slots + window - worker.occupied for worker in workers}
         self._all: list[_Entry] = []
         self._warm: dict[str, list[_Entry]] = defaultdict(list)
@@ -157,7 +245,19 @@ class _Room:
 
     @property
     def is_left(self) -> bool:
-        return self._top(self._all) is not None
+        return self._may_take(self._top(self._all), needs_slot=False)
+
+    @property
+    def slots(self) -> int:
+        """How many slots are free, on all workers."""
+        return sum(max(0, space - self._window) for space in self._space.values())
+
+    def keep_to_slots(self) -> None:
+        """From now on nothing waits in Redis: who is urgent must find a slot when one becomes free."""
+        self._needs_slot = True
+
+    def _may_take(self, worker: Host | None, *, needs_slot: bool) -> TypeGuard[Host]:
+        return worker is not None and (self._has_slot(worker) or not (needs_slot or self._needs_slot))
 
     def _top(self, heap: "list[_Entry]") -> Host | None:
         while heap and -heap[0][0] != self._space[heap[0][2].worker_id]:
@@ -168,22 +268,23 @@ class _Room:
         # What is left beyond the few that may wait in Redis.
         return worker is not None and self._space[worker.worker_id] > self._window
 
-    def best(self, model: str | None) -> Host | None:
-        """Return the best worker for a slice; None when all are full."""
+    def best(self, model: str | None, *, needs_slot: bool = False) -> Host | None:
+        """Return the best worker for a slice; None when all are full, or have no free slot where one is needed."""
         warm = self._top(self._warm[model]) if model in self._warm else None
         roomiest = self._top(self._all)
         if warm is not None and (self._has_slot(warm) or not self._has_slot(roomiest)):
-            return warm
-        return roomiest
+            roomiest = warm
+        return roomiest if self._may_take(roomiest, needs_slot=needs_slot) else None
 
-    def best_of(self, workers: Sequence[Host], model: str | None) -> Host | None:
+    def best_of(self, workers: Sequence[Host], model: str | None, *, needs_slot: bool = False) -> Host | None:
         """Return the best of some workers; None when they are full."""
 
         def preference(worker: Host) -> tuple[bool, bool, int, str]:
             space = self._space[worker.worker_id]
             return (not self._has_slot(worker), model not in worker.models, -space, worker.worker_id.hex)
 
-        return min((each for each in workers if self._space[each.worker_id] > 0), key=preference, default=None)
+        best = min((each for each in workers if self._space[each.worker_id] > 0), key=preference, default=None)
+        return best if self._may_take(best, needs_slot=needs_slot) else None
 
     def take(self, worker: Host) -> None:
         """Note that a worker is given one slice more."""
