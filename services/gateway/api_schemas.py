@@ -500,6 +500,9 @@ class Tenant(Answer):
     name: str
     weight: Annotated[float, Field(gt=0, description="Its share of the devices beside the others'.")]
     window: Annotated[Window | None, Field(description="Hours in which its jobs may run.")]
+    max_enqueued_tokens: int | None
+    device_seconds_per_day: float | None
+    max_devices: int | None
     created_at: Time
 
 

@@ -67,6 +67,19 @@ class TenantPatch(NativeBody):
     name: str | None = Field(None, min_length=1, max_length=200)
     weight: float | None = Field(None, gt=0, le=1e6, description="Its share of the fleet, beside other tenants'.")
     window: WindowSpec | None = Field(None, description="Hours in which its jobs may run; null for any.")
+    max_enqueued_tokens: int | None = Field(
+        None,
+        gt=0,
+        le=10**15,
+        description="Estimated tokens of its open jobs that may be enqueued; null for any number.",
+    )
+    device_seconds_per_day: float | None = Field(
+        None,
+        gt=0,
+        le=1e12,
+        description="Once used, by UTC, none of its jobs goes on before the next day; null: no limit.",
+    )
+    max_devices: int | None = Field(None, gt=0, le=10**6, description="Devices that its jobs occupy at once, at most.")
 
 
 EventType = Annotated[str, Field(json_schema_extra={"enum": list(EVENT_TYPES)}), AfterValidator(_known_event)]

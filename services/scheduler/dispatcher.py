@@ -8,10 +8,10 @@ from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine, Row
 
-from shared.db import slices, tenants, workers
+from shared.db import quotas, slices, tenants, workers
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
-from shared.domain.scheduling.policy import Fairness, Release, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, Release, plan_releases
 from shared.domain.scheduling.urgency import plan_preemptions
 from shared.domain.slice import SliceClass, SliceKind
 from shared.queueing.celery_app import declare_worker_queue
@@ -40,10 +40,12 @@ class Dispatcher:
                 return 0
             fleet = workers.loads(connection, self._settings.lease_seconds / 2)
             weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
-            window = self._settings.queue_window
-            releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights)
+            spent = {tenant_id for tenant_id, budget in quotas.budgets(connection).items() if budget.is_spent}
+            backlog = [each for each in backlog if each.tenant_id not in spent]
+            window, caps = self._settings.queue_window, Caps(*quotas.caps(connection))
+            releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
             sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
-            self._make_way(connection, backlog, releases, fleet)
+            self._make_way(connection, [each for each in backlog if each.tenant_id not in caps.most], releases, fleet)
         self._ring(sent)
         return len(sent)
 

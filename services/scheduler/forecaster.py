@@ -2,15 +2,16 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 
-from shared.db import events, forecasts, slices, tenants, workers
+from shared.db import events, forecasts, quotas, slices, tenants, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
+from shared.db.quotas import Budget
 from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
 from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
 from shared.domain.scheduling.urgency import Demand, urgent_jobs
@@ -59,7 +60,8 @@ class Forecaster:
             found = {job.job_id: job for job in jobs}
             now = datetime.now(UTC)
             works = self._with_urgency(connection, works, len(lanes), now)
-            plan = run_forward(works, lanes, now, weights=weights)
+            works = _with_budgets(works, quotas.budgets(connection))
+            plan = run_forward(works, lanes, now, weights=weights, caps=quotas.caps(connection)[0])
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
             expected = [self._forecast(found[work.job_id], plan) for work in works]
@@ -113,6 +115,15 @@ class Forecaster:
         except ValueError:
             log.warning("a job cannot be foretold", extra={"job_id": str(job.job_id)}, exc_info=True)
             return None
+
+
+def _with_budgets(works: Sequence[Work], budgets: Mapping[str, Budget]) -> list[Work]:
+    """Return works as they are when tenants that have used what they may wait for their next day."""
+    spent = {tenant_id: budget.renewed_at for tenant_id, budget in budgets.items() if budget.is_spent}
+    return [
+        replace(work, arrives_at=spent[work.tenant_id]) if work.tenant_id in spent and not work.on else work
+        for work in works
+    ]
 
 
 def _has_own_speed(job: OpenJob) -> bool:

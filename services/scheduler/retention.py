@@ -7,7 +7,7 @@ from itertools import islice
 from sqlalchemy import Engine, text
 
 from services.scheduler.ticks import run_each
-from shared.db import files, history, online, webhooks
+from shared.db import files, history, online, quotas, webhooks
 from shared.settings import Settings
 from shared.store import Store, is_file_path
 
@@ -38,6 +38,7 @@ class Retention:
                 self._sweep_strays,
                 self._purge,
                 self._purge_webhooks,
+                self._purge_uses,
             ]
         )
 
@@ -90,6 +91,10 @@ class Retention:
             while forgotten:
                 with self._engine.begin() as connection:
                     forgotten = forget(connection, days, PURGE_ROWS)
+
+    def _purge_uses(self) -> None:
+        with self._engine.begin() as connection:
+            quotas.purge(connection)
 
     def _purge_webhooks(self) -> None:
         forgotten = 1

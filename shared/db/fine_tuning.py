@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from shared.api_objects import unix
-from shared.db import files, gates, model_registry, training
+from shared.db import files, gates, model_registry, quotas, training
 from shared.db.files import FileView
 from shared.db.jobs import JobView
 from shared.db.submissions import require_future
@@ -17,6 +17,7 @@ from shared.db.training import NewTraining
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull
 from shared.domain.fine_tuning import FINE_TUNING_STATUS, MAX_SEED, FineTuningCreate, estimated_finish, tuned_model_name
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
+from shared.domain.slice import BYTES_PER_TOKEN
 from shared.settings import Settings
 
 FULL_RETRY_SECONDS = 60
@@ -46,6 +47,7 @@ def accept_fine_tuning(
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     } | body.schedule
     require_room(connection, settings, caller.tenant_id)
+    quotas.check_enqueued(connection, caller.tenant_id, training_file.bytes // BYTES_PER_TOKEN)
     new = NewTraining(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,

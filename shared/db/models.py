@@ -61,9 +61,15 @@ class Tenant(Base):
     weight: Mapped[float] = mapped_column(server_default="1")
     run_window: Mapped[dict[str, Any] | None]
     """Hours in which its jobs may run, beside those of each job."""
+    max_enqueued_tokens: Mapped[int | None]
+    device_seconds_per_day: Mapped[float | None]
+    max_devices: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
-    __table_args__ = (CheckConstraint("weight > 0", name="weight"),)
+    __table_args__ = tuple(
+        CheckConstraint(f"{name} > 0", name=name)
+        for name in ("weight", "max_enqueued_tokens", "device_seconds_per_day", "max_devices")
+    )
 
 
 def tenant_column(*, primary: bool = True) -> Mapped[str]:
@@ -499,6 +505,19 @@ class OnlineUsage(Base):
     device_seconds: Mapped[float]
 
     __table_args__ = (Index("online_usage_hour_idx", "hour"),)
+
+
+class DeviceUse(Base):
+    """Device seconds that a try of a slice took, for two days: what budgets are counted from (by a trigger)."""
+
+    __tablename__ = "device_use"
+
+    tenant_id: Mapped[str] = tenant_column()
+    use_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
+    seconds: Mapped[float]
+
+    __table_args__ = (Index("device_use_at_idx", "tenant_id", "at"),)
 
 
 class Forecast(Base):

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from shared.api_objects import job_object
-from shared.db import gates, model_registry, training
+from shared.db import gates, model_registry, quotas, training
 from shared.db.fine_tuning import data_file, require_room
 from shared.db.jobs import JobView
 from shared.db.submissions import require_future
@@ -36,6 +36,7 @@ def accept_training(
     file_ids = _require_files(connection, body)
     singles = len(body.tasks) if body.compare_single_task else 0
     require_room(connection, settings, caller.tenant_id, 1 + singles)
+    quotas.check_enqueued(connection, caller.tenant_id, 0)
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1)
     spec = body.model_dump(mode="json", exclude={"metadata", "priority", "model", "after"})
     new = NewTraining(

@@ -108,7 +108,8 @@ def create_tenant(connection: Connection, tenant_id: str, name: str) -> None:
 
 
 _TENANTS = """
-    SELECT tenant_id, name, weight, run_window AS window, extract(epoch FROM created_at)::bigint AS created_at
+    SELECT tenant_id, name, weight, run_window AS window, max_enqueued_tokens, device_seconds_per_day, max_devices,
+        extract(epoch FROM created_at)::bigint AS created_at
     FROM tenant {condition} ORDER BY tenant_id
 """
 
@@ -126,9 +127,13 @@ def get_tenant(connection: Connection, tenant_id: str) -> dict[str, Any]:
     return dict(row)
 
 
-_CHANGE_TENANT = text("""
+QUOTAS = {"max_enqueued_tokens": "bigint", "device_seconds_per_day": "float8", "max_devices": "int"}
+"""What a tenant may have none of: null is no limit, and what is left out stays."""
+_NULLABLE = "{column} = CASE WHEN :has_{name} THEN cast(:{name} AS {kind}) ELSE {column} END"
+_CHANGE_TENANT = text(f"""
     UPDATE tenant SET name = coalesce(:name, name), weight = coalesce(:weight, weight),
-        run_window = CASE WHEN :has_window THEN cast(:window AS jsonb) ELSE run_window END
+        {_NULLABLE.format(column="run_window", name="window", kind="jsonb")},
+        {", ".join(_NULLABLE.format(column=name, name=name, kind=kind) for name, kind in QUOTAS.items())}
     WHERE tenant_id = :tenant_id
 """).bindparams(bindparam("window", type_=JSONB(none_as_null=True)))
 _REVIEW_GATES = text("""
@@ -138,12 +143,13 @@ _REVIEW_GATES = text("""
 
 
 def change_tenant(connection: Connection, tenant_id: str, changes: dict[str, Any]) -> None:
-    """Set some of `name`, `weight` and `window` (None: any hours); raises NotFound.
+    """Set some of `name`, `weight`, `window` and the quotas (None: no limit); raises NotFound.
 
     With another window, the gates of all its open jobs are looked at again.
     """
     parameters = {"tenant_id": tenant_id, "name": changes.get("name"), "weight": changes.get("weight")}
-    parameters |= {"has_window": "window" in changes, "window": changes.get("window")}
+    for name in ("window", *QUOTAS):
+        parameters |= {f"has_{name}": name in changes, name: changes.get(name)}
     if connection.execute(_CHANGE_TENANT, parameters).rowcount == 0:
         raise NotFound(f"No tenant {tenant_id[:80]!r}.", param="id")
     if "window" in changes:

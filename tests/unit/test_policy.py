@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.scheduling.policy import Fairness, _Room, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, _Room, plan_releases
 
 
 @dataclass(frozen=True)
@@ -185,3 +185,26 @@ def test_heaps_decide_as_a_look_at_every_worker_would(rows, models, window):
             assert not room.is_left
             return
         room.take(chosen)
+
+
+def capped(backlog, workers, most, held=None, window=0):
+    caps = Caps({"a": most}, {"a": held or set()})
+    return plan_releases(backlog, workers, Fairness(), window=window, weights={}, caps=caps)
+
+
+def test_a_capped_tenant_goes_on_where_it_is_and_others_go_everywhere():
+    fleet = [Worker(slots=2) for _ in range(3)]
+    mine = [Slice(i) for i in range(9)]
+    assert len({r.worker_id for r in capped(mine, fleet, 1)}) == 1 and len(capped(mine, fleet, 2)) == 4
+    there = {fleet[1].worker_id}
+    assert {r.worker_id for r in capped(mine, fleet, 1, there)} == there
+    assert capped(mine, fleet, 1, {UUID(int=7)}) == [], "the one that it occupies has no room, or is not here"
+    both = [*mine, *(Slice(10 + i, "b") for i in range(9))]
+    assert len(capped(both, fleet, 1)) == 6, "no slot stays free"
+
+
+def test_a_capped_tenants_training_takes_no_more_devices_than_it_may():
+    fleet = [Worker(slots=2) for _ in range(4)]
+    pair = Slice(1, kind="train", devices_needed=2)
+    assert len(capped([pair], fleet, 2)) == 1 and capped([pair], fleet, 1) == []
+    assert len(capped([pair, Slice(2, kind="train")], fleet, 2)) == 1, "the second device is promised"

@@ -29,9 +29,7 @@ def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key
 
 @router.patch("/tenants/{tenant_id}")
 def change_tenant(tenant_id: str, body: TenantPatch, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
-    changes = body.model_dump(include=body.model_fields_set, exclude_none=True)
-    if "window" in body.model_fields_set:
-        changes["window"] = body.window.model_dump() if body.window else None
+    changes = body.model_dump(include=body.model_fields_set)
     with parts.transaction(caller) as connection:
         tenants.change_tenant(connection, tenant_id, changes)
         changed = _tenant_object(tenants.get_tenant(connection, tenant_id))
@@ -41,7 +39,7 @@ def change_tenant(tenant_id: str, body: TenantPatch, parts: PartsDependency, cal
 
 def _tenant_object(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["tenant_id"], "object": "tenant"} | {
-        name: row[name] for name in ("name", "weight", "window", "created_at")
+        name: row[name] for name in ("name", "weight", "window", *tenants.QUOTAS, "created_at")
     }
 
 

@@ -1,7 +1,7 @@
 """`/v1/jobs`: jobs of every kind, with progress and the reason for waiting (contracts.md)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 from uuid import UUID
@@ -23,9 +23,10 @@ from services.gateway.dependencies import (
 )
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, forecasts, gates, jobs, submissions, workers
+from shared.db import events, forecasts, gates, jobs, quotas, submissions, workers
 from shared.db.forecasts import ForecastView
 from shared.db.jobs import JobView
+from shared.db.quotas import Budget
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
@@ -92,10 +93,13 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
     parents = gates.parents_of(connection, [job.job_id for job in found])
     expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
+    budgets = quotas.budgets(connection) if queued else {}
     return [
         job_object(
             job,
-            _gated(job) or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
+            _gated(job)
+            or _over_budget(job, budgets)
+            or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
             parents.get(job.job_id, ()),
             _forecast(expected.get(job.job_id)),
         )
@@ -108,6 +112,15 @@ def _forecast(expected: ForecastView | None) -> dict[str, Any] | None:
         return None
     starts_at, ends_at = unix(expected.starts_at), unix(expected.ends_at)
     return {"starts_at": starts_at, "ends_at": ends_at, "on_time": expected.on_time}
+
+
+def _over_budget(job: JobView, budgets: Mapping[str, Budget]) -> dict[str, Any] | None:
+    """Return that a job's tenant has used what it may for today, if that is so."""
+    budget = budgets.get(job.tenant_id)
+    if budget is None or not budget.is_spent or job.state is not JobState.QUEUED:
+        return None
+    detail = f"Its tenant has used its {budget.seconds:.0f} device seconds of today."
+    return {"reason": "quota", "detail": detail, "place": None, "until": unix(budget.renewed_at)}
 
 
 def _gated(job: JobView) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from shared.domain.scheduling.gates import gate
-from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, plan_releases
 from shared.domain.scheduling.urgency import Demand, Running, plan_preemptions, review_pause, urgent_jobs
 from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
@@ -150,8 +150,9 @@ class _Run:
         weights: Mapping[str, float],
         load_seconds: Mapping[str, float],
         review: timedelta | None = None,
+        caps: Mapping[str, int] | None = None,
     ) -> None:
-        self._now, self._weights, self._load_seconds = now, weights, load_seconds
+        self._now, self._weights, self._load_seconds, self._caps = now, weights, load_seconds, caps or {}
         self._jobs = {work.job_id: _Job(work, deque(work.chunks), work.slice_class) for work in works}
         self._began, self._review_at, self._review_pause = now, now, review
         self._with_deadlines = [job for job in self._jobs.values() if job.work.deadline is not None]
@@ -237,10 +238,19 @@ class _Run:
             offered = [job for queue in self._queues.values() for job in self._heads(queue, len(self._free))]
             backlog = [self._waiting(number, job) for number, job in enumerate(offered)]
             hosts = [_Host(worker_id, frozenset(self._warm[worker_id])) for worker_id in self._free]
-            releases = plan_releases(backlog, hosts, self._fairness, window=0, weights=self._weights)
+            caps = Caps(self._caps, self._held())
+            releases = plan_releases(backlog, hosts, self._fairness, window=0, weights=self._weights, caps=caps)
             has_started = [self._start_release(offered[each.slice_id], each.worker_id) for each in releases]
             if not any(has_started):
                 return
+
+    def _held(self) -> dict[str, set[UUID]]:
+        """Return the lanes on which tenants run whose number is limited."""
+        held: dict[str, set[UUID]] = defaultdict(set)
+        if self._caps:
+            for running in self._running:
+                held[running.job.work.tenant_id].update(running.lanes)
+        return held
 
     def _start_release(self, job: _Job, worker_id: UUID) -> bool:
         """Start a job's next chunk if all its lanes are still free: a job before it may have taken several."""
@@ -405,13 +415,15 @@ def run_forward(
     load_seconds: Mapping[str, float] | None = None,
     horizon: timedelta = HORIZON,
     review: timedelta | None = None,
+    caps: Mapping[str, int] | None = None,
 ) -> Plan:
     """Return what every worker does from now on, and when every job begins and ends.
 
     weights: Of tenants. load_seconds: What loading a model takes where it is not warm. review: How often it is asked
-        what is urgent; by default ever more seldom, as a forecast is made again long before.
+        what is urgent; by default ever more seldom, as a forecast is made again long before. caps: Devices that tenants
+        may occupy at once.
     """
-    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review).forward(horizon)
+    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps).forward(horizon)
 
 
 def is_on_time(span: Span, deadline: datetime | None) -> bool | None:

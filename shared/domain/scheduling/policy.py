@@ -65,6 +65,14 @@ class Release:
     worker_id: UUID
 
 
+@dataclass(frozen=True)
+class Caps:
+    """How many devices some tenants may occupy at once, and which each does."""
+
+    most: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, Collection[UUID]] = field(default_factory=dict)
+
+
 @dataclass
 class Fairness:
     """Tokens that each tenant has been served, by weight; kept between ticks, harmless to lose."""
@@ -106,6 +114,7 @@ def plan_releases(
     *,
     window: int,
     weights: Mapping[str, float],
+    caps: Caps = Caps(),
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
 
@@ -116,7 +125,7 @@ def plan_releases(
     each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds fewer
     workers than it needs devices waits, and what is behind it goes on.
     """
-    devices = _TrainingDevices(workers)
+    devices, capped = _TrainingDevices(workers), _CappedTenants(caps, workers)
     room = _Room(workers, window)
     queues = _Queues(backlog, fairness)
     if queues.urgent > room.slots:
@@ -125,16 +134,19 @@ def plan_releases(
     while queues and room.is_left:
         waiting = queues.pop()
         is_training, is_urgent = waiting.kind == SliceKind.TRAIN, waiting.slice_class == SliceClass.URGENT
-        if is_training:
-            worker = room.best_of(devices.hosts(waiting), waiting.model, needs_slot=is_urgent)
-        else:
+        among = devices.hosts(waiting) if is_training else None
+        among, is_capped = capped.among(waiting, among)
+        if among is None:
             worker = room.best(waiting.model, needs_slot=is_urgent)
+        else:
+            worker = room.best_of(among, waiting.model, needs_slot=is_urgent)
         if worker is None:
-            if is_urgent:
+            if is_urgent and not is_capped:
                 room.keep_to_slots()
             continue
         if is_training:
             devices.promise(waiting, worker)
+        capped.note(waiting, worker)
         room.take(worker)
         queues.charge(waiting, weights.get(waiting.tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
@@ -200,6 +212,33 @@ class _Queues:
     def charge(self, waiting: Waiting, weight: float) -> None:
         self._fairness.charge(waiting.tenant_id, waiting.estimated_tokens, weight)
         self._fairness.charge_class(waiting.slice_class, waiting.estimated_tokens)
+
+
+class _CappedTenants:
+    """Tenants that may occupy so many devices at once: beyond them, they are given room only where they are."""
+
+    def __init__(self, caps: Caps, workers: Sequence[Host]) -> None:
+        self._most, self._workers = caps.most, {worker.worker_id: worker for worker in workers} if caps.most else {}
+        self._held = {tenant_id: set(caps.held.get(tenant_id, ())) for tenant_id in caps.most}
+        self._promised: dict[str, int] = defaultdict(int)
+
+    def among(self, waiting: Waiting, hosts: Sequence[Host] | None) -> tuple[Sequence[Host] | None, bool]:
+        """Return the workers that a slice may go to (None: any) of `hosts` (None: all), and whether a cap says so."""
+        most = self._most.get(waiting.tenant_id)
+        if most is None:
+            return hosts, False
+        held = self._held[waiting.tenant_id]
+        if len(held) + self._promised[waiting.tenant_id] + waiting.devices_needed <= most:
+            return hosts, False
+        if waiting.devices_needed > 1:
+            return [], True  # its other devices would be new ones
+        mine = [self._workers[each] for each in sorted(held, key=lambda each: each.hex) if each in self._workers]
+        return mine if hosts is None else [worker for worker in mine if worker in hosts], True
+
+    def note(self, waiting: Waiting, worker: Host) -> None:
+        if waiting.tenant_id in self._most:
+            self._held[waiting.tenant_id].add(worker.worker_id)
+            self._promised[waiting.tenant_id] += waiting.devices_needed - 1
 
 
 class _TrainingDevices:

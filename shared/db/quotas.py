@@ -1,0 +1,109 @@
+"""What tenants may have enqueued, use in a day, and occupy at once; and how much of it they have.
+
+All of it is counted from rows that are there anyway: nothing has to be given back, so nothing can be forgotten.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from shared.domain.errors import QueueFull
+from shared.domain.slice import BYTES_PER_TOKEN
+
+FULL_RETRY_SECONDS = 60
+
+# Of lines those without a result, of training the steps that are not done; of a batch that is not planned, its file.
+ENQUEUED = f"""
+    SELECT coalesce(sum(part.tokens), 0)::bigint FROM job CROSS JOIN LATERAL (
+        SELECT CASE WHEN job.state = 'validating'
+            THEN (SELECT file.bytes / {BYTES_PER_TOKEN} FROM file
+                  WHERE file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id)
+            ELSE (SELECT sum(slice.estimated_tokens * CASE
+                    WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
+                    ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END)
+                  FROM slice WHERE slice.job_id = job.job_id
+                    AND slice.state IN ('held', 'queued', 'dispatched', 'running')) END AS tokens
+    ) AS part
+    WHERE job.tenant_id = :tenant_id AND job.kind <> 'online'
+        AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+"""
+
+
+def check_enqueued(connection: Connection, tenant_id: str, tokens: int) -> None:
+    """Raise QueueFull when so many tokens more would be over what the tenant may have enqueued.
+
+    The caller holds the lock on the tenant's submissions.
+    """
+    most = connection.execute(
+        text("SELECT max_enqueued_tokens FROM tenant WHERE tenant_id = :tenant_id"), {"tenant_id": tenant_id}
+    ).scalar_one_or_none()
+    if most is None:
+        return
+    enqueued = connection.execute(text(ENQUEUED), {"tenant_id": tenant_id}).scalar_one()
+    if enqueued + tokens > most:
+        message = f"This tenant may have {most} tokens enqueued: {enqueued} are, and this would be {tokens} more."
+        raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A tenant's device seconds of today, by UTC. `renewed_at`: when the next ones begin."""
+
+    seconds: float
+    spent: float
+    renewed_at: datetime
+
+    @property
+    def is_spent(self) -> bool:
+        return self.spent >= self.seconds
+
+
+# What runs counts from the moment that it ends.
+BUDGETS = """
+    WITH today AS (SELECT date_trunc('day', now() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC' AS began)
+    SELECT tenant_id, device_seconds_per_day AS seconds, today.began + interval '1 day' AS renewed_at,
+        (SELECT coalesce(sum(use.seconds), 0) FROM device_use AS use
+            WHERE use.tenant_id = tenant.tenant_id AND use.at >= today.began)
+        + (SELECT coalesce(sum(online.device_seconds), 0) FROM online_usage AS online
+            WHERE online.tenant_id = tenant.tenant_id AND online.hour >= today.began) AS spent
+    FROM tenant CROSS JOIN today WHERE device_seconds_per_day IS NOT NULL
+"""
+
+
+def budgets(connection: Connection) -> dict[str, Budget]:
+    """Return the budgets of the tenants that have one, as far as the transaction sees them."""
+    return {
+        row["tenant_id"]: Budget(row["seconds"], row["spent"], row["renewed_at"])
+        for row in connection.execute(text(BUDGETS)).mappings()
+    }
+
+
+OCCUPIED = """
+    SELECT slice.tenant_id, slice.worker_id FROM slice JOIN tenant USING (tenant_id)
+    WHERE slice.state IN ('dispatched', 'running') AND slice.worker_id IS NOT NULL AND tenant.max_devices IS NOT NULL
+    UNION
+    SELECT slice.tenant_id, device_lease.worker_id FROM device_lease JOIN slice USING (slice_id)
+    JOIN tenant ON tenant.tenant_id = slice.tenant_id WHERE tenant.max_devices IS NOT NULL
+"""
+
+
+def caps(connection: Connection) -> tuple[dict[str, int], dict[str, set[UUID]]]:
+    """Return how many devices some tenants may occupy at once, and which those do now."""
+    statement = text("SELECT tenant_id, max_devices FROM tenant WHERE max_devices IS NOT NULL")
+    most = {row.tenant_id: row.max_devices for row in connection.execute(statement)}
+    held: dict[str, set[UUID]] = defaultdict(set)
+    if most:
+        for row in connection.execute(text(OCCUPIED)):
+            held[row.tenant_id].add(row.worker_id)
+    return most, held
+
+
+PURGE = "DELETE FROM device_use WHERE at < now() - interval '2 days'"
+
+
+def purge(connection: Connection) -> None:
+    """Forget what counts for no budget any more."""
+    connection.execute(text(PURGE))

@@ -1,0 +1,207 @@
+"""Quotas of a tenant: enqueued tokens, device seconds a day, devices at once; given back by whatever ends a job."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import openai
+import pytest
+from lamplighter.client import Client
+from lamplighter.errors import ApiError
+from sqlalchemy import text
+
+from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.forecaster import Forecaster
+from services.scheduler.planner import Planner
+from services.scheduler.retention import Retention
+from shared.db import quotas, slices, workers
+from shared.db.session import tenant_transaction
+from shared.db.workers import WorkerIdentity
+from shared.domain.slice import AttemptOutcome, SliceState
+from tests.integration.test_gates import job_of, waits
+from tests.integration.test_urgency import Bells
+from tests.support.batches import chat_lines, jsonl, make_job, rows, scalar, submit, wait_for
+from tests.support.servers import wait_until
+
+
+@pytest.fixture
+def tenant(native, stack):
+    """A new tenant: what sets its quotas, its SDK and its client."""
+    name = f"q{uuid4().hex[:12]}"
+    native.request("POST", "/v1/tenants", json={"id": name})
+    key = native.request("POST", "/v1/keys", json={"tenant": name})["key"]
+
+    def limit(**quotas):
+        return native.request("PATCH", f"/v1/tenants/{name}", json=quotas)
+
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as sdk, Client(stack.url, key) as client:
+        yield limit, sdk, client
+
+
+def test_quotas_are_set_shown_and_taken_away(native, tenant):
+    limit, _, _ = tenant
+    shown = limit(max_enqueued_tokens=10, device_seconds_per_day=0.5, max_devices=3)
+    assert (shown["max_enqueued_tokens"], shown["device_seconds_per_day"], shown["max_devices"]) == (10, 0.5, 3)
+    assert limit(max_devices=None) == shown | {"max_devices": None}, "the others stay"
+    for name, value in (("max_enqueued_tokens", 0), ("device_seconds_per_day", -1), ("max_devices", 1.5)):
+        with pytest.raises(ApiError) as refused:
+            limit(**{name: value})
+        assert refused.value.param == name
+
+
+def test_enqueued_tokens_are_counted_and_given_back(tenant):
+    limit, sdk, client = tenant
+    lines = chat_lines(10, delay_ms=60_000)
+    tokens = len(jsonl(lines)) // 4
+    limit(max_enqueued_tokens=int(2.5 * tokens))
+    batches = [submit(sdk, lines) for _ in range(2)]
+    with pytest.raises(openai.RateLimitError, match="tokens enqueued") as refused:
+        submit(sdk, lines)
+    assert refused.value.code == "queue_full" and refused.value.response.headers["retry-after"]
+    sdk.batches.cancel(batches[0].id)
+    wait_for(sdk, batches[0].id)
+    last = submit(sdk, lines)
+    limit(max_enqueued_tokens=1)
+    with pytest.raises(openai.RateLimitError):
+        submit(sdk, chat_lines(1))
+    limit(max_enqueued_tokens=None)
+    assert wait_for(sdk, submit(sdk, chat_lines(1)).id).status == "completed"
+    for batch in (batches[1], last):
+        sdk.batches.cancel(batch.id)
+        wait_for(sdk, batch.id)
+
+
+def test_a_tenant_that_has_used_its_day_waits_for_the_next(tenant):
+    limit, sdk, client = tenant
+    wait_for(sdk, submit(sdk, chat_lines(2, delay_ms=300)).id)
+    limit(device_seconds_per_day=0.01)
+    batch = submit(sdk, chat_lines(2))
+    job = waits(client, batch.id, "quota")
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    assert job["waiting"]["until"] == tomorrow.timestamp() and "device seconds" in job["waiting"]["detail"]
+    later = wait_until(lambda: (f := job_of(client, batch.id)["forecast"]) and f, 20)
+    assert later["starts_at"] is None or later["starts_at"] >= tomorrow.timestamp() - 1
+    time.sleep(2)
+    assert job_of(client, batch.id)["progress"]["done"] == 0
+    limit(device_seconds_per_day=1e6)
+    assert wait_for(sdk, batch.id).status == "completed"
+
+
+# From here on without a stack.
+
+
+def register(database, slots=2):
+    identity = WorkerIdentity(uuid4(), "w", "host", 1, f"cpu:{uuid4().hex[:4]}", slots)
+    with database.engine("worker").begin() as connection:
+        workers.register(connection, identity, 60)
+    return identity
+
+
+def limited(database, tenant_id="default", **columns):
+    settings = ", ".join(f"{name} = {value}" for name, value in columns.items())
+    with database.engine("migration").begin() as connection:
+        connection.execute(text(f"UPDATE tenant SET {settings} WHERE tenant_id = :t"), {"t": tenant_id})
+
+
+def planned(database, store, count=400, **fields):
+    job_id = make_job(database.engine("gateway"), store, chat_lines(count), **fields)
+    Planner(database.engine("scheduler"), database.settings("scheduler"), store).tick()
+    return job_id
+
+
+def dispatcher(database):
+    return Dispatcher(database.engine("scheduler"), Bells(), database.settings("scheduler"))
+
+
+def claimed(database, worker):
+    slice_id = scalar(database.engine("scheduler"), "SELECT min(slice_id) FROM slice WHERE state = 'dispatched'")
+    named = {"worker_id": worker.worker_id, "worker": "w", "device": "cpu:0", "task_id": "t"}
+    with database.engine("worker").begin() as connection:
+        return slices.claim(connection, slice_id, lease_seconds=60, **named)
+
+
+def spent(database):
+    with database.engine("scheduler").begin() as connection:
+        return {tenant: budget.spent for tenant, budget in quotas.budgets(connection).items()}
+
+
+def test_whatever_ends_a_try_counts_what_it_took_once(database, store):
+    """Done, given back and lost; and online calls."""
+    limited(database, device_seconds_per_day=100)
+    worker = register(database, slots=3)
+    planned(database, store)
+    dispatcher(database).tick()
+    done, preempted, lost = (claimed(database, worker) for _ in range(3))
+    with database.engine("worker").begin() as connection:
+        slices.finish(connection, done.slice_id, done.lease_token, SliceState.DONE, device_seconds=1.0)
+        slices.release(
+            connection, preempted.slice_id, preempted.lease_token, outcome=AttemptOutcome.PREEMPTED, device_seconds=2.0
+        )
+        slices.lose(connection, lost.slice_id, lost.lease_token, "killed", device_seconds=4.0)
+    assert spent(database) == {"default": 7.0}
+    with database.engine("worker").begin() as connection:
+        connection.execute(
+            text("INSERT INTO online_usage VALUES ('default', date_trunc('hour', now()), 'k', 'm', 1, 1, 1, 8.0)")
+        )
+    assert spent(database) == {"default": 15.0}
+
+
+def test_only_tenants_that_have_used_theirs_are_passed_by(database, store):
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("INSERT INTO tenant (tenant_id, name) VALUES ('other', 'Other')"))
+    limited(database, device_seconds_per_day=5)
+    register(database)
+    mine, others = planned(database, store), planned(database, store, tenant_id="other")
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("INSERT INTO device_use (tenant_id, seconds) VALUES ('default', 5.0)"))
+    dispatcher(database).tick()
+    sent = "SELECT DISTINCT job_id FROM slice WHERE state = 'dispatched'"
+    assert [row.job_id for row in rows(database.engine("scheduler"), sent)] == [others]
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE device_use SET at = at - interval '1 day'"))
+        connection.execute(text("UPDATE slice SET state = 'done' WHERE state = 'dispatched'"))
+    dispatcher(database).tick()
+    assert mine in [row.job_id for row in rows(database.engine("scheduler"), sent)], "another day"
+
+
+def test_a_tenant_occupies_as_many_devices_as_it_may(database, store):
+    limited(database, max_devices=1)
+    fleet = [register(database) for _ in range(3)]
+    planned(database, store, count=2000)
+    assert dispatcher(database).tick() == 4, "two slots of one worker, and two places behind them"
+    used = "SELECT DISTINCT worker_id FROM slice WHERE state = 'dispatched'"
+    assert len(rows(database.engine("scheduler"), used)) == 1
+    assert dispatcher(database).tick() == 0
+    limited(database, max_devices=2)
+    assert dispatcher(database).tick() == 4 and len(rows(database.engine("scheduler"), used)) == 2
+    limited(database, max_devices="NULL")
+    assert dispatcher(database).tick() == 4 and len(rows(database.engine("scheduler"), used)) == len(fleet)
+
+
+def test_a_cap_is_foretold(database, store):
+    limited(database, max_devices=1)
+    for _ in range(3):
+        register(database)
+    planned(database, store, count=2000)
+    Forecaster(database.engine("scheduler"), database.settings("scheduler")).tick()
+    assert len(rows(database.engine("scheduler"), "SELECT DISTINCT worker_id FROM forecast_block")) == 1
+
+
+def test_nobody_but_the_slices_themselves_says_what_was_used(database):
+    for role in ("gateway", "worker", "scheduler"):
+        with pytest.raises(Exception, match="permission denied"), database.engine(role).begin() as connection:
+            connection.execute(text("INSERT INTO device_use (tenant_id, seconds) VALUES ('default', -1)"))
+    with tenant_transaction(database.engine("gateway"), "other") as connection:
+        assert connection.execute(text("SELECT count(*) FROM device_use")).scalar_one() == 0
+
+
+def test_old_uses_are_forgotten(database, store):
+    with database.engine("migration").begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO device_use (tenant_id, seconds, at) VALUES ('default', 1, now()),"
+                " ('default', 1, now() - interval '3 days')"
+            )
+        )
+    Retention(database.engine("scheduler"), store, database.settings("scheduler"))._purge_uses()
+    assert scalar(database.engine("scheduler"), "SELECT count(*) FROM device_use") == 1
