@@ -157,6 +157,9 @@ def _success(path: str, method: str, operation: dict[str, Any]) -> dict[str, Any
     if path.endswith("/content"):
         content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         return {"headers": _headers(*headers, "Content-Length"), "content": content}
+    if path.endswith("/results"):
+        lines = {"schema": {"type": "string", "description": "A line of a batch's output or error file each."}}
+        return {"headers": _headers(*headers), "content": {"application/jsonl": lines}}
     answer: dict[str, Any] = {"headers": _headers(*headers)}
     if (method, path) in ANSWERS:
         answer["content"] = {"application/json": {"schema": _reference(ANSWERS[method, path])}}

@@ -69,7 +69,7 @@ OWNED = {
     *(("GET", "/v1/batches/{batch_id}"), ("POST", "/v1/batches/{batch_id}/cancel")),
     *(("GET", "/v1/jobs/{job_id}"), ("PATCH", "/v1/jobs/{job_id}"), ("POST", "/v1/jobs/{job_id}/cancel")),
     *(("POST", f"/v1/jobs/{{job_id}}/{action}") for action in ("pause", "resume", "retry_failed")),
-    *(("GET", "/v1/jobs/{job_id}/attempts"), ("GET", "/v1/jobs/{job_id}/events")),
+    *(("GET", f"/v1/jobs/{{job_id}}/{page}") for page in ("attempts", "events", "results")),
     *((method, f"{kind}/{{job_id}}{action}") for kind in (TUNING, TRAINING) for method, action in TUNING_ACTIONS),
 }
 """What names one object of a tenant in its path: for everybody else there is none."""
@@ -588,6 +588,7 @@ def round_of_jobs(http, _):
     wait_until(lambda: http.get(job).json()["status"] == "running", 20)
     assert http.patch(job, json={"priority": 9}).json()["priority"] == 9
     assert http.patch(job, json={"priority": 10}).status_code == 400
+    assert http.get(f"{job}/results").content == b""
     assert http.post(f"{job}/pause").json()["waiting"]["reason"] == "paused"
     assert http.post(f"{job}/resume", json={}).json()["status"] in ("queued", "running")
     assert wait_until(lambda: http.get(f"{job}/attempts").json()["data"], 20)[0]["device"] == "cpu:0"

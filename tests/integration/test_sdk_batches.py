@@ -1,11 +1,15 @@
 """The official `openai` SDK, unmodified, against the whole stack."""
 
+import asyncio
 import json
 import time
 
 import openai
 import pytest
-from lamplighter.errors import BadRequest
+from lamplighter import AsyncClient
+from lamplighter.cli import app
+from lamplighter.errors import BadRequest, NotFound
+from typer.testing import CliRunner
 
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, read_lines, submit, wait_for
 from tests.support.servers import wait_until
@@ -133,6 +137,33 @@ def test_cancel_keeps_partial_results_and_stops_at_once(sdk):
         sdk.batches.cancel(batch.id)
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "Cannot cancel a batch with status 'cancelled'." in caught.value.message
+
+
+def test_what_is_finished_can_be_read_while_the_rest_runs(sdk, native, stack, admin_key):
+    """In the order of the lines, as the files will have it; and by both clients and the command line."""
+    lines = [chat_line(f"fast-{i}") for i in range(30)] + [chat_line("bad", temperature=9)]
+    batch = submit(sdk, [*lines, *(chat_line(f"slow-{i}", delay_ms=60_000) for i in range(5))])
+    counts = lambda: sdk.batches.retrieve(batch.id).request_counts  # noqa: E731
+    wait_until(lambda: (counts().completed, counts().failed) == (30, 1), 30, "the fast ones are done")
+    found = list(native.finished_lines(batch.id))
+    assert [line["custom_id"] for line in found] == [f"fast-{i}" for i in range(30)]
+    (failed,) = native.finished_lines(batch.id, failed=True)
+    assert failed["custom_id"] == "bad" and failed["response"]["status_code"] == 400
+
+    async def read():
+        async with AsyncClient(stack.url, admin_key) as client:
+            return [line async for line in client.finished_lines(batch.id)]
+
+    assert asyncio.run(read()) == found
+    environment = {"LAMPLIGHTER_URL": stack.url, "LAMPLIGHTER_API_KEY": admin_key}
+    printed = CliRunner().invoke(app, ["results", batch.id], env=environment)
+    assert [json.loads(line) for line in printed.stdout.splitlines()] == found
+    sdk.batches.cancel(batch.id)
+    ended = wait_for(sdk, batch.id)
+    written = sdk.files.content(ended.output_file_id).read()
+    assert [json.loads(line) for line in written.splitlines()] == found == list(native.finished_lines(batch.id))
+    with pytest.raises(NotFound):
+        list(native.finished_lines("batch_0"))
 
 
 def test_listing_pages_batches_newest_first(sdk):

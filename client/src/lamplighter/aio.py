@@ -192,8 +192,19 @@ class AsyncClient:
         job = finished(await self.wait(job_id, outage_seconds=outage_seconds))
         if job["output_file_id"] is None:
             return
+        async for line in self._lines(f"/v1/files/{job['output_file_id']}/content"):
+            yield line
+
+    def finished_lines(self, job_id: str, *, failed: bool = False) -> AsyncIterator[dict[str, Any]]:
+        """Yield the lines that a batch has finished until now, parsed: of its output file, or of its error file.
+
+        Raises ServerUnreachable when the connection breaks between two lines.
+        """
+        return self._lines(f"/v1/jobs/{job_id}/results?failed={str(failed).lower()}")
+
+    async def _lines(self, path: str) -> AsyncIterator[dict[str, Any]]:
         splitter = LineSplitter()
-        async with aclosing(self._content(job["output_file_id"])) as blocks:
+        async with aclosing(self._content(path)) as blocks:
             async for block in blocks:
                 for line in splitter.feed(block):
                     yield json.loads(line)
@@ -203,14 +214,14 @@ class AsyncClient:
     async def download(self, file_id: str, to: Path) -> int:
         """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
         with PartialFile(to) as output:
-            async with aclosing(self._content(file_id)) as blocks:
+            async with aclosing(self._content(f"/v1/files/{file_id}/content")) as blocks:
                 async for block in blocks:
                     await asyncio.to_thread(output.write, block)
         return output.bytes
 
-    async def _content(self, file_id: str) -> AsyncGenerator[bytes]:
-        """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
-        response = await self._send("GET", f"/v1/files/{file_id}/content", stream=True)
+    async def _content(self, path: str) -> AsyncGenerator[bytes]:
+        """Yield a content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
+        response = await self._send("GET", path, stream=True)
         try:
             if not response.is_success:
                 json_answer(response)

@@ -307,6 +307,19 @@ def usage(
 
 
 @app.command()
+def results(
+    job_id: str,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Lines that failed, in place of those that succeeded.")
+    ] = False,
+) -> None:
+    """Print what a batch has finished until now, a JSON line each."""
+    with client() as api:
+        for line in api.finished_lines(job_id, failed=failed):
+            print(json.dumps(line, ensure_ascii=False))
+
+
+@app.command()
 def watch(job_id: str, as_json: JsonOption = False) -> None:
     """Follow a job to its end, with a live progress bar."""
     with client() as api:

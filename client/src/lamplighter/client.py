@@ -193,22 +193,32 @@ class Client:
         job = finished(self.wait(job_id, outage_seconds=outage_seconds))
         if job["output_file_id"] is None:
             return
+        yield from self._lines(f"/v1/files/{job['output_file_id']}/content")
+
+    def finished_lines(self, job_id: str, *, failed: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the lines that a batch has finished until now, parsed: of its output file, or of its error file.
+
+        Raises ServerUnreachable when the connection breaks between two lines.
+        """
+        return self._lines(f"/v1/jobs/{job_id}/results?failed={str(failed).lower()}")
+
+    def _lines(self, path: str) -> Iterator[dict[str, Any]]:
         splitter = LineSplitter()
-        with closing(self._content(job["output_file_id"])) as blocks:
+        with closing(self._content(path)) as blocks:
             for block in blocks:
                 yield from map(json.loads, splitter.feed(block))
         yield from map(json.loads, splitter.finish())
 
     def download(self, file_id: str, to: Path) -> int:
         """Write a file's content to `to`, which appears only when it is complete; return its bytes."""
-        with PartialFile(to) as output, closing(self._content(file_id)) as blocks:
+        with PartialFile(to) as output, closing(self._content(f"/v1/files/{file_id}/content")) as blocks:
             for block in blocks:
                 output.write(block)
         return output.bytes
 
-    def _content(self, file_id: str) -> Generator[bytes]:
-        """Yield a file's content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
-        response = self._send("GET", f"/v1/files/{file_id}/content", stream=True)
+    def _content(self, path: str) -> Generator[bytes]:
+        """Yield a content in blocks. Opening it is tried again as any read is; what breaks later is raised."""
+        response = self._send("GET", path, stream=True)
         try:
             if not response.is_success:
                 json_answer(response)

@@ -20,10 +20,11 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
+from services.gateway.lines import rendered
 from services.gateway.schemas import FILE_PURPOSES, file_object, list_page
 from services.gateway.streaming import Upload, expires_after_seconds, receive_upload
 from services.gateway.warnings import warn_of_unknown
-from shared.db import files, results
+from shared.db import files
 from shared.db.files import FileView
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -143,18 +144,11 @@ def _open(parts: Parts, path: str) -> Iterator[bytes]:
 
 
 def _render(parts: Parts, caller: Caller, file: FileView) -> Iterator[bytes]:
-    """Yield a job's output or error file a page of rows at a time; each page is a short transaction of its own."""
+    """Yield a job's output or error file."""
     assert file.rendered_job_id is not None
     with parts.own_transaction(caller) as connection:
-        row = connection.execute(_RENDERED_JOB, {"job_id": file.rendered_job_id}).one()
-    is_error_file = row.error_file_id == file.file_id
-    after: int | None = -1
-    while after is not None:
-        with parts.own_transaction(caller) as connection:
-            content, after = results.render_page(
-                connection, row.created_on, file.rendered_job_id, failed=is_error_file, after=after
-            )
-        yield content
+        error_file_id = connection.execute(_ERROR_FILE, {"job_id": file.rendered_job_id}).scalar_one()
+    yield from rendered(parts, caller, file.rendered_job_id, failed=error_file_id == file.file_id)
 
 
-_RENDERED_JOB = text("SELECT created_on, error_file_id FROM job WHERE job_id = :job_id")
+_ERROR_FILE = text("SELECT error_file_id FROM job WHERE job_id = :job_id")

@@ -21,6 +21,7 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
+from services.gateway.lines import rendered
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
 from shared.db import events, forecasts, gates, jobs, quotas, submissions, workers
@@ -41,6 +42,7 @@ KEEP_ALIVE_POLLS = 30
 EVENT_PAGE = 200
 EXPECTED = (JobState.QUEUED, JobState.RUNNING)
 """States in which a job has a forecast."""
+JSON_LINES = "application/jsonl"
 MOST_PLACE_DIGITS = 30
 """Of an event's place: a transaction's number and the event's."""
 
@@ -241,6 +243,19 @@ def _cursor(after: str | None, most_digits: int = 18) -> int:
     if not (after.isascii() and after.isdigit() and len(after) <= most_digits):
         raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
     return int(after)
+
+
+@router.get("/{job_id}/results")
+def finished_lines(job_id: str, parts: PartsDependency, caller: Reader, failed: bool = False) -> StreamingResponse:
+    """Send the lines that a batch has finished, as its output file (or, with `failed`, its error file) will have them.
+
+    While it runs it has more at every call; once it has ended this is the file.
+    """
+    row_id = parse_job_id(job_id, JobKind.BATCH)
+    with parts.own_transaction(caller) as connection:
+        jobs.get(connection, row_id, JobKind.BATCH)
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return StreamingResponse(rendered(parts, caller, row_id, failed=failed), media_type=JSON_LINES, headers=headers)
 
 
 @router.get("/{job_id}/events")
