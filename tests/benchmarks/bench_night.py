@@ -18,17 +18,8 @@ from shared.domain.scheduling.policy import Fairness, plan_releases
 from shared.domain.slice import SliceKind
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
-from tests.simulation.fleets import (
-    START,
-    backlogged,
-    busy_until,
-    idle_while_waiting,
-    jain,
-    lanes,
-    missed,
-    served,
-    week,
-)
+from shared.domain.scheduling.simulation import Report, outages, simulate, START, lanes, missed, week
+from tests.simulation.fleets import backlogged, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_watched
 
 HOURS = 4
@@ -104,6 +95,17 @@ def bench_scale(table: Table) -> None:
     table.add("night-forecast", what, statistics.median(times), "s", "told", None, times)
 
 
+def bench_day(table: Table) -> None:
+    """Row 4: a day of a large fleet, with failures, event by event."""
+    trace = week(1, gpus=1000, tenants=50, days=1, models=50, load=0.95, deadlines=0.2)
+    failures = outages(1, trace.lanes, days=1, per_day=0.1)
+    found: list[Report] = []
+    seconds = _seconds(lambda: found.append(simulate(trace, failures, days=1)[1]))
+    parts = sum(len(work.chunks) for work in trace.works)
+    what = f"a day of 1,000 GPUs, {len(trace.works)} jobs of {parts} chunks, {len(failures)} failures, to the last job's end"
+    table.add("night-4b", what, seconds / 60, "min", "≤ 10 min", seconds <= 600 and found[0].ended == found[0].jobs)
+
+
 def _seconds(act) -> float:
     started = time.perf_counter()
     act()
@@ -112,7 +114,7 @@ def _seconds(act) -> float:
 
 def main() -> int:
     table = Table("night")
-    for part in (bench_work, bench_deadlines, bench_fairness, bench_scale):
+    for part in (bench_work, bench_deadlines, bench_fairness, bench_scale, bench_day):
         part(table)
         table.write()
     table.show()

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from shared.domain.scheduling.forecast import Work
-from tests.simulation.fleets import START, Trace
+from shared.domain.scheduling.simulation import START, Trace
 
 
 @dataclass

@@ -1,72 +1,11 @@
-"""Made-up fleets and the jobs that arrive at them, from a seed; and what is said of a run of the policy over them."""
+"""Special fleets and jobs, and what is said of a run of the policy over them; the usual ones are the product's own."""
 
-import random
 from collections import defaultdict
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from uuid import UUID
 
-from shared.domain.scheduling.forecast import Lane, Plan, Work
-from shared.domain.slice import SliceKind
-
-START = datetime(2026, 7, 6, tzinfo=UTC)
-"""A Monday."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    works: list[Work]
-    lanes: list[Lane]
-
-
-def lanes(count: int) -> list[Lane]:
-    return [Lane(UUID(int=10**9 + number)) for number in range(count)]
-
-
-def week(
-    seed: int,
-    *,
-    gpus: int = 16,
-    tenants: int = 8,
-    load: float = 0.9,
-    days: int = 7,
-    models: int = 12,
-    deadlines: float = 0.0,
-) -> Trace:
-    """Return batches large and small, and training, of several tenants; `load` is the share of the fleet they ask for.
-
-    More comes in the afternoon than at night, and sizes are log-normal, as the traces of shared clusters have them.
-    A share of `deadlines` of the jobs has one: half an hour and 1.5 to 8 times as long as it would take by itself.
-    """
-    generator = random.Random(seed)
-    asked, works, number = 0.0, list[Work](), 0
-    wanted = load * gpus * days * 86_400
-    while asked < wanted:
-        number += 1
-        hour = min(23.99, max(0.0, generator.gauss(15, 5)))
-        arrives = START + timedelta(days=generator.randrange(days), hours=hour)
-        is_training = generator.random() < 0.15
-        seconds = min(12 * 3600.0, generator.lognormvariate(8.3 if is_training else 7.6, 1.2))
-        count = 1 if is_training else max(1, min(200, round(seconds / 120)))
-        deadline = None
-        if generator.random() < deadlines:
-            alone = seconds / min(count, gpus) * generator.uniform(1.5, 8)
-            deadline = arrives + timedelta(minutes=30, seconds=alone)
-        works.append(
-            Work(
-                job_id=UUID(int=number),
-                tenant_id=f"tenant-{generator.randrange(tenants)}",
-                model=f"model-{generator.randrange(models)}",
-                chunks=(seconds / count,) * count,
-                kind=SliceKind.TRAIN if is_training else SliceKind.GENERATE,
-                priority=generator.choice((3, 5, 5, 5, 7)),
-                order=round((arrives - START).total_seconds()),
-                deadline=deadline,
-                arrives_at=arrives,
-            )
-        )
-        asked += seconds
-    return Trace(works, lanes(gpus))
+from shared.domain.scheduling.forecast import Plan, Work
+from shared.domain.scheduling.simulation import START, Trace
 
 
 def backlogged(tenants: int, hours: int, chunk_seconds: float = 120.0) -> list[Work]:
@@ -80,16 +19,6 @@ def backlogged(tenants: int, hours: int, chunk_seconds: float = 120.0) -> list[W
 
 def busy_seconds(plan: Plan) -> float:
     return sum((block.ends_at - block.starts_at).total_seconds() for block in plan.blocks)
-
-
-def missed(plan: Plan, works: list[Work]) -> set[UUID]:
-    """Return the jobs that end after their deadlines, or not at all."""
-    late = set()
-    for work in works:
-        ends_at = plan.spans[work.job_id].ends_at
-        if work.deadline is not None and (ends_at is None or ends_at > work.deadline):
-            late.add(work.job_id)
-    return late
 
 
 def busy_until(plan: Plan, end: datetime) -> float:

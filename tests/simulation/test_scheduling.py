@@ -1,26 +1,19 @@
 """The policy over made-up fleets: nothing idle while work waits, fair shares, nobody starves, the same every time."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from datetime import timedelta
 from uuid import UUID
 
 import pytest
+from lamplighter.cli import app
+from typer.testing import CliRunner
 
 from shared.domain.scheduling import forecast
 from shared.domain.scheduling.forecast import Work, run_forward
 from tests.simulation import clairvoyant
-from tests.simulation.fleets import (
-    START,
-    backlogged,
-    busy_seconds,
-    busy_until,
-    idle_while_waiting,
-    jain,
-    lanes,
-    missed,
-    served,
-    week,
-)
+from shared.domain.scheduling.simulation import outages, simulate, START, lanes, missed, week
+from tests.simulation.fleets import backlogged, busy_seconds, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_watched
 
 TWO_DAYS = {"gpus": 4, "tenants": 4, "days": 2, "models": 5}
@@ -72,6 +65,51 @@ def test_endless_deadlines_starve_nobody():
     plan = run_forward([*urgent, patient], lanes(4), START, horizon=hours, review=timedelta(minutes=1))
     seconds = served(plan, [*urgent, patient], START, START + hours)
     assert seconds["patient"] >= 0.08 * sum(seconds.values())
+
+
+def test_failures_cost_what_was_not_recorded_and_nothing_else():
+    """Every job ends; each failure has a minute of work done again at most."""
+    trace = week(4, **TWO_DAYS, load=0.6)
+    failures = outages(4, trace.lanes, days=2, per_day=6)
+    plan, report = simulate(trace, failures, days=2)
+    assert len(failures) > 20 and report.ended == report.jobs == len(trace.works)
+    assert 0 < report.done_again_seconds <= forecast.LOST_SECONDS * len(failures)
+    assert (
+        simulate(trace, failures, days=2) == (plan, report) and outages(4, trace.lanes, days=2, per_day=6) == failures
+    )
+    for block in plan.blocks:
+        for failure in failures:
+            if failure.worker_id == block.worker_id:
+                assert block.ends_at <= failure.starts_at or block.starts_at >= failure.ends_at, "it was away"
+
+
+def test_a_fleet_that_is_away_altogether_goes_on_when_it_is_back():
+    fleet = lanes(2)
+    work = Work(UUID(int=1), "t", "m", (600.0,) * 4)
+    away = [
+        forecast.Outage(lane.worker_id, START + timedelta(seconds=300), START + timedelta(hours=1)) for lane in fleet
+    ]
+    span = run_forward([work], fleet, START, outages=away).spans[work.job_id]
+    assert (span.ends_at - START).total_seconds() == 3600 + 2 * 600 - 240, "of 300 seconds a minute was not recorded"
+
+
+def test_overlapping_failures_of_one_worker_end_with_the_last():
+    (lane,) = lanes(1)
+    at = [START + timedelta(seconds=seconds) for seconds in (0, 100, 200, 400)]
+    away = [forecast.Outage(lane.worker_id, at[0], at[2]), forecast.Outage(lane.worker_id, at[1], at[3])]
+    span = run_forward([Work(UUID(int=1), "t", "m", (10.0,))], [lane], START, outages=away).spans[UUID(int=1)]
+    assert span.ends_at == at[3] + timedelta(seconds=10)
+
+
+def test_the_command_line_says_what_the_simulation_does():
+    asked = ["--gpus", "4", "--tenants", "3", "--days", "1", "--failures", "2", "--deadlines", "0.5", "--seed", "3"]
+    printed, again = (CliRunner().invoke(app, ["simulate", *asked, "--json"]) for _ in range(2))
+    assert printed.exit_code == 0 and printed.stdout == again.stdout
+    trace = week(3, gpus=4, tenants=3, days=1, deadlines=0.5)
+    _, report = simulate(trace, outages(3, trace.lanes, days=1, per_day=2), days=1)
+    assert json.loads(printed.stdout) == asdict(report) and report.deadlines_met > 0
+    shown = CliRunner().invoke(app, ["simulate", *asked]).stdout
+    assert f"{report.ended} of {report.jobs}" in shown and "tenant-2" in shown
 
 
 def test_it_is_the_same_every_time():

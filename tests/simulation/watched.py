@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from shared.domain.scheduling.forecast import Plan, _Run
-from tests.simulation.fleets import START, Trace
+from shared.domain.scheduling.simulation import START, Trace
 
 
 class _Watched(_Run):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from rich.table import Table
 from lamplighter.client import Client
 from lamplighter.doctor import findings
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
-from lamplighter.night import clock, draw_plan, show_night
+from lamplighter.night import clock, draw_plan, show_night, show_report
 from lamplighter.policy import TERMINAL, file_key
 from lamplighter.training_spec import SpecificationWrong, read_specification, show_plan, show_tasks
 
@@ -117,11 +118,15 @@ def _announce(running: Any) -> None:
 
 
 def _local_stack() -> Any:
-    """Return the project's own module for local stacks; it is there when this client runs inside the project."""
+    return _server_part("services.local.stack")
+
+
+def _server_part(name: str) -> Any:
+    """Return a module of the server's; it is there when this client runs inside the project."""
     try:
-        return importlib.import_module("services.local.stack")
+        return importlib.import_module(name)
     except ModuleNotFoundError:
-        errors.print("'up' and 'down' work in an installation of the server, which this is not.")
+        errors.print("'up', 'down' and 'simulate' work in an installation of the server, which this is not.")
         raise typer.Exit(EXIT_USAGE) from None
 
 
@@ -288,6 +293,28 @@ def plan(
         print(json.dumps(night, indent=2))
     else:
         show_night(console, night)
+
+
+@app.command()
+def simulate(
+    gpus: Annotated[int, typer.Option(min=1, max=10_000)] = 16,
+    tenants: Annotated[int, typer.Option(min=1, max=1000)] = 8,
+    days: Annotated[int, typer.Option(min=1, max=60)] = 7,
+    load: Annotated[float, typer.Option(min=0.01, max=10, help="Of the fleet's time that jobs ask for.")] = 0.9,
+    deadlines: Annotated[float, typer.Option(min=0, max=1, help="Share of the jobs that have one.")] = 0.3,
+    failures: Annotated[float, typer.Option(min=0, max=100, help="Of each GPU, a day.")] = 0.0,
+    seed: int = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the scheduling policy over a made-up fleet and what arrives at it; the same seed gives the same answer."""
+    simulation = _server_part("shared.domain.scheduling.simulation")
+    trace = simulation.week(seed, gpus=gpus, tenants=tenants, days=days, load=load, deadlines=deadlines)
+    outages = simulation.outages(seed, trace.lanes, days=days, per_day=failures)
+    _, report = simulation.simulate(trace, outages, days=days)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+        return
+    show_report(console, report)
 
 
 @app.command()

@@ -44,6 +44,24 @@ def show_night(console: Console, plan: dict[str, Any]) -> None:
     console.print(table if plan["jobs"] else "Nothing is open.")
 
 
+def show_report(console: Console, report: Any) -> None:
+    """Print what came of a simulation (the server's `shared.domain.scheduling.simulation.Report`)."""
+    hours = 3600.0
+    rows = {
+        "jobs ended": f"{report.ended} of {report.jobs}",
+        "days until the last": f"{report.makespan_seconds / 86_400:.2f}",
+        "device hours worked": f"{report.worked_device_seconds / hours:.0f}, {report.utilisation:.1%} of the fleet's",
+        "failures": f"{report.failures}, {report.done_again_seconds / hours:.1f} device hours done again",
+        "deadlines met": f"{report.deadlines_met} of {report.deadlines}",
+        "waited": f"{report.wait_seconds_median / 60:.0f} min at the median, {report.wait_seconds_p95 / 60:.0f} at p95",
+    }
+    rows |= {name: f"{seconds / hours:.0f} device hours" for name, seconds in report.device_seconds_by_tenant.items()}
+    table = Table(box=None, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
 def draw_plan(plan: dict[str, Any], path: Path) -> None:
     """Draw workers as rows and jobs as bars, into an SVG or a PNG. Raises PlotsMissing."""
     try:

@@ -21,6 +21,8 @@ from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
 
 HORIZON = timedelta(days=14)
+LOST_SECONDS = 60.0
+"""What a worker that fails has not recorded, at most: a flush is half a second, a checkpoint some minutes."""
 _TOKENS_PER_SECOND = 1000
 """By which chunks are weighed against each other: the policy counts tokens, and here a second is as good as any."""
 
@@ -55,6 +57,15 @@ class Lane:
 
     worker_id: UUID
     models: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A worker that fails and comes back, with nothing warm; for a simulation."""
+
+    worker_id: UUID
+    starts_at: datetime
+    ends_at: datetime
 
 
 @dataclass(frozen=True)
@@ -151,11 +162,16 @@ class _Run:
         load_seconds: Mapping[str, float],
         review: timedelta | None = None,
         caps: Mapping[str, int] | None = None,
+        outages: Sequence[Outage] = (),
     ) -> None:
         self._now, self._weights, self._load_seconds, self._caps = now, weights, load_seconds, caps or {}
         self._jobs = {work.job_id: _Job(work, deque(work.chunks), work.slice_class) for work in works}
         self._began, self._review_at, self._review_pause = now, now, review
         self._with_deadlines = [job for job in self._jobs.values() if job.work.deadline is not None]
+        self._down: dict[UUID, int] = defaultdict(int)
+        self._outages = [(each.starts_at, 1, each.worker_id.hex) for each in outages]
+        self._outages += [(each.ends_at, -1, each.worker_id.hex) for each in outages]
+        heapq.heapify(self._outages)
         self._free = {lane.worker_id: None for lane in lanes}  # in their order
         self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
         self._queues: dict[str, list[_Job]] = defaultdict(list)
@@ -179,6 +195,7 @@ class _Run:
             self._review_urgency()
             self._release()
             times = [heap[0].until for heap in (self._running,) if heap] + [at for at, _, _ in self._asleep[:1]]
+            times += [at for at, _, _ in self._outages[:1]]
             if not times:
                 break
             if self._with_deadlines:
@@ -186,6 +203,9 @@ class _Run:
             self._now = min(times)
             while self._running and self._running[0].until <= self._now:
                 self._stop(heapq.heappop(self._running))
+            while self._outages and self._outages[0][0] <= self._now:
+                _, change, worker_id = heapq.heappop(self._outages)
+                self._fail_or_return(UUID(worker_id), change)
             while self._asleep and self._asleep[0][0] <= self._now:
                 self._look_at(heapq.heappop(self._asleep)[2])
         spans = {job_id: Span(job.starts_at, job.ends_at) for job_id, job in self._jobs.items()}
@@ -309,9 +329,13 @@ class _Run:
             for job in waiting
             if job.work.deadline is not None
         ]
-        for job_id in sorted(urgent_jobs(demands, len(self._warm), self._now), key=lambda each: each.hex):
+        for job_id in sorted(urgent_jobs(demands, self._living, self._now), key=lambda each: each.hex):
             self._promote(self._jobs[job_id])
         self._make_way()
+
+    @property
+    def _living(self) -> int:
+        return sum(self._down[lane] <= 0 for lane in self._warm)
 
     def _promote(self, job: _Job) -> None:
         if job.slice_class <= SliceClass.URGENT:
@@ -326,7 +350,7 @@ class _Run:
 
     def _make_way(self) -> None:
         """Stop what runs for urgent chunks that find no free worker."""
-        most = len(self._warm)
+        most = self._living
         urgent = [
             self._waiting(0, job)
             for queue in self._queues.values()
@@ -356,9 +380,23 @@ class _Run:
         for each in stopped:
             self._interrupt(each)
 
-    def _interrupt(self, running: _Running) -> None:
-        """End a chunk's time on its lanes here; what is left of it goes back to its job."""
+    def _fail_or_return(self, worker_id: UUID, change: int) -> None:
+        """Take a failed lane out, with what runs there, or have it back."""
+        self._down[worker_id] += change
+        if self._down[worker_id] > 0:
+            self._free.pop(worker_id, None)
+            self._warm[worker_id] = set()
+            for each in [running for running in self._running if worker_id in running.lanes]:
+                self._running.remove(each)
+                heapq.heapify(self._running)
+                self._interrupt(each, lost_seconds=LOST_SECONDS)
+        elif self._down[worker_id] == 0:
+            self._free[worker_id] = None
+
+    def _interrupt(self, running: _Running, lost_seconds: float = 0.0) -> None:
+        """End a chunk's time on its lanes here; what is left of it, and to be done again, goes back to its job."""
         running.left += (running.until - self._now).total_seconds()
+        running.left += min(lost_seconds, (self._now - running.since).total_seconds())
         for lane in running.lanes:
             block = self._blocks[lane].pop()
             if block.starts_at < self._now:
@@ -397,7 +435,8 @@ class _Run:
 
     def _stop(self, running: _Running) -> None:
         for lane in running.lanes:
-            self._free[lane] = None
+            if self._down[lane] <= 0:
+                self._free[lane] = None
         job = running.job
         job.active -= 1
         if running.left > 0:
@@ -416,14 +455,15 @@ def run_forward(
     horizon: timedelta = HORIZON,
     review: timedelta | None = None,
     caps: Mapping[str, int] | None = None,
+    outages: Iterable[Outage] = (),
 ) -> Plan:
     """Return what every worker does from now on, and when every job begins and ends.
 
     weights: Of tenants. load_seconds: What loading a model takes where it is not warm. review: How often it is asked
         what is urgent; by default ever more seldom, as a forecast is made again long before. caps: Devices that tenants
-        may occupy at once.
+        may occupy at once. outages: Workers that fail and come back.
     """
-    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps).forward(horizon)
+    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps, tuple(outages)).forward(horizon)
 
 
 def is_on_time(span: Span, deadline: datetime | None) -> bool | None:
