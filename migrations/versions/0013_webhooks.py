@@ -28,7 +28,7 @@ NOTE_END = """
     BEGIN
         INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_kind, job_id, next_at)
         SELECT tenant_id, webhook_id, told, NEW.kind, NEW.job_id, now() FROM webhook
-        WHERE tenant_id = NEW.tenant_id AND events ? told AND disabled_at IS NULL;
+        WHERE tenant_id = NEW.tenant_id AND events ? told AND disabled_at IS NULL FOR KEY SHARE;
         RETURN NULL;
     END
     $$

@@ -15,12 +15,15 @@ branch_labels = None
 depends_on = None
 QUOTAS = {"max_enqueued_tokens": sa.BigInteger(), "device_seconds_per_day": sa.Double(), "max_devices": sa.Integer()}
 
-# Insert-only: a total in one row would have all of a tenant's workers wait for each other.
+# By worker: a total in one row would have all of a tenant's workers wait for each other.
 NOTE_USE = """
     CREATE FUNCTION note_device_use() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
     BEGIN
-        INSERT INTO device_use (tenant_id, seconds) VALUES (NEW.tenant_id, NEW.device_seconds - OLD.device_seconds);
+        INSERT INTO device_use AS known (tenant_id, hour, worker_id, seconds)
+        VALUES (NEW.tenant_id, date_trunc('hour', now(), 'UTC'),
+            coalesce(OLD.worker_id, '00000000-0000-0000-0000-000000000000'), NEW.device_seconds - OLD.device_seconds)
+        ON CONFLICT (tenant_id, hour, worker_id) DO UPDATE SET seconds = known.seconds + excluded.seconds;
         RETURN NULL;
     END
     $$
@@ -35,11 +38,10 @@ def upgrade() -> None:
     op.create_table(
         "device_use",
         sa.Column("tenant_id", sa.Text(), sa.ForeignKey("tenant.tenant_id"), primary_key=True),
-        sa.Column("use_id", sa.BigInteger(), sa.Identity(), primary_key=True),
-        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("hour", sa.DateTime(timezone=True), primary_key=True),
+        sa.Column("worker_id", sa.Uuid(), primary_key=True),
         sa.Column("seconds", sa.Double(), nullable=False),
     )
-    op.create_index("device_use_at_idx", "device_use", ["tenant_id", "at"])
     isolate("device_use")
     op.execute("GRANT SELECT ON device_use TO lamplighter_gateway")
     op.execute("GRANT SELECT, DELETE ON device_use TO lamplighter_scheduler")

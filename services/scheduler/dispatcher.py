@@ -1,6 +1,7 @@
 """Releases queued slices to workers: asks the policy, marks the slices, then rings the workers' doorbells."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine, Row
 
 from shared.db import quotas, slices, tenants, workers
+from shared.db.quotas import Budget
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
-from shared.domain.scheduling.policy import Caps, Fairness, Release, plan_releases
+from shared.domain.scheduling.policy import Fairness, Release, plan_releases
 from shared.domain.scheduling.urgency import plan_preemptions
 from shared.domain.slice import SliceClass, SliceKind
 from shared.queueing.celery_app import declare_worker_queue
@@ -21,6 +23,8 @@ from shared.settings import Settings
 log = logging.getLogger(__name__)
 
 TASKS = {SliceKind.GENERATE: GENERATE_TASK, SliceKind.TRAIN: TRAIN_TASK}
+BUDGET_SECONDS = 2.0
+"""How long it may go unseen that a tenant has used its day, or has a new one."""
 HEAD_OF_QUEUE = 64
 """Slices of one tenant that one tick looks at; the next tick sees the next ones."""
 
@@ -31,6 +35,10 @@ class Dispatcher:
     def __init__(self, engine: Engine, app: Celery, settings: Settings) -> None:
         self._engine, self._app, self._settings = engine, app, settings
         self._fairness = Fairness()
+        self._budgets: dict[str, Budget] = {}
+        self._budgets_until = 0.0
+        self._short_since: float | None = None
+        """Since when urgent slices have found no room."""
 
     def tick(self) -> int:
         """Release what the policy wants released now; return how many slices."""
@@ -40,27 +48,37 @@ class Dispatcher:
                 return 0
             fleet = workers.loads(connection, self._settings.lease_seconds / 2)
             weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
-            spent = {tenant_id for tenant_id, budget in quotas.budgets(connection).items() if budget.is_spent}
+            if time.monotonic() >= self._budgets_until:
+                self._budgets, self._budgets_until = quotas.budgets(connection), time.monotonic() + BUDGET_SECONDS
+            spent = {tenant_id for tenant_id, budget in self._budgets.items() if budget.is_spent}
             backlog = [each for each in backlog if each.tenant_id not in spent]
-            window, caps = self._settings.queue_window, Caps(*quotas.caps(connection))
+            window, caps = self._settings.queue_window, quotas.caps(connection)
             releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
             sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
-            self._make_way(connection, [each for each in backlog if each.tenant_id not in caps.most], releases, fleet)
+            # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
+            place = {release.slice_id: number for number, release in enumerate(releases)}
+            sent = sorted(sent, key=lambda row: place[row.slice_id])
+            self._make_way(connection, [each for each in backlog if caps.leave_room(each)], releases, fleet)
         self._ring(sent)
         return len(sent)
 
-    @staticmethod
     def _make_way(
-        connection: Connection, backlog: Sequence[Candidate], releases: Sequence[Release], fleet: Sequence[WorkerLoad]
+        self,
+        connection: Connection,
+        backlog: Sequence[Candidate],
+        releases: Sequence[Release],
+        fleet: Sequence[WorkerLoad],
     ) -> None:
         """Have others make way for urgent slices that found no slot: the next tick finds the slots free."""
         released = {release.slice_id for release in releases}
         urgent = [each for each in backlog if each.slice_class == SliceClass.URGENT and each.slice_id not in released]
         if not urgent:
+            self._short_since = None
             return
-        urgent.sort(key=lambda each: (each.deadline is None, each.deadline, each.slice_id))
+        self._short_since = self._short_since or time.monotonic()
+        waited = time.monotonic() - self._short_since
         training = {worker.worker_id for worker in fleet if worker.is_training}
-        chosen = plan_preemptions(urgent, slices.running(connection), training, len(fleet))
+        chosen = plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited)
         if chosen:
             asked = slices.make_way(connection, chosen)
             log.info("slices make way for urgent ones", extra={"slices": asked, "urgent": len(urgent)})

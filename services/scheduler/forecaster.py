@@ -7,15 +7,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from shared.db import events, forecasts, quotas, slices, tenants, workers
+from shared.db import forecasts, quotas, tenants, urgency, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.db.quotas import Budget
 from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
 from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
 from shared.domain.scheduling.urgency import Demand, urgent_jobs
-from shared.domain.slice import SliceClass
+from shared.domain.slice import SliceClass, SliceKind
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 SPEEDS_SECONDS = 30.0
 """How long speeds of ended jobs are taken for what they were."""
 MOST_BLOCKS = 20_000
-URGENT_MESSAGE = "The job goes before others from now on: in its turn it might miss its deadline."
 REST = 10
 """Times as long as a forecast took is the pause after it, at least."""
 
@@ -59,34 +58,36 @@ class Forecaster:
             works = [work for order, job in enumerate(jobs) if (work := self._work(job, order, len(jobs)))]
             found = {job.job_id: job for job in jobs}
             now = datetime.now(UTC)
-            works = self._with_urgency(connection, works, len(lanes), now)
             works = _with_budgets(works, quotas.budgets(connection))
-            plan = run_forward(works, lanes, now, weights=weights, caps=quotas.caps(connection)[0])
+            works = self._with_urgency(works, found, len(lanes), now)
+            plan = run_forward(works, lanes, now, weights=weights, caps=quotas.caps(connection).most)
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
             expected = [self._forecast(found[work.job_id], plan) for work in works]
             forecasts.replace(connection, expected, _blocks(found, plan), basis)
         self._said_anything = bool(jobs)
 
-    @staticmethod
-    def _with_urgency(connection: Connection, works: Sequence[Work], devices: int, now: datetime) -> list[Work]:
+    def _with_urgency(
+        self, works: Sequence[Work], found: Mapping[UUID, OpenJob], devices: int, now: datetime
+    ) -> list[Work]:
         """Have jobs go first that would miss their deadlines, until they have ended; return all as they are then."""
         demands = [
-            Demand(work.job_id, work.deadline, sum(work.chunks), max(1, len(work.chunks)), work.windows)
+            Demand(work.job_id, work.deadline, sum(work.chunks), _parts(found[work.job_id]), work.windows)
             for work in works
-            if work.deadline is not None
+            if work.deadline is not None and work.arrives_at is None
         ]
         urgent = urgent_jobs(demands, devices, now)
-        seen = []
-        for work in works:
-            if work.job_id in urgent and work.slice_class > SliceClass.URGENT:
-                if slices.set_class(connection, work.job_id, SliceClass.URGENT):
-                    events.add(connection, work.tenant_id, work.job_id, "message", URGENT_MESSAGE)
-                    log.info("job is urgent", extra={"job_id": str(work.job_id)})
-                seen.append(replace(work, slice_class=SliceClass.URGENT))
-            else:
-                seen.append(work)
-        return seen
+        hasty = {
+            work.job_id: work.deadline
+            for work in works
+            if work.job_id in urgent and work.deadline is not None and work.slice_class > SliceClass.URGENT
+        }
+        if hasty:
+            # By itself and at once: what follows takes its time, and must hold no slice meanwhile.
+            with self._engine.begin() as connection:
+                promoted = urgency.promote(connection, hasty)
+            log.info("jobs are urgent", extra={"jobs": promoted})
+        return [replace(work, slice_class=SliceClass.URGENT) if work.job_id in hasty else work for work in works]
 
     def _seconds_left(self, job: OpenJob) -> float:
         """Return the device seconds that what is left will take: at its own speed, once that says something."""
@@ -121,9 +122,13 @@ def _with_budgets(works: Sequence[Work], budgets: Mapping[str, Budget]) -> list[
     """Return works as they are when tenants that have used what they may wait for their next day."""
     spent = {tenant_id: budget.renewed_at for tenant_id, budget in budgets.items() if budget.is_spent}
     return [
-        replace(work, arrives_at=spent[work.tenant_id]) if work.tenant_id in spent and not work.on else work
-        for work in works
+        replace(work, arrives_at=spent[work.tenant_id], on=()) if work.tenant_id in spent else work for work in works
     ]
+
+
+def _parts(job: OpenJob) -> int:
+    """Return on how many devices what is left of a job may run at once."""
+    return max(1, job.slices) if slice_kind(job.kind) is SliceKind.GENERATE else 1
 
 
 def _has_own_speed(job: OpenJob) -> bool:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -87,10 +88,17 @@ class _GuardedBackend(httpcore.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[str]:
         """Return what a name stands for. Raises Unreachable when any of it is out of bounds."""
+        # In a thread of its own: nothing bounds a resolver that waits, and it must not outlast the delivery.
+        resolver = ThreadPoolExecutor(1, thread_name_prefix="resolver")
         try:
-            found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+            resolved = resolver.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            found = {str(info[4][0]) for info in resolved.result(self._deadline.cut(None))}
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout from error
         except (OSError, UnicodeError) as error:
             raise Unreachable(f"The host {host} has no address.") from error
+        finally:
+            resolver.shutdown(wait=False, cancel_futures=True)
         for address in sorted(found):
             if not may_reach(ipaddress.ip_address(address.partition("%")[0]), self._allowed):
                 raise Unreachable(f"The host {host} has a private address, which is not among the allowed networks.")

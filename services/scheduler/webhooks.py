@@ -5,6 +5,7 @@ process dies between an answer and its record, the delivery is sent again under 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from ipaddress import ip_network
@@ -21,7 +22,7 @@ from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16
+AT_ONCE = 32
 LOOK_SECONDS = 1.0
 """While some are being sent, it is seen within this time that others have become due."""
 HOLD_FACTOR = 4
@@ -56,7 +57,8 @@ class Deliverer:
     def _take(self, count: int, sending: Iterable[DueDelivery]) -> list[DueDelivery]:
         if not count:
             return []
-        busy = {delivery.webhook_id for delivery in sending}
+        in_flight = Counter(delivery.webhook_id for delivery in sending)
+        busy = [webhook_id for webhook_id, number in in_flight.items() if number >= webhooks.MOST_PER_TARGET]
         with self._engine.begin() as connection:
             return webhooks.take_due(connection, limit=count, hold_seconds=HOLD_FACTOR * self._timeout, busy=busy)
 

@@ -17,7 +17,6 @@ from shared.db.training import NewTraining
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull
 from shared.domain.fine_tuning import FINE_TUNING_STATUS, MAX_SEED, FineTuningCreate, estimated_finish, tuned_model_name
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
-from shared.domain.slice import BYTES_PER_TOKEN
 from shared.settings import Settings
 
 FULL_RETRY_SECONDS = 60
@@ -47,7 +46,6 @@ def accept_fine_tuning(
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     } | body.schedule
     require_room(connection, settings, caller.tenant_id)
-    quotas.check_enqueued(connection, caller.tenant_id, training_file.bytes // BYTES_PER_TOKEN)
     new = NewTraining(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,
@@ -60,7 +58,9 @@ def accept_fine_tuning(
         idempotency_key=key,
         deadline=body.deadline_at,
     )
-    return training.accept(connection, new, parents=parents)
+    job_id = training.accept(connection, new, parents=parents)
+    quotas.check_enqueued(connection, caller.tenant_id)
+    return job_id
 
 
 def require_room(connection: Connection, settings: Settings, tenant_id: str, jobs: int = 1) -> None:

@@ -13,7 +13,8 @@ from shared.db.models import SYSTEM_TENANT
 from shared.domain.scheduling.estimates import Speed
 
 MOST_JOBS = 1000
-"""Open jobs that a forecast looks at, oldest first; of later ones it says nothing."""
+"""Open jobs that a forecast looks at, oldest first; of later ones it says nothing, unless they have deadlines."""
+MOST_WITH_DEADLINES = 500
 RECENT_JOBS = 500
 """Ended jobs from which speeds are learnt."""
 JOBS_OF_A_MODEL = 5
@@ -55,10 +56,12 @@ _SHARE_LEFT = """
 """
 OPEN_JOBS = f"""
     WITH open_job AS (
-        SELECT * FROM job WHERE state IN ('queued', 'running') AND kind <> 'online' ORDER BY created_at LIMIT :limit
+        (SELECT * FROM job WHERE state IN ('queued', 'running') AND kind <> 'online' ORDER BY created_at LIMIT :limit)
+        UNION
+        (SELECT * FROM job WHERE state IN ('queued', 'running') AND deadline IS NOT NULL ORDER BY deadline LIMIT :dated)
     )
     SELECT job.tenant_id, job.job_id, job.kind, job.model, job.priority, job.started_at, job.deadline,
-        job.spec -> 'window' AS window,
+        CASE WHEN job.is_urgent THEN 1 ELSE 2 END AS slice_class, job.spec -> 'window' AS window,
         tenant.run_window AS tenant_window, live.*,
         coalesce((SELECT base FROM model WHERE name = job.model AND tenant_id IN ('system', job.tenant_id)
                   ORDER BY tenant_id = 'system' LIMIT 1), job.model) AS base,
@@ -72,10 +75,9 @@ OPEN_JOBS = f"""
             coalesce(sum(part.seconds), 0)::float8 AS done_seconds,
             count(*) FILTER (WHERE part.is_open) AS slices,
             coalesce(max(part.devices_needed), 1) AS devices_needed,
-            coalesce(min(part.slice_class), 2) AS slice_class,
             coalesce(array_agg(part.worker_id) FILTER (WHERE part.state = 'running'), '{{}}') AS workers
         FROM (
-            SELECT slice.estimated_tokens, slice.devices_needed, slice.slice_class, slice.worker_id, slice.state,
+            SELECT slice.estimated_tokens, slice.devices_needed, slice.worker_id, slice.state,
                 slice.state IN ('held', 'queued', 'dispatched', 'running') AS is_open, {_SHARE_LEFT} AS share,
                 -- What runs has not said its seconds yet: it shares the device with the others that run there.
                 slice.device_seconds + CASE WHEN slice.state <> 'running' THEN 0
@@ -90,7 +92,7 @@ OPEN_JOBS = f"""
 
 def open_jobs(connection: Connection) -> list[OpenJob]:
     """Return the open jobs that are queued or run, oldest first."""
-    rows = connection.execute(text(OPEN_JOBS), {"limit": MOST_JOBS}).mappings()
+    rows = connection.execute(text(OPEN_JOBS), {"limit": MOST_JOBS, "dated": MOST_WITH_DEADLINES}).mappings()
     return [OpenJob(**row) for row in rows]
 
 

@@ -9,11 +9,11 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-from shared.db import events, gates, slices
+from shared.db import events, gates, slices, urgency
 from shared.db.slices import NewSlice
 from shared.domain.errors import Conflict, NotFound
 from shared.domain.job import BATCH_STATUS, JobKind, JobState, StopReason
-from shared.domain.slice import SliceClass, SliceState
+from shared.domain.slice import SliceState
 from shared.domain.submission import parse_deadline
 
 
@@ -416,7 +416,7 @@ def set_deadline(connection: Connection, job_id: UUID, deadline: str) -> JobView
     if job.state.is_terminal:
         raise Conflict(f"Cannot change a job with status '{job.state}'.", code="job_ended")
     connection.execute(_SET_DEADLINE, {"job_id": job_id, "at": parse_deadline(deadline), "text": deadline})
-    slices.set_class(connection, job_id, SliceClass.BATCH)  # whether it is urgent follows from the new one
+    urgency.calm(connection, job_id)  # whether it is urgent follows from the new one
     gates.review(connection, job_id)
     return get(connection, job_id)
 

@@ -144,6 +144,7 @@ class Job(Base):
     ended_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None]
     deadline: Mapped[datetime | None]
+    is_urgent: Mapped[bool] = mapped_column(server_default="false")
     stop_reason: Mapped[str | None]
     key_id: Mapped[str | None]
     idempotency_key: Mapped[str | None]
@@ -192,6 +193,12 @@ class Job(Base):
         ),
         Index("job_all_page_idx", "created_at", "job_id", postgresql_where=text("kind <> 'online'")),
         Index("job_ended_idx", "ended_at"),
+        Index("job_urgent_idx", "deadline", postgresql_where=text("is_urgent AND state IN ('queued', 'running')")),
+        Index(
+            "job_deadline_idx",
+            "deadline",
+            postgresql_where=text("deadline IS NOT NULL AND state IN ('queued', 'running')"),
+        ),
         Index(
             "job_gate_idx",
             "gate_review_at",
@@ -508,16 +515,17 @@ class OnlineUsage(Base):
 
 
 class DeviceUse(Base):
-    """Device seconds that a try of a slice took, for two days: what budgets are counted from (by a trigger)."""
+    """Device seconds of slices that ended on a worker in an hour, kept for two days: what budgets are counted from.
+
+    Written by a trigger on `slice`; by worker, so that a tenant's workers do not wait for each other.
+    """
 
     __tablename__ = "device_use"
 
     tenant_id: Mapped[str] = tenant_column()
-    use_id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    at: Mapped[datetime] = mapped_column(server_default=NOW)
+    hour: Mapped[datetime] = mapped_column(primary_key=True)
+    worker_id: Mapped[UUID] = mapped_column(primary_key=True)
     seconds: Mapped[float]
-
-    __table_args__ = (Index("device_use_at_idx", "tenant_id", "at"),)
 
 
 class Forecast(Base):

@@ -36,7 +36,6 @@ def accept_training(
     file_ids = _require_files(connection, body)
     singles = len(body.tasks) if body.compare_single_task else 0
     require_room(connection, settings, caller.tenant_id, 1 + singles)
-    quotas.check_enqueued(connection, caller.tenant_id, 0)
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1)
     spec = body.model_dump(mode="json", exclude={"metadata", "priority", "model", "after"})
     new = NewTraining(
@@ -51,7 +50,9 @@ def accept_training(
         idempotency_key=key,
         deadline=body.deadline_at,
     )
-    return training.accept(connection, new, parents=parents)
+    job_id = training.accept(connection, new, parents=parents)
+    quotas.check_enqueued(connection, caller.tenant_id)
+    return job_id
 
 
 def _require_base(connection: Connection, tenant_id: str, body: TrainingCreate) -> None:

@@ -11,16 +11,20 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from shared.domain.errors import QueueFull
+from shared.domain.scheduling.policy import Caps
 from shared.domain.slice import BYTES_PER_TOKEN
 
 FULL_RETRY_SECONDS = 60
 
-# Of lines those without a result, of training the steps that are not done; of a batch that is not planned, its file.
+# Of lines those without a result, of training the steps that are not done; of what is not planned yet, its files, as
+# often as it reads them.
 ENQUEUED = f"""
     SELECT coalesce(sum(part.tokens), 0)::bigint FROM job CROSS JOIN LATERAL (
         SELECT CASE WHEN job.state = 'validating'
-            THEN (SELECT file.bytes / {BYTES_PER_TOKEN} FROM file
-                  WHERE file.tenant_id = job.tenant_id AND file.file_id = job.input_file_id)
+            THEN (SELECT sum(file.bytes) / {BYTES_PER_TOKEN} FROM file WHERE file.tenant_id = job.tenant_id
+                    AND (file.file_id = job.input_file_id OR job.spec -> 'file_ids' ? file.file_id::text))
+                * CASE WHEN jsonb_typeof(job.spec #> '{{hyperparameters,n_epochs}}') = 'number'
+                    THEN greatest(1, (job.spec #>> '{{hyperparameters,n_epochs}}')::float8) ELSE 1 END
             ELSE (SELECT sum(slice.estimated_tokens * CASE
                     WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
                     ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END)
@@ -32,19 +36,21 @@ ENQUEUED = f"""
 """
 
 
-def check_enqueued(connection: Connection, tenant_id: str, tokens: int) -> None:
-    """Raise QueueFull when so many tokens more would be over what the tenant may have enqueued.
+def check_enqueued(connection: Connection, tenant_id: str) -> None:
+    """Raise QueueFull when, with the job that this transaction has written, the tenant has more enqueued than it may.
 
-    The caller holds the lock on the tenant's submissions.
+    Submissions of a tenant that has this quota pass one after the other.
     """
     most = connection.execute(
         text("SELECT max_enqueued_tokens FROM tenant WHERE tenant_id = :tenant_id"), {"tenant_id": tenant_id}
     ).scalar_one_or_none()
     if most is None:
         return
+    lock = text("SELECT pg_advisory_xact_lock(hashtextextended('tokens:' || :tenant_id, 0))")
+    connection.execute(lock, {"tenant_id": tenant_id})
     enqueued = connection.execute(text(ENQUEUED), {"tenant_id": tenant_id}).scalar_one()
-    if enqueued + tokens > most:
-        message = f"This tenant may have {most} tokens enqueued: {enqueued} are, and this would be {tokens} more."
+    if enqueued > most:
+        message = f"This tenant may have {most} tokens enqueued; with this job it would have about {enqueued}."
         raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
 
 
@@ -63,10 +69,10 @@ class Budget:
 
 # What runs counts from the moment that it ends.
 BUDGETS = """
-    WITH today AS (SELECT date_trunc('day', now() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC' AS began)
+    WITH today AS (SELECT date_trunc('day', now(), 'UTC') AS began)
     SELECT tenant_id, device_seconds_per_day AS seconds, today.began + interval '1 day' AS renewed_at,
         (SELECT coalesce(sum(use.seconds), 0) FROM device_use AS use
-            WHERE use.tenant_id = tenant.tenant_id AND use.at >= today.began)
+            WHERE use.tenant_id = tenant.tenant_id AND use.hour >= today.began)
         + (SELECT coalesce(sum(online.device_seconds), 0) FROM online_usage AS online
             WHERE online.tenant_id = tenant.tenant_id AND online.hour >= today.began) AS spent
     FROM tenant CROSS JOIN today WHERE device_seconds_per_day IS NOT NULL
@@ -90,18 +96,29 @@ OCCUPIED = """
 """
 
 
-def caps(connection: Connection) -> tuple[dict[str, int], dict[str, set[UUID]]]:
-    """Return how many devices some tenants may occupy at once, and which those do now."""
+AWAITED = """
+    SELECT slice.tenant_id, sum(slice.devices_needed - 1 - (
+        SELECT count(*) FROM device_lease WHERE device_lease.slice_id = slice.slice_id)) AS devices
+    FROM slice JOIN tenant USING (tenant_id)
+    WHERE slice.state IN ('dispatched', 'running') AND slice.devices_needed > 1 AND tenant.max_devices IS NOT NULL
+    GROUP BY slice.tenant_id
+"""
+
+
+def caps(connection: Connection) -> Caps:
+    """Return how many devices some tenants may occupy, which those do now, and how many more they were given."""
     statement = text("SELECT tenant_id, max_devices FROM tenant WHERE max_devices IS NOT NULL")
     most = {row.tenant_id: row.max_devices for row in connection.execute(statement)}
     held: dict[str, set[UUID]] = defaultdict(set)
     if most:
         for row in connection.execute(text(OCCUPIED)):
             held[row.tenant_id].add(row.worker_id)
-    return most, held
+        promised = {row.tenant_id: max(0, int(row.devices)) for row in connection.execute(text(AWAITED))}
+        return Caps(most, held, promised)
+    return Caps()
 
 
-PURGE = "DELETE FROM device_use WHERE at < now() - interval '2 days'"
+PURGE = "DELETE FROM device_use WHERE hour < now() - interval '2 days'"
 
 
 def purge(connection: Connection) -> None:

@@ -588,26 +588,6 @@ def make_way(connection: Connection, slice_ids: Sequence[int]) -> int:
     return len(asked)
 
 
-_SET_CLASS = text("""
-    UPDATE slice SET slice_class = :slice_class, state = CASE state WHEN 'dispatched' THEN 'queued' ELSE state END,
-        worker_id = CASE state WHEN 'dispatched' THEN NULL ELSE worker_id END,
-        dispatched_at = CASE state WHEN 'dispatched' THEN NULL ELSE dispatched_at END
-    FROM (
-        SELECT slice_id FROM slice WHERE job_id = :job_id AND state IN ('held', 'queued', 'dispatched', 'running')
-            AND slice_class <> :slice_class ORDER BY slice_id FOR UPDATE
-    ) AS own
-    WHERE slice.slice_id = own.slice_id
-""")
-
-
-def set_class(connection: Connection, job_id: UUID, slice_class: SliceClass) -> bool:
-    """Move a job's open slices into another class; return whether any was in another one.
-
-    Those that wait in Redis are taken back: behind what stands before them there, another class would help them little.
-    """
-    return connection.execute(_SET_CLASS, {"job_id": job_id, "slice_class": slice_class}).rowcount > 0
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A queued slice, as the scheduling policy sees it."""
@@ -633,7 +613,13 @@ _HEAD = """
     SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no,
         kind, devices_needed
     FROM slice WHERE state = 'queued' AND kind = '{kind}' AND tenant_id = waiting.tenant_id AND run_after <= now()
+        AND slice_class > 1
     ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
+"""
+# An adapter is warm where its base is.
+_WARM_MODEL = """
+    coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
+              ORDER BY tenant_id = 'system' LIMIT 1), head.model)
 """
 CANDIDATES = f"""
     WITH RECURSIVE waiting AS (
@@ -645,11 +631,7 @@ CANDIDATES = f"""
     )
     SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
         head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed,
-        CASE WHEN head.slice_class = 1 THEN (
-            SELECT deadline FROM job WHERE job.tenant_id = head.tenant_id AND job.job_id = head.job_id) END AS deadline,
-        -- An adapter is warm where its base is.
-        coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
-                  ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
+        {_WARM_MODEL} AS model
     FROM waiting JOIN LATERAL (
         ({_HEAD.format(kind="generate")}) UNION ALL ({_HEAD.format(kind="train")})
         ORDER BY slice_class, priority DESC, slice_id
@@ -657,9 +639,30 @@ CANDIDATES = f"""
 """
 
 
+URGENT_CANDIDATES = f"""
+    SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
+        head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed, head.deadline,
+        {_WARM_MODEL} AS model
+    FROM (
+        SELECT part.*, job.deadline FROM (
+            SELECT tenant_id, job_id, deadline FROM job WHERE is_urgent AND state IN ('queued', 'running')
+            ORDER BY deadline LIMIT :jobs
+        ) AS job CROSS JOIN LATERAL (
+            SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens,
+                dispatch_no, kind, devices_needed
+            FROM slice WHERE slice.job_id = job.job_id AND state = 'queued' AND slice_class = 1 AND run_after <= now()
+            ORDER BY slice_id LIMIT :each
+        ) AS part ORDER BY job.deadline, part.slice_id LIMIT :most
+    ) AS head
+"""
+URGENT_HEADS = {"jobs": 256, "each": 128, "most": 1024}
+
+
 def candidates(connection: Connection, per_tenant: int) -> list[Candidate]:
-    """Return the head of every tenant's queue, at most `per_tenant` slices each."""
-    return [Candidate(**row) for row in connection.execute(text(CANDIDATES), {"per_tenant": per_tenant}).mappings()]
+    """Return the heads of the queues: of urgent jobs by their deadlines, and of every tenant `per_tenant` slices."""
+    urgent = connection.execute(text(URGENT_CANDIDATES), URGENT_HEADS).mappings()
+    others = connection.execute(text(CANDIDATES), {"per_tenant": per_tenant}).mappings()
+    return [Candidate(**row) for row in (*urgent, *others)]
 
 
 DISPATCH = """

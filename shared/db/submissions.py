@@ -18,7 +18,6 @@ from shared.domain.batch_file import batch_errors, batch_model
 from shared.domain.errors import Conflict, InvalidRequest, NotFound, QueueFull
 from shared.domain.job import BATCH_STATUS, JobKind, parse_file_id, parse_job_id, public_file_id, public_job_id
 from shared.domain.nesting import cut_deep, is_too_deep
-from shared.domain.slice import BYTES_PER_TOKEN
 from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
 
@@ -56,7 +55,6 @@ def accept_batch(
     will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
     lines = 0 if will_fail else file.lines or 0
     check_queue(connection, settings, caller.tenant_id, lines)
-    quotas.check_enqueued(connection, caller.tenant_id, file.bytes // BYTES_PER_TOKEN if lines else 0)
     expiry = body.output_expires_after
     batch = NewBatch(
         tenant_id=caller.tenant_id,
@@ -75,6 +73,8 @@ def accept_batch(
     )
     job_id = jobs.accept_batch(connection, batch)
     gates.begin(connection, caller.tenant_id, job_id, parents=parents)
+    if not will_fail:
+        quotas.check_enqueued(connection, caller.tenant_id)
     return job_id
 
 

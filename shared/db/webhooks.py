@@ -17,7 +17,7 @@ from shared.domain.errors import NotFound
 from shared.domain.webhooks import OVERLAP_SECONDS, SAMPLE_JOB, event_kind, secret_hint
 
 ID_PREFIX = "we_"
-MOST_PER_TARGET = 4
+MOST_PER_TARGET = 2
 """Deliveries to one target at a time: one that hangs leaves room for the others."""
 
 
@@ -202,9 +202,9 @@ TAKE_DUE = """
         SELECT first.delivery_id FROM webhook CROSS JOIN LATERAL (
             SELECT delivery_id, next_at FROM webhook_delivery
             WHERE webhook_id = webhook.webhook_id AND state = 'waiting' AND next_at <= now()
-            ORDER BY next_at LIMIT :each
+            ORDER BY next_at LIMIT 1
         ) AS first
-        WHERE webhook.webhook_id <> ALL (:busy) ORDER BY first.next_at LIMIT :limit
+        WHERE webhook.webhook_id <> ALL (:busy) AND webhook.disabled_at IS NULL ORDER BY first.next_at LIMIT :limit
     ), mine AS (
         SELECT delivery_id FROM webhook_delivery WHERE delivery_id IN (SELECT delivery_id FROM due)
             AND state = 'waiting' AND next_at <= now() FOR UPDATE SKIP LOCKED
@@ -224,8 +224,8 @@ TAKE_DUE = """
 def take_due(
     connection: Connection, *, limit: int, hold_seconds: float, busy: Collection[UUID] = ()
 ) -> list[DueDelivery]:
-    """Return deliveries that nobody else sends for so long: a few of each target, and none of `busy` ones."""
-    parameters = {"limit": limit, "each": MOST_PER_TARGET, "hold_seconds": hold_seconds, "busy": list(busy)}
+    """Return deliveries that nobody else sends for so long: the oldest of each target, and none of `busy` ones."""
+    parameters = {"limit": limit, "hold_seconds": hold_seconds, "busy": list(busy)}
     return [DueDelivery(**row) for row in connection.execute(text(TAKE_DUE), parameters).mappings()]
 
 
@@ -246,12 +246,12 @@ class Outcome:
         return "failed" if self.retry_seconds is None else "waiting"
 
 
-# Of two that sent the same, one that died slowly does not undo the other's success.
+# Of two that sent the same, one that died slowly does not undo the other's success, nor that a target was given up.
 _SETTLE = text("""
     UPDATE webhook_delivery SET state = :state, status_code = :status_code, error = :error,
         next_at = CASE WHEN :state = 'waiting' THEN now() + make_interval(secs => :seconds) ELSE next_at END,
         ended_at = CASE WHEN :state = 'waiting' THEN NULL ELSE now() END
-    WHERE delivery_id = :delivery_id AND state <> 'delivered'
+    WHERE delivery_id = :delivery_id AND (state = 'waiting' OR (state = 'failed' AND :state = 'delivered'))
 """)
 
 

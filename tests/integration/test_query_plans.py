@@ -134,7 +134,7 @@ def test_due_deliveries_are_found_by_target_however_many_one_has(seeded):
             connection.execute(text(statement))
     with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE webhook_delivery, webhook"))
-    parameters = {"each": 4, "limit": 16, "busy": [], "hold_seconds": 60}
+    parameters = {"limit": 16, "busy": [], "hold_seconds": 60}
     sequential, read, milliseconds = explain(seeded, webhooks.TAKE_DUE, **parameters)
     assert "webhook_delivery" not in sequential and read <= 100 * 6 and milliseconds < 500
     target = one(seeded, "SELECT webhook_id FROM webhook WHERE name = '1'").webhook_id

@@ -153,14 +153,16 @@ def test_only_tenants_that_have_used_theirs_are_passed_by(database, store):
     register(database)
     mine, others = planned(database, store), planned(database, store, tenant_id="other")
     with database.engine("migration").begin() as connection:
-        connection.execute(text("INSERT INTO device_use (tenant_id, seconds) VALUES ('default', 5.0)"))
+        connection.execute(
+            text("INSERT INTO device_use VALUES ('default', date_trunc('hour', now(), 'UTC'), gen_random_uuid(), 5.0)")
+        )
     dispatcher(database).tick()
     sent = "SELECT DISTINCT job_id FROM slice WHERE state = 'dispatched'"
     assert [row.job_id for row in rows(database.engine("scheduler"), sent)] == [others]
     with database.engine("migration").begin() as connection:
-        connection.execute(text("UPDATE device_use SET at = at - interval '1 day'"))
+        connection.execute(text("UPDATE device_use SET hour = hour - interval '1 day'"))
         connection.execute(text("UPDATE slice SET state = 'done' WHERE state = 'dispatched'"))
-    dispatcher(database).tick()
+    dispatcher(database).tick()  # another one, which remembers no budget
     assert mine in [row.job_id for row in rows(database.engine("scheduler"), sent)], "another day"
 
 
@@ -190,7 +192,7 @@ def test_a_cap_is_foretold(database, store):
 def test_nobody_but_the_slices_themselves_says_what_was_used(database):
     for role in ("gateway", "worker", "scheduler"):
         with pytest.raises(Exception, match="permission denied"), database.engine(role).begin() as connection:
-            connection.execute(text("INSERT INTO device_use (tenant_id, seconds) VALUES ('default', -1)"))
+            connection.execute(text("INSERT INTO device_use VALUES ('default', now(), gen_random_uuid(), -1)"))
     with tenant_transaction(database.engine("gateway"), "other") as connection:
         assert connection.execute(text("SELECT count(*) FROM device_use")).scalar_one() == 0
 
@@ -199,8 +201,8 @@ def test_old_uses_are_forgotten(database, store):
     with database.engine("migration").begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO device_use (tenant_id, seconds, at) VALUES ('default', 1, now()),"
-                " ('default', 1, now() - interval '3 days')"
+                "INSERT INTO device_use SELECT 'default', now() - n * interval '3 days', gen_random_uuid(), 1"
+                " FROM generate_series(0, 1) n"
             )
         )
     Retention(database.engine("scheduler"), store, database.settings("scheduler"))._purge_uses()

@@ -121,6 +121,20 @@ def test_one_slice_makes_way_and_what_waits_behind_it_is_taken_back(database, st
     assert (found[0].failures, found[0].losses) == (0, 0)
 
 
+def test_bells_are_rung_in_the_order_of_the_policy(database, store, busy):
+    """An urgent slice's first, though its id is the highest: a worker takes its messages as they come."""
+    _, dispatcher = busy
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE slice SET state = 'done' WHERE state = 'running'"))
+        connection.execute(text("UPDATE slice SET state = 'queued', worker_id = NULL WHERE state = 'dispatched'"))
+    urgent_job(database, store)
+    Forecaster(database.engine("scheduler"), database.settings("scheduler")).tick()
+    dispatcher._app.rung.clear()
+    assert dispatcher.tick() == 3
+    last = scalar(database.engine("scheduler"), "SELECT max(slice_id) FROM slice")
+    assert dispatcher._app.rung[0] == last and dispatcher._app.rung[1:] == sorted(dispatcher._app.rung[1:])
+
+
 def test_a_job_with_time_enough_stops_nobody_and_a_later_deadline_takes_its_haste(database, store, busy):
     large, dispatcher = busy
     job_id = urgent_job(database, store, seconds=86_400)

@@ -1,5 +1,6 @@
 """Which jobs go first to meet their deadlines, and what makes way for them."""
 
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -16,7 +17,8 @@ from shared.domain.scheduling.urgency import (
     review_pause,
     urgent_jobs,
 )
-from shared.domain.scheduling.windows import WindowSpec
+from shared.domain.scheduling.gates import gate
+from shared.domain.scheduling.windows import WindowSpec, open_seconds
 
 NOW = datetime(2026, 7, 6, 12, tzinfo=UTC)
 HOUR = 3600.0
@@ -59,6 +61,16 @@ def test_only_hours_within_its_windows_count():
     assert urgent(demand(1, 24, 0.9 * HOUR, parts=1)) == set()
 
 
+def test_a_deadline_of_the_year_9999_costs_nothing():
+    """Within a window, too: hours are counted no further than five weeks."""
+    night = WindowSpec(start="22:00", end="23:00", tz="Europe/Berlin").window
+    far = Demand(UUID(int=1), datetime(9999, 1, 1, tzinfo=UTC), HOUR, 1, (night,))
+    started = time.monotonic()
+    assert urgent_jobs([far], 4, NOW) == set()
+    assert gate(NOW, (night,), far.deadline, seconds_left=60).until is not None
+    assert open_seconds((night,), NOW, far.deadline) == 35 * HOUR and time.monotonic() - started < 5
+
+
 def test_a_deadline_that_is_over_and_a_fleet_that_is_not_there_make_nothing_urgent():
     assert urgent(demand(1, -1, HOUR)) == set() and urgent(demand(1, 1, HOUR), devices=0) == set()
 
@@ -81,8 +93,8 @@ def running(slice_id, kind="generate", *, worker=1, slice_class=2, seconds=600.0
     return Running(slice_id, UUID(int=worker), slice_class, kind, seconds, is_stopping)
 
 
-def preempt(wanting, occupants, *, training=(), workers=4):
-    return plan_preemptions(wanting, occupants, {UUID(int=each) for each in training}, workers)
+def preempt(wanting, occupants, *, training=(), workers=4, waited=0.0):
+    return plan_preemptions(wanting, occupants, {UUID(int=each) for each in training}, workers, waited)
 
 
 def test_what_began_last_makes_way_and_lines_before_training():
@@ -105,12 +117,23 @@ def test_what_is_stopping_already_is_counted_on():
     assert preempt([Slice()], occupants) == [] and len(preempt([Slice()] * 2, occupants)) == 1
 
 
-def test_an_urgent_training_takes_a_slot_where_nothing_trains_or_ends_as_many_as_it_lacks():
+def test_an_urgent_training_takes_a_slot_where_nothing_trains_or_has_a_training_end():
     lines = [running(number, worker=number) for number in range(1, 5)]
     assert preempt([Slice("train")], lines) == [4]
     trainings = [running(number, "train", worker=number, seconds=600 - number) for number in range(1, 5)]
     assert preempt([Slice("train")], trainings, training=[1, 2, 3, 4]) == [4]
-    assert preempt([Slice("train", 3)], trainings[:3] + lines[3:], training=[1, 2, 3]) == [3, 2]
+
+
+def test_nobody_is_stopped_for_a_training_that_needs_several_devices():
+    """One after the other they would end, and begin again before it has them all."""
+    trainings = [running(number, "train", worker=number) for number in range(1, 5)]
+    assert preempt([Slice("train", 2)], trainings, training=[1, 2, 3, 4]) == []
+
+
+def test_what_began_while_urgent_slices_waited_keeps_its_place():
+    """It got it by its class's share: a tenth that is stopped again and again would be none."""
+    occupants = [running(1, seconds=100), running(2, seconds=300)]
+    assert preempt([Slice()] * 2, occupants, waited=200) == [2]
 
 
 def test_urgency_is_looked_at_every_minute_at_first_and_ever_more_seldom():

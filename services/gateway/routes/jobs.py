@@ -24,7 +24,7 @@ from services.gateway.dependencies import (
 from services.gateway.lines import rendered
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, forecasts, gates, jobs, quotas, submissions, workers
+from shared.db import events, files, forecasts, gates, jobs, quotas, submissions, workers
 from shared.db.forecasts import ForecastView
 from shared.db.jobs import JobView
 from shared.db.quotas import Budget
@@ -249,11 +249,14 @@ def _cursor(after: str | None, most_digits: int = 18) -> int:
 def finished_lines(job_id: str, parts: PartsDependency, caller: Reader, failed: bool = False) -> StreamingResponse:
     """Send the lines that a batch has finished, as its output file (or, with `failed`, its error file) will have them.
 
-    While it runs it has more at every call; once it has ended this is the file.
+    While it runs it has more at every call; once it has ended this is the file, and gone when that is.
     """
     row_id = parse_job_id(job_id, JobKind.BATCH)
     with parts.own_transaction(caller) as connection:
-        jobs.get(connection, row_id, JobKind.BATCH)
+        job = jobs.get(connection, row_id, JobKind.BATCH)
+        file_id = job.error_file_id if failed else job.output_file_id
+        if file_id is not None:
+            files.get(connection, file_id)  # once there is a file, its end is theirs
     headers = {"X-Content-Type-Options": "nosniff"}
     return StreamingResponse(rendered(parts, caller, row_id, failed=failed), media_type=JSON_LINES, headers=headers)
 

@@ -168,6 +168,7 @@ class _Run:
         self._jobs = {work.job_id: _Job(work, deque(work.chunks), work.slice_class) for work in works}
         self._began, self._review_at, self._review_pause = now, now, review
         self._with_deadlines = [job for job in self._jobs.values() if job.work.deadline is not None]
+        self._short_since: datetime | None = None
         self._down: dict[UUID, int] = defaultdict(int)
         self._outages = [(each.starts_at, 1, each.worker_id.hex) for each in outages]
         self._outages += [(each.ends_at, -1, each.worker_id.hex) for each in outages]
@@ -359,9 +360,12 @@ class _Run:
             for _ in range(min(len(job.chunks), most))
         ]
         urgent.sort(key=lambda each: each.deadline.timestamp() if each.deadline else 0.0)
-        wanting = urgent[len(self._free) : len(self._free) + most]
+        caps = Caps(self._caps, self._held())
+        wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if caps.leave_room(each)]
         if not wanting:
+            self._short_since = None
             return
+        self._short_since = self._short_since or self._now
         running = [
             Running(
                 slice_id=each.number,
@@ -373,7 +377,8 @@ class _Run:
             for each in self._running
         ]
         training = {lane for each in self._running if each.job.work.kind is SliceKind.TRAIN for lane in each.lanes}
-        chosen = set(plan_preemptions(wanting, running, training, most))
+        waited = (self._now - self._short_since).total_seconds()
+        chosen = set(plan_preemptions(wanting, running, training, most, waited))
         stopped = [each for each in self._running if each.number in chosen]
         self._running = [each for each in self._running if each.number not in chosen]
         heapq.heapify(self._running)

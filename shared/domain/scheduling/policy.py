@@ -71,6 +71,14 @@ class Caps:
 
     most: Mapping[str, int] = field(default_factory=dict)
     held: Mapping[str, Collection[UUID]] = field(default_factory=dict)
+    promised: Mapping[str, int] = field(default_factory=dict)
+    """Devices that a tenant's trainings need and have not taken yet."""
+
+    def leave_room(self, waiting: Waiting) -> bool:
+        """Say whether a slice's tenant may occupy a device more."""
+        tenant_id = waiting.tenant_id
+        occupied = len(self.held.get(tenant_id, ())) + self.promised.get(tenant_id, 0)
+        return tenant_id not in self.most or occupied + waiting.devices_needed <= self.most[tenant_id]
 
 
 @dataclass
@@ -128,7 +136,7 @@ def plan_releases(
     devices, capped = _TrainingDevices(workers), _CappedTenants(caps, workers)
     room = _Room(workers, window)
     queues = _Queues(backlog, fairness)
-    if queues.urgent > room.slots:
+    if sum(_hurries(waiting, caps) for waiting in backlog) > room.slots:
         room.keep_to_slots()
     releases: list[Release] = []
     while queues and room.is_left:
@@ -141,7 +149,7 @@ def plan_releases(
         else:
             worker = room.best_of(among, waiting.model, needs_slot=is_urgent)
         if worker is None:
-            if is_urgent and not is_capped:
+            if _hurries(waiting, caps) and not is_capped:
                 room.keep_to_slots()
             continue
         if is_training:
@@ -151,6 +159,11 @@ def plan_releases(
         queues.charge(waiting, weights.get(waiting.tenant_id, 1.0))
         releases.append(Release(waiting.slice_id, worker.worker_id))
     return releases
+
+
+def _hurries(waiting: Waiting, caps: Caps) -> bool:
+    """Say whether others make way for a slice: it is urgent, and a free slot is all that it lacks."""
+    return waiting.slice_class == SliceClass.URGENT and waiting.devices_needed == 1 and caps.leave_room(waiting)
 
 
 class _Queues:
@@ -176,11 +189,6 @@ class _Queues:
 
     def __bool__(self) -> bool:
         return bool(self._urgent or self._classes)
-
-    @property
-    def urgent(self) -> int:
-        """How many urgent slices wait."""
-        return len(self._urgent)
 
     def pop(self) -> Waiting:
         """Take the slice that is next in turn."""
@@ -220,7 +228,7 @@ class _CappedTenants:
     def __init__(self, caps: Caps, workers: Sequence[Host]) -> None:
         self._most, self._workers = caps.most, {worker.worker_id: worker for worker in workers} if caps.most else {}
         self._held = {tenant_id: set(caps.held.get(tenant_id, ())) for tenant_id in caps.most}
-        self._promised: dict[str, int] = defaultdict(int)
+        self._promised: dict[str, int] = defaultdict(int, caps.promised)
 
     def among(self, waiting: Waiting, hosts: Sequence[Host] | None) -> tuple[Sequence[Host] | None, bool]:
         """Return the workers that a slice may go to (None: any) of `hosts` (None: all), and whether a cap says so."""

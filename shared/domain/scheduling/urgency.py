@@ -8,6 +8,7 @@ be in time alone and are late together.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
 
@@ -50,7 +51,8 @@ def urgent_jobs(demands: Iterable[Demand], devices: int, now: datetime) -> set[U
         before.append(demand.job_id)
         if asked >= FULL * devices * left:
             found.update(before)
-        if START_SECONDS + _lone_seconds(demand, devices) >= LONE_FULL * _own_seconds(demand, now, left):
+        lone = START_SECONDS + _lone_seconds(demand, devices)
+        if lone >= LONE_FULL * left or (demand.windows and lone >= LONE_FULL * _open_seconds(demand, now, left)):
             found.add(demand.job_id)
     return found
 
@@ -60,8 +62,15 @@ def _lone_seconds(demand: Demand, devices: int) -> float:
     return demand.seconds / max(1, min(demand.parts, devices))
 
 
-def _own_seconds(demand: Demand, now: datetime, left: float) -> float:
-    return open_seconds(demand.windows, now, demand.deadline) if demand.windows else left
+def _open_seconds(demand: Demand, now: datetime, left: float) -> float:
+    """Return how much of the time that is left its windows are open, to the hour."""
+    return min(left, _open_from(demand.windows, now.replace(minute=0, second=0, microsecond=0), demand.deadline))
+
+
+@lru_cache(maxsize=1 << 16)
+def _open_from(windows: tuple[Window, ...], hour: datetime, deadline: datetime) -> float:
+    """Milliseconds of work for weeks of nights, and a forecast asks for the same hours again and again."""
+    return open_seconds(windows, hour, deadline)
 
 
 class Wanting(Protocol):
@@ -86,23 +95,30 @@ class Running:
 
 
 def plan_preemptions(
-    wanting: Sequence[Wanting], running: Sequence[Running], training: Collection[UUID], workers: int
+    wanting: Sequence[Wanting],
+    running: Sequence[Running],
+    training: Collection[UUID],
+    workers: int,
+    waited_seconds: float,
 ) -> list[int]:
     """Return which slices are to make way for urgent ones, each for one: what began last first, as it loses least.
 
     wanting: In the order in which they would go. training: Workers whose device trains; a second training cannot go
-        there, so it takes a slot elsewhere, or has as many trainings end as it lacks devices.
+        there, so it takes a slot elsewhere, or has a training end. One that needs several devices has nobody stopped:
+        one after the other they would be stopped, and begin again before it has them all. waited_seconds: For how long
+        urgent slices have found no room; what began since then did so by its class's share, and keeps it.
     """
     free = workers - len(training)
+    running = [each for each in running if each.is_stopping or each.seconds >= waited_seconds]
     stopping = {kind: sum(each.is_stopping and each.kind == kind for each in running) for kind in SliceKind}
     victims = {kind: _victims(running, kind) for kind in SliceKind}
     chosen: list[Running] = []
     for slice_ in wanting:
-        needs_device = slice_.kind == SliceKind.TRAIN and slice_.devices_needed > free
-        count = slice_.devices_needed - free if needs_device else 1
+        if slice_.devices_needed > 1:
+            continue
+        needs_device = slice_.kind == SliceKind.TRAIN and not free
         order = (SliceKind.TRAIN,) if needs_device else (SliceKind.GENERATE, SliceKind.TRAIN)
-        for _ in range(count):
-            _choose(order, stopping, victims, chosen)
+        _choose(order, stopping, victims, chosen)
     return [each.slice_id for each in chosen]
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 _DAYS_AHEAD = 3
 """Within these every window changes: no clock is set by a day."""
 _HORIZON = timedelta(days=366)
+_COUNTED = timedelta(days=35)
 """How far common hours of several windows are looked for: zones that set their clocks apart differ by the season."""
 
 
@@ -123,8 +124,10 @@ def next_common_change(windows: Sequence[Window], moment: datetime) -> datetime 
 
 
 def open_seconds(windows: Sequence[Window], start: datetime, end: datetime) -> float:
-    """Return for how many of the seconds between two moments all windows are open."""
-    total, at = 0.0, start
+    """Return for how many of the seconds between two moments all windows are open: at most of the next five weeks,
+    which is more than any job takes; a moment of the year 9999 would take minutes to count to.
+    """
+    total, at, end = 0.0, start, min(end, start + _COUNTED)
     while at < end:
         change = next_common_change(windows, at)
         until = end if change is None else min(change, end)

@@ -1,0 +1,51 @@
+"""Which jobs go before others: marked on the job, by whose deadline its slices are found, and on its open slices."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from shared.db import events
+from shared.domain.slice import SliceClass
+
+MESSAGE = "The job goes before others from now on: in its turn it might miss its deadline."
+
+# Only with the deadline by which it was judged: another one may just have been set.
+_MARK = text("""
+    UPDATE job SET is_urgent = true FROM (
+        SELECT job.job_id FROM job
+        JOIN unnest(cast(:job_ids AS uuid[]), cast(:deadlines AS timestamptz[])) AS judged (job_id, deadline)
+            ON judged.job_id = job.job_id AND judged.deadline = job.deadline
+        WHERE NOT job.is_urgent AND job.state IN ('queued', 'running') ORDER BY job.job_id FOR NO KEY UPDATE OF job
+    ) AS mine
+    WHERE job.job_id = mine.job_id RETURNING job.tenant_id, job.job_id
+""")
+# What waits in Redis is taken back: behind what stands before it there, another class would help it little.
+_SET_CLASS = text("""
+    UPDATE slice SET slice_class = :slice_class, state = CASE state WHEN 'dispatched' THEN 'queued' ELSE state END,
+        worker_id = CASE state WHEN 'dispatched' THEN NULL ELSE worker_id END,
+        dispatched_at = CASE state WHEN 'dispatched' THEN NULL ELSE dispatched_at END
+    FROM (
+        SELECT slice_id FROM slice WHERE job_id = ANY (cast(:job_ids AS uuid[]))
+            AND state IN ('held', 'queued', 'dispatched', 'running') AND slice_class <> :slice_class
+        ORDER BY slice_id FOR UPDATE
+    ) AS own
+    WHERE slice.slice_id = own.slice_id
+""")
+
+
+def promote(connection: Connection, deadlines: Mapping[UUID, datetime]) -> int:
+    """Have jobs go before others, each for as long as its deadline is this one; return how many that are new to it."""
+    parameters = {"job_ids": list(deadlines), "deadlines": list(deadlines.values())}
+    marked = connection.execute(_MARK, parameters).all()
+    connection.execute(_SET_CLASS, {"job_ids": [row.job_id for row in marked], "slice_class": SliceClass.URGENT})
+    for row in marked:
+        events.add(connection, row.tenant_id, row.job_id, "message", MESSAGE)
+    return len(marked)
+
+
+def calm(connection: Connection, job_id: UUID) -> None:
+    """Have a job, whose row is locked, go in its turn again."""
+    connection.execute(text("UPDATE job SET is_urgent = false WHERE job_id = :job_id"), {"job_id": job_id})
+    connection.execute(_SET_CLASS, {"job_ids": [job_id], "slice_class": SliceClass.BATCH})
