@@ -91,6 +91,27 @@ def test_dispatch_reads_the_heads_of_the_queues_only(seeded):
     assert read <= 50 * (64 + 4)
 
 
+def test_urgent_slices_are_found_by_their_jobs_deadlines(seeded):
+    """Of a thousand open jobs twenty are urgent, with a hundred slices each."""
+    urgent = "SELECT job_id FROM job WHERE state = 'queued' ORDER BY job_id LIMIT 20"
+    with seeded.engine("migration").begin() as connection:
+        connection.execute(
+            text(f"UPDATE job SET is_urgent = true, deadline = now() + interval '1 hour' WHERE job_id IN ({urgent})")
+        )
+        connection.execute(text(f"UPDATE slice SET slice_class = 1 WHERE job_id IN ({urgent})"))
+    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE job, slice"))
+    try:
+        sequential, read, _ = explain(seeded, slices.URGENT_CANDIDATES, **slices.URGENT_HEADS)
+        assert not {"job", "slice"} & set(sequential) and read <= 20 * 110 + 1024 + 100
+        sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64)
+        assert "slice" not in sequential and read <= 50 * (64 + 4)
+    finally:
+        with seeded.engine("migration").begin() as connection:
+            connection.execute(text("UPDATE job SET is_urgent = false, deadline = NULL WHERE is_urgent"))
+            connection.execute(text("UPDATE slice SET slice_class = 2 WHERE slice_class = 1"))
+
+
 def test_gates_read_what_is_due_by_index(seeded):
     """With a thousand jobs whose windows are closed and a hundred that follow others."""
     with seeded.engine("migration").begin() as connection:
@@ -145,7 +166,8 @@ def test_due_deliveries_are_found_by_target_however_many_one_has(seeded):
 
 def test_a_forecast_reads_open_jobs_and_lately_ended_ones(seeded):
     """A thousand open jobs with their slices, and five hundred of the fifty thousand that ended."""
-    sequential, read, milliseconds = explain(seeded, forecasts.OPEN_JOBS, limit=forecasts.MOST_JOBS)
+    limits = {"limit": forecasts.MOST_JOBS, "dated": forecasts.MOST_WITH_DEADLINES}
+    sequential, read, milliseconds = explain(seeded, forecasts.OPEN_JOBS, **limits)
     assert not {"job", "slice"} & set(sequential) and read <= 1000 * 110 and milliseconds < 5000
     parameters = {"recent": forecasts.RECENT_JOBS, "each": forecasts.JOBS_OF_A_MODEL}
     sequential, read, _ = explain(seeded, forecasts.SPEEDS, **parameters)
