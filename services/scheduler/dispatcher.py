@@ -13,9 +13,9 @@ from shared.db import quotas, slices, tenants, workers
 from shared.db.quotas import Budget
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
-from shared.domain.scheduling.policy import Fairness, Release, plan_releases
+from shared.domain.scheduling.policy import Fairness, Release, hurries, plan_releases
 from shared.domain.scheduling.urgency import plan_preemptions
-from shared.domain.slice import SliceClass, SliceKind
+from shared.domain.slice import SliceKind
 from shared.queueing.celery_app import declare_worker_queue
 from shared.queueing.names import GENERATE_TASK, TRAIN_TASK, slice_task_id
 from shared.settings import Settings
@@ -58,20 +58,20 @@ class Dispatcher:
             # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
             place = {release.slice_id: number for number, release in enumerate(releases)}
             sent = sorted(sent, key=lambda row: place[row.slice_id])
-            self._make_way(connection, [each for each in backlog if caps.leave_room(each)], releases, fleet)
+            self._make_way(connection, [each for each in backlog if hurries(each, caps)], releases, fleet)
         self._ring(sent)
         return len(sent)
 
     def _make_way(
         self,
         connection: Connection,
-        backlog: Sequence[Candidate],
+        hurrying: Sequence[Candidate],
         releases: Sequence[Release],
         fleet: Sequence[WorkerLoad],
     ) -> None:
         """Have others make way for urgent slices that found no slot: the next tick finds the slots free."""
         released = {release.slice_id for release in releases}
-        urgent = [each for each in backlog if each.slice_class == SliceClass.URGENT and each.slice_id not in released]
+        urgent = [each for each in hurrying if each.slice_id not in released]
         if not urgent:
             self._short_since = None
             return

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from shared.domain.scheduling.gates import gate
-from shared.domain.scheduling.policy import Caps, Fairness, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, hurries, plan_releases
 from shared.domain.scheduling.urgency import Demand, Running, plan_preemptions, review_pause, urgent_jobs
 from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
@@ -361,7 +361,7 @@ class _Run:
         ]
         urgent.sort(key=lambda each: each.deadline.timestamp() if each.deadline else 0.0)
         caps = Caps(self._caps, self._held())
-        wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if caps.leave_room(each)]
+        wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if hurries(each, caps)]
         if not wanting:
             self._short_since = None
             return

@@ -136,7 +136,7 @@ def plan_releases(
     devices, capped = _TrainingDevices(workers), _CappedTenants(caps, workers)
     room = _Room(workers, window)
     queues = _Queues(backlog, fairness)
-    if sum(_hurries(waiting, caps) for waiting in backlog) > room.slots:
+    if sum(hurries(waiting, caps) for waiting in backlog) > room.slots:
         room.keep_to_slots()
     releases: list[Release] = []
     while queues and room.is_left:
@@ -149,7 +149,7 @@ def plan_releases(
         else:
             worker = room.best_of(among, waiting.model, needs_slot=is_urgent)
         if worker is None:
-            if _hurries(waiting, caps) and not is_capped:
+            if hurries(waiting, caps) and not is_capped:
                 room.keep_to_slots()
             continue
         if is_training:
@@ -161,7 +161,7 @@ def plan_releases(
     return releases
 
 
-def _hurries(waiting: Waiting, caps: Caps) -> bool:
+def hurries(waiting: Waiting, caps: Caps) -> bool:
     """Say whether others make way for a slice: it is urgent, and a free slot is all that it lacks."""
     return waiting.slice_class == SliceClass.URGENT and waiting.devices_needed == 1 and caps.leave_room(waiting)
 
