@@ -346,8 +346,8 @@ def test_an_answers_body_is_not_read(database, store):
     with serving(flood) as url:
         told(database, store, url)
         started = time.monotonic()
-        deliverer(database, seconds=5.0).tick()
-    assert [row.state for row in outbox(database)] == ["delivered"] and time.monotonic() - started < 3
+        deliverer(database, seconds=20.0).tick()
+    assert [row.state for row in outbox(database)] == ["delivered"] and time.monotonic() - started < 10
 
 
 def test_two_schedulers_send_each_delivery_once(database, store, receiver):
@@ -365,7 +365,7 @@ def test_two_schedulers_send_each_delivery_once(database, store, receiver):
 def test_one_that_was_taken_by_a_process_that_died_is_sent_again(database, store, receiver):
     _, secret = told(database, store, receiver.url)
     with database.engine("scheduler").begin() as connection:
-        (taken,) = webhooks.take_due(connection, limit=5, hold_seconds=1.5)
+        (taken,) = webhooks.take_due(connection, limit=5, hold_seconds=4)
     assert deliverer(database).tick() == 0, "somebody may still be at it"
     wait_until(lambda: deliverer(database).tick(), 10, "it is due again")
     (got,) = receiver.got
