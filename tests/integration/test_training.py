@@ -62,6 +62,11 @@ def told(native, job_id):
     return native.request("GET", f"/v1/training/jobs/{job_id}/events", params={"limit": 100})["data"]
 
 
+def content_of(native, file_id):
+    """Return a file's bytes, as the client's download has them."""
+    return b"".join(native._content(f"/v1/files/{file_id}/content"))
+
+
 def test_a_job_from_files_to_predictions(native, digits):
     job = create(native, digits, suffix="digits", metadata={"team": "a"})
     assert job["object"] == "job" and job["kind"] == "training" and job["status"] == "validating"
@@ -90,9 +95,9 @@ def test_a_job_from_files_to_predictions(native, digits):
 
     names = {native.request("GET", f"/v1/files/{each}")["filename"]: each for each in job["result_files"]}
     assert set(names) == {"step_metrics.csv", "loss.png", "weights.png"}
-    content = b"".join(native._content(names["loss.png"]))
+    content = content_of(native, names["loss.png"])
     assert content.startswith(b"\x89PNG")
-    rows = list(csv.DictReader(io.StringIO(b"".join(native._content(names["step_metrics.csv"])).decode())))
+    rows = list(csv.DictReader(io.StringIO(content_of(native, names["step_metrics.csv"]).decode())))
     assert len(rows) == 60 and float(rows[0]["digit_loss"]) > float(rows[-1]["digit_loss"])
 
     checkpoints = native.request("GET", f"/v1/training/jobs/{job['id']}/checkpoints")["data"]
@@ -129,7 +134,7 @@ def test_a_batch_of_predictions(native, digits):
     alone = native.predict(name, rows[0]["text"])["data"][0]["predictions"]
     first = lines["request-0"]["data"][0]["predictions"]
     assert set(first) == {"digit", "ink"} and first["digit"]["label"] == alone["digit"]["label"]
-    errors = [json.loads(line) for line in b"".join(native._content(job["error_file_id"])).splitlines()]
+    errors = [json.loads(line) for line in content_of(native, job["error_file_id"]).splitlines()]
     assert [line["response"]["status_code"] for line in errors] == [400, 400]
     assert "vectors of 64 numbers" in errors[0]["response"]["body"]["error"]["message"]
     assert errors[1]["response"]["body"]["error"]["param"] == "tasks[0]"
@@ -228,7 +233,7 @@ def test_paused_killed_resumed_it_ends_as_undisturbed(native, digits):
     native.request("POST", f"/v1/training/jobs/{job['id']}/resume")
     ended = wait_for(native, job["id"])
     assert ended["status"] == "succeeded" and ended["tasks"] == whole["tasks"]
-    files = [b"".join(native._content(next(iter(each["result_files"])))) for each in (whole, ended)]
+    files = [content_of(native, next(iter(each["result_files"]))) for each in (whole, ended)]
     assert files[0] == files[1]
 
 
@@ -264,7 +269,7 @@ def test_compared_with_each_task_alone(native, digits):
         return [file for file in files if file["filename"] == "comparison.png"]
 
     (plot,) = wait_until(plots, 30, "the comparison is drawn")
-    assert b"".join(native._content(plot["id"])).startswith(b"\x89PNG")
+    assert content_of(native, plot["id"]).startswith(b"\x89PNG")
 
 
 def test_a_dry_run_says_what_it_would_take(native, bases):
