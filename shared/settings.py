@@ -3,12 +3,11 @@
 import json
 import os
 from functools import cached_property
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.model_files import DEFAULT_KV_TOKENS
@@ -26,14 +25,6 @@ def _names(value: Any) -> Any:
 
 # No scheme and no port: such a name would be compared with hosts that have none, and match nothing.
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
-
-
-def _network(value: str) -> str:
-    ip_network(value)
-    return value
-
-
-Network = Annotated[str, AfterValidator(_network)]
 
 
 class RemoteSettings(BaseSettings):
@@ -110,7 +101,7 @@ class Settings(RemoteSettings):
     epoch_seconds: float = Field(2.0, gt=0, description="How often Redis is asked whether it lost its data")
     audit_seconds: float = Field(60.0, gt=0)
     forecast_seconds: float = Field(5.0, gt=0, description="How often it is foretold when open jobs begin and end")
-    webhook_networks: Annotated[list[Network], NoDecode, BeforeValidator(_names)] = Field(
+    webhook_networks: Annotated[list[IPvAnyNetwork], NoDecode, BeforeValidator(_names)] = Field(
         [],
         description="Private networks that webhooks may go to, such as 10.0.0.0/8, commas between them",
     )

@@ -26,8 +26,8 @@ NOTE_END = """
         ELSE NEW.kind || '.job.' || CASE NEW.state WHEN 'expired' THEN 'cancelled' ELSE NEW.state END
     END;
     BEGIN
-        INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_kind, job_id, next_at)
-        SELECT tenant_id, webhook_id, told, NEW.kind, NEW.job_id, now() FROM webhook
+        INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_id, next_at)
+        SELECT tenant_id, webhook_id, told, NEW.job_id, now() FROM webhook
         WHERE tenant_id = NEW.tenant_id AND events ? told AND disabled_at IS NULL FOR KEY SHARE;
         RETURN NULL;
     END
@@ -57,9 +57,7 @@ def upgrade() -> None:
         sa.Column("delivery_id", sa.Uuid(), primary_key=True, server_default=sa.text("gen_random_uuid()")),
         sa.Column("webhook_id", sa.Uuid(), nullable=False),
         sa.Column("event_type", sa.Text(), nullable=False),
-        sa.Column("job_kind", sa.Text(), nullable=False),
         sa.Column("job_id", sa.Uuid(), nullable=False),
-        sa.Column("is_test", sa.Boolean(), server_default="false", nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=NOW, nullable=False),
         sa.Column("state", sa.Text(), server_default="waiting", nullable=False),
         sa.Column("next_at", sa.DateTime(timezone=True), nullable=False),

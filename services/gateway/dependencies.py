@@ -1,6 +1,6 @@
 """What routes ask for: the process's parts, and who is calling. Every route but health names a scope."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -113,9 +113,13 @@ def answer_once(
     make: Callable[[Connection], dict[str, Any]],
     *,
     as_admin: bool = False,
+    shown_once: Mapping[str, Any] | None = None,
 ) -> Response:
     """Do what `make` does and answer with what it returns, in one transaction; a key's second request gets the first
     answer again. With `as_admin`, an admin's transaction sees all tenants. Raises IdempotencyMismatch, Conflict.
+
+    shown_once: Fields that only the first answer has, as nothing keeps them; `make` may fill them in. In later ones
+        they are null.
     """
     transaction = parts.transaction(caller) if as_admin else parts.own_transaction(caller)
     with transaction as connection:
@@ -124,6 +128,8 @@ def answer_once(
             if first is not None:
                 return Response(first.body, first.status, {"Idempotent-Replay": "true"}, "application/json")
         body = make(connection)
+        secrets = dict(shown_once or {})
+        body |= dict.fromkeys(secrets)
         if key is not None:
             idempotency.complete(connection, caller.tenant_id, key, digest, 200, body)
-    return JSONResponse(body)
+    return JSONResponse(body | secrets)

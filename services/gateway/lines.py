@@ -1,21 +1,16 @@
 """Lines of a batch's output or error file, rendered from its results as they are sent."""
 
 from collections.abc import Iterator
+from datetime import date
 from uuid import UUID
-
-from sqlalchemy import text
 
 from services.gateway.dependencies import Parts
 from shared.db import results
 from shared.db.tenants import Caller
 
-_CREATED_ON = text("SELECT created_on FROM job WHERE job_id = :job_id")
 
-
-def rendered(parts: Parts, caller: Caller, job_id: UUID, *, failed: bool) -> Iterator[bytes]:
+def rendered(parts: Parts, caller: Caller, created_on: date, job_id: UUID, *, failed: bool) -> Iterator[bytes]:
     """Yield the lines that there are, a page of rows at a time; each page is a short transaction of its own."""
-    with parts.own_transaction(caller) as connection:
-        created_on = connection.execute(_CREATED_ON, {"job_id": job_id}).scalar_one()
     after: int | None = -1
     while after is not None:
         with parts.own_transaction(caller) as connection:

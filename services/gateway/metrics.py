@@ -37,7 +37,7 @@ STATEMENT_SECONDS = 5
 CLIENT_LEFT = "499"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-QUEUE_CLASSES = ("online", "urgent", "batch", "overnight")
+QUEUE_CLASSES = ("online", "urgent", "batch")
 """By `slice_class`, what goes first before the others."""
 WORKER_STATES = ("idle", "busy", "draining", "lost")
 LOSS_REASONS = ("lease expired", "worker process died", "engine child died")

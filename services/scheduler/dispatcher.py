@@ -45,14 +45,16 @@ class Dispatcher:
         with self._engine.begin() as connection:
             backlog = slices.candidates(connection, HEAD_OF_QUEUE)
             if not backlog:
+                self._short_since = None
                 return 0
             fleet = workers.loads(connection, self._settings.lease_seconds / 2)
-            weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
+            known = tenants.list_tenants(connection)
+            weights = {row["tenant_id"]: row["weight"] for row in known}
             if time.monotonic() >= self._budgets_until:
                 self._budgets, self._budgets_until = quotas.budgets(connection), time.monotonic() + BUDGET_SECONDS
             spent = {tenant_id for tenant_id, budget in self._budgets.items() if budget.is_spent}
             backlog = [each for each in backlog if each.tenant_id not in spent]
-            window, caps = self._settings.queue_window, quotas.caps(connection)
+            window, caps = self._settings.queue_window, quotas.caps(connection, tenants.device_caps(known))
             releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
             sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
             # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.

@@ -14,7 +14,7 @@ from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.db.quotas import Budget
 from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
 from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
-from shared.domain.scheduling.urgency import Demand, urgent_jobs
+from shared.domain.scheduling.urgency import Demand, lone_seconds, urgent_jobs
 from shared.domain.slice import SliceClass, SliceKind
 from shared.settings import Settings
 
@@ -54,16 +54,17 @@ class Forecaster:
                 self._speeds_until = time.monotonic() + SPEEDS_SECONDS
             fleet = workers.loads(connection, self._settings.lease_seconds)
             lanes = [Lane(worker.worker_id, worker.models) for worker in fleet]
-            weights = {row["tenant_id"]: row["weight"] for row in tenants.list_tenants(connection)}
+            known = tenants.list_tenants(connection)
+            weights = {row["tenant_id"]: row["weight"] for row in known}
             works = [work for order, job in enumerate(jobs) if (work := self._work(job, order, len(jobs)))]
             found = {job.job_id: job for job in jobs}
             now = datetime.now(UTC)
             works = _with_budgets(works, quotas.budgets(connection))
             works = self._with_urgency(works, found, len(lanes), now)
-            plan = run_forward(works, lanes, now, weights=weights, caps=quotas.caps(connection).most)
+            plan = run_forward(works, lanes, now, weights=weights, caps=tenants.device_caps(known))
             specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
             basis = basis_of(works, specs, lanes, weights, self._speeds)
-            expected = [self._forecast(found[work.job_id], plan) for work in works]
+            expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
             forecasts.replace(connection, expected, _blocks(found, plan), basis)
         self._said_anything = bool(jobs)
 
@@ -95,7 +96,7 @@ class Forecaster:
             return job.tokens_left * job.done_seconds / job.done_tokens
         return job.tokens_left * self._speeds.of(job.kind, job.model).seconds_per_token
 
-    def _forecast(self, job: OpenJob, plan: Plan) -> NewForecast:
+    def _forecast(self, job: OpenJob, plan: Plan, devices: int) -> NewForecast:
         span = plan.spans[job.job_id]
         return NewForecast(
             tenant_id=job.tenant_id,
@@ -104,7 +105,7 @@ class Forecaster:
             ends_at=span.ends_at,
             on_time=is_on_time(span, job.deadline),
             is_measured=_has_own_speed(job) or self._speeds.is_measured(job.kind, job.model),
-            seconds_left=self._seconds_left(job),
+            seconds_left=lone_seconds(self._seconds_left(job), _parts(job), devices),
         )
 
     def _work(self, job: OpenJob, order: int, jobs: int) -> Work | None:

@@ -37,7 +37,7 @@ class Retention:
                 self._remove_contents,
                 self._sweep_strays,
                 self._purge,
-                self._purge_webhooks,
+                self._purge_secrets,
                 self._purge_uses,
             ]
         )
@@ -84,6 +84,7 @@ class Retention:
     def _purge(self) -> None:
         purges = (
             (history.forget_answers, self._settings.result_retention_days),
+            (webhooks.purge, self._settings.result_retention_days),
             (history.forget_details, self._settings.metadata_retention_days),
         )
         for forget, days in purges:
@@ -96,11 +97,7 @@ class Retention:
         with self._engine.begin() as connection:
             quotas.purge(connection)
 
-    def _purge_webhooks(self) -> None:
-        forgotten = 1
-        while forgotten:
-            with self._engine.begin() as connection:
-                forgotten = webhooks.purge(connection, days=self._settings.result_retention_days, limit=PURGE_ROWS)
+    def _purge_secrets(self) -> None:
         with self._engine.begin() as connection:
             webhooks.purge_secrets(connection)
 

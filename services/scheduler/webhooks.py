@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from ipaddress import ip_network
 
 import orjson
 from sqlalchemy import Engine
@@ -16,8 +15,7 @@ from sqlalchemy import Engine
 from services.scheduler import outbound
 from shared.db import webhooks
 from shared.db.webhooks import DueDelivery, Outcome
-from shared.domain.job import public_job_id
-from shared.domain.webhooks import event_body, retry_seconds, signed_headers
+from shared.domain.webhooks import SAMPLE_JOB, event_body, retry_seconds, signed_headers
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +32,7 @@ FIXED_HEADERS = {"content-type": "application/json", "user-agent": "Lamplighter-
 class Deliverer:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._timeout = engine, settings.webhook_timeout_seconds
-        self._allowed = [ip_network(network) for network in settings.webhook_networks]
+        self._allowed = settings.webhook_networks
 
     def tick(self, is_stopping: Callable[[], bool] = lambda: False) -> int:
         """Send until nothing is due, or no more once it is to stop; return how many tries that were.
@@ -63,8 +61,8 @@ class Deliverer:
             return webhooks.take_due(connection, limit=count, hold_seconds=HOLD_FACTOR * self._timeout, busy=busy)
 
     def _send(self, delivery: DueDelivery) -> Outcome:
-        subject = public_job_id(delivery.job_kind, delivery.job_id)
-        body = orjson.dumps(event_body(delivery.delivery_id, delivery.event_type, delivery.created_at, subject))
+        event = event_body(delivery.delivery_id, delivery.event_type, delivery.created_at, delivery.job_id)
+        body = orjson.dumps(event)
         headers = FIXED_HEADERS | signed_headers(delivery.delivery_id, delivery.now, body, delivery.secrets)
         try:
             status = outbound.post(delivery.url, body, headers, allowed=self._allowed, timeout_seconds=self._timeout)
@@ -80,15 +78,15 @@ class Deliverer:
 
     @staticmethod
     def _failed(delivery: DueDelivery, status: int | None, error: str) -> Outcome:
-        is_last = delivery.is_test or status == GONE
+        is_last = delivery.job_id == SAMPLE_JOB or status == GONE
         pause = None if is_last else retry_seconds(delivery.attempts, delivery.delivery_id.int % 2**31)
         return Outcome(delivery.delivery_id, is_delivered=False, status_code=status, error=error, retry_seconds=pause)
 
     def _settle(self, delivery: DueDelivery, outcome: Outcome) -> None:
         told = {"delivery_id": str(delivery.delivery_id), "event": delivery.event_type, "try": delivery.attempts}
         with self._engine.begin() as connection:
-            webhooks.settle(connection, [outcome])
-            if outcome.status_code == GONE and not delivery.is_test:
+            webhooks.settle(connection, outcome)
+            if outcome.status_code == GONE and delivery.job_id != SAMPLE_JOB:
                 webhooks.disable(connection, delivery.webhook_id, "The target answered 410: it is gone.")
         if outcome.is_delivered:
             log.info("event delivered", extra=told)

@@ -19,8 +19,6 @@ from shared.domain.fine_tuning import FINE_TUNING_STATUS, MAX_SEED, FineTuningCr
 from shared.domain.job import JobKind, JobState, parse_file_id, public_file_id, public_job_id
 from shared.settings import Settings
 
-FULL_RETRY_SECONDS = 60
-
 
 def accept_fine_tuning(
     connection: Connection, settings: Settings, caller: Caller, body: FineTuningCreate, key: str | None
@@ -68,7 +66,7 @@ def require_room(connection: Connection, settings: Settings, tenant_id: str, job
     most = settings.max_open_training_jobs_per_tenant
     if training.open_jobs(connection, tenant_id) + jobs > most:
         message = f"This tenant has {most} training jobs open, and may have no more."
-        raise QueueFull(message, retry_after_seconds=FULL_RETRY_SECONDS)
+        raise QueueFull(message, retry_after_seconds=quotas.FULL_RETRY_SECONDS)
 
 
 def data_file(connection: Connection, public_id: str, param: str) -> FileView:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
 from shared.db.models import SYSTEM_TENANT
+from shared.db.slices import SHARE_LEFT
 from shared.domain.scheduling.estimates import Speed
 
 MOST_JOBS = 1000
@@ -49,11 +50,6 @@ class OpenJob:
     workers: list[UUID]
 
 
-# What is left of a slice: of lines, those without a result; of training, the steps that are not done.
-_SHARE_LEFT = """
-    CASE WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
-         ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END
-"""
 OPEN_JOBS = f"""
     WITH open_job AS (
         (SELECT * FROM job WHERE state IN ('queued', 'running') AND kind <> 'online' ORDER BY created_at LIMIT :limit)
@@ -78,7 +74,7 @@ OPEN_JOBS = f"""
             coalesce(array_agg(part.worker_id) FILTER (WHERE part.state = 'running'), '{{}}') AS workers
         FROM (
             SELECT slice.estimated_tokens, slice.devices_needed, slice.worker_id, slice.state,
-                slice.state IN ('held', 'queued', 'dispatched', 'running') AS is_open, {_SHARE_LEFT} AS share,
+                slice.state IN ('held', 'queued', 'dispatched', 'running') AS is_open, {SHARE_LEFT} AS share,
                 -- What runs has not said its seconds yet: it shares the device with the others that run there.
                 slice.device_seconds + CASE WHEN slice.state <> 'running' THEN 0
                     ELSE extract(epoch FROM now() - slice.claimed_at) / (

@@ -541,7 +541,7 @@ class Forecast(Base):
     is_measured: Mapped[bool]
     """Whether its speed was measured, on itself or on earlier jobs, and not guessed."""
     seconds_left: Mapped[float]
-    """Device seconds that what is left of it will take."""
+    """How long what is left of it takes on as many workers as it can use."""
 
     __table_args__ = (
         UniqueConstraint("job_id"),
@@ -636,9 +636,8 @@ class WebhookDelivery(Base):
     delivery_id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
     webhook_id: Mapped[UUID]
     event_type: Mapped[str]
-    job_kind: Mapped[str]
     job_id: Mapped[UUID]
-    is_test: Mapped[bool] = mapped_column(server_default="false")
+    """`shared.domain.webhooks.SAMPLE_JOB`: a test."""
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     state: Mapped[str] = mapped_column(server_default="waiting")
     next_at: Mapped[datetime]

@@ -4,31 +4,34 @@ All of it is counted from rows that are there anyway: nothing has to be given ba
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from shared.db.slices import SHARE_LEFT
 from shared.domain.errors import QueueFull
 from shared.domain.scheduling.policy import Caps
 from shared.domain.slice import BYTES_PER_TOKEN
 
 FULL_RETRY_SECONDS = 60
+USUAL_EPOCHS = 3
+"""Of training that leaves them to us."""
 
-# Of lines those without a result, of training the steps that are not done; of what is not planned yet, its files, as
-# often as it reads them.
+# Of what is not planned yet its files count, as often as it will read them; one that is only kept for a batch that is
+# taken over is not its own.
 ENQUEUED = f"""
     SELECT coalesce(sum(part.tokens), 0)::bigint FROM job CROSS JOIN LATERAL (
         SELECT CASE WHEN job.state = 'validating'
             THEN (SELECT sum(file.bytes) / {BYTES_PER_TOKEN} FROM file WHERE file.tenant_id = job.tenant_id
-                    AND (file.file_id = job.input_file_id OR job.spec -> 'file_ids' ? file.file_id::text))
-                * CASE WHEN jsonb_typeof(job.spec #> '{{hyperparameters,n_epochs}}') = 'number'
-                    THEN greatest(1, (job.spec #>> '{{hyperparameters,n_epochs}}')::float8) ELSE 1 END
-            ELSE (SELECT sum(slice.estimated_tokens * CASE
-                    WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
-                    ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END)
-                  FROM slice WHERE slice.job_id = job.job_id
+                    AND (file.file_id = job.input_file_id
+                         OR NOT job.spec ? 'resume_from' AND job.spec -> 'file_ids' ? file.file_id::text))
+                * CASE WHEN job.kind = 'batch' THEN 1
+                    WHEN jsonb_typeof(job.spec #> '{{hyperparameters,n_epochs}}') = 'number'
+                    THEN (job.spec #>> '{{hyperparameters,n_epochs}}')::float8 ELSE {USUAL_EPOCHS} END
+            ELSE (SELECT sum(slice.estimated_tokens * {SHARE_LEFT}) FROM slice WHERE slice.job_id = job.job_id
                     AND slice.state IN ('held', 'queued', 'dispatched', 'running')) END AS tokens
     ) AS part
     WHERE job.tenant_id = :tenant_id AND job.kind <> 'online'
@@ -105,10 +108,8 @@ AWAITED = """
 """
 
 
-def caps(connection: Connection) -> Caps:
-    """Return how many devices some tenants may occupy, which those do now, and how many more they were given."""
-    statement = text("SELECT tenant_id, max_devices FROM tenant WHERE max_devices IS NOT NULL")
-    most = {row.tenant_id: row.max_devices for row in connection.execute(statement)}
+def caps(connection: Connection, most: Mapping[str, int]) -> Caps:
+    """Return, of tenants that may occupy so many devices, which they do now and how many more they were given."""
     held: dict[str, set[UUID]] = defaultdict(set)
     if most:
         for row in connection.execute(text(OCCUPIED)):
@@ -118,9 +119,9 @@ def caps(connection: Connection) -> Caps:
     return Caps()
 
 
-PURGE = "DELETE FROM device_use WHERE hour < now() - interval '2 days'"
+_PURGE = "DELETE FROM device_use WHERE hour < now() - interval '2 days'"
 
 
 def purge(connection: Connection) -> None:
     """Forget what counts for no budget any more."""
-    connection.execute(text(PURGE))
+    connection.execute(text(_PURGE))

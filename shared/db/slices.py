@@ -445,16 +445,22 @@ _REQUEUE = """
 
 
 def requeue_dispatched(
-    connection: Connection, *, worker_id: UUID | None = None, older_than_seconds: float | None = None
+    connection: Connection,
+    *,
+    worker_id: UUID | None = None,
+    older_than_seconds: float | None = None,
+    job_ids: Sequence[UUID] | None = None,
 ) -> int:
-    """Take dispatched slices back: of one worker, those older than an age, or (with neither) all of them."""
+    """Take dispatched slices back: of one worker, of some jobs, those older than an age, or (with none) all of them."""
     if worker_id is not None:
         condition = "worker_id = :worker_id"
+    elif job_ids is not None:
+        condition = "job_id = ANY (cast(:job_ids AS uuid[]))"
     elif older_than_seconds is not None:
         condition = "worker_id IS NOT NULL AND dispatched_at < now() - make_interval(secs => :older_than_seconds)"
     else:
         condition = "worker_id IS NOT NULL"
-    parameters = {"worker_id": worker_id, "older_than_seconds": older_than_seconds}
+    parameters = {"worker_id": worker_id, "older_than_seconds": older_than_seconds, "job_ids": job_ids}
     used = {key: value for key, value in parameters.items() if value is not None}
     return connection.execute(text(_REQUEUE.format(condition=condition)), used).rowcount
 
@@ -541,6 +547,11 @@ def keep_stopping(connection: Connection, job_id: UUID, reason: StopReason, othe
     connection.execute(statement, {"j": job_id, "r": reason, "other": other})
 
 
+# What is left of a slice: of lines, those without a result; of training, the steps of its `job` that are not done.
+SHARE_LEFT = """
+    CASE WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
+         ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END
+"""
 RECALL_SECONDS = 10.0
 OCCUPANTS = """
     SELECT slice_id, worker_id, slice_class, kind, stop_reason IS NOT NULL AS is_stopping,
@@ -588,38 +599,53 @@ def make_way(connection: Connection, slice_ids: Sequence[int]) -> int:
     return len(asked)
 
 
+_SET_CLASS = text("""
+    UPDATE slice SET slice_class = :slice_class FROM (
+        SELECT slice_id FROM slice WHERE job_id = ANY (cast(:job_ids AS uuid[]))
+            AND state IN ('held', 'queued', 'dispatched', 'running') AND slice_class <> :slice_class
+        ORDER BY slice_id FOR UPDATE
+    ) AS own
+    WHERE slice.slice_id = own.slice_id
+""")
+
+
+def set_class(connection: Connection, job_ids: Sequence[UUID], slice_class: SliceClass) -> None:
+    """Move the open slices of jobs, whose rows are locked, into another class.
+
+    Those that wait in Redis are taken back: behind what stands before them there, another class would help them little.
+    """
+    connection.execute(_SET_CLASS, {"job_ids": list(job_ids), "slice_class": slice_class})
+    requeue_dispatched(connection, job_ids=list(job_ids))
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A queued slice, as the scheduling policy sees it."""
+    """A queued slice, as the scheduling policy sees it. `deadline`: of urgent ones."""
 
     slice_id: int
     tenant_id: str
-    job_id: UUID
     slice_class: int
-    priority: int
     model: str | None
-    lines: int
     estimated_tokens: int
-    dispatch_no: int
     kind: str
     devices_needed: int
     deadline: datetime | None = None
-    """Of urgent ones."""
 
 
+_HEAD_COLUMNS = "slice_id, tenant_id, slice_class, priority, model, estimated_tokens, kind, devices_needed"
+# An adapter is warm where its base is.
+_CANDIDATE = """
+    head.slice_id, head.tenant_id, head.slice_class, head.estimated_tokens, head.kind, head.devices_needed,
+    coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
+              ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
+"""
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
 # Training has a head of its own: however much of it waits for a free device, lines behind it are seen.
-_HEAD = """
-    SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens, dispatch_no,
-        kind, devices_needed
-    FROM slice WHERE state = 'queued' AND kind = '{kind}' AND tenant_id = waiting.tenant_id AND run_after <= now()
+_HEAD = f"""
+    SELECT {_HEAD_COLUMNS} FROM slice
+    WHERE state = 'queued' AND kind = '{{kind}}' AND tenant_id = waiting.tenant_id AND run_after <= now()
         AND slice_class > 1
     ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
-"""
-# An adapter is warm where its base is.
-_WARM_MODEL = """
-    coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
-              ORDER BY tenant_id = 'system' LIMIT 1), head.model)
 """
 CANDIDATES = f"""
     WITH RECURSIVE waiting AS (
@@ -629,28 +655,19 @@ CANDIDATES = f"""
                 ORDER BY tenant_id LIMIT 1)
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
-    SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
-        head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed,
-        {_WARM_MODEL} AS model
-    FROM waiting JOIN LATERAL (
+    SELECT {_CANDIDATE} FROM waiting JOIN LATERAL (
         ({_HEAD.format(kind="generate")}) UNION ALL ({_HEAD.format(kind="train")})
         ORDER BY slice_class, priority DESC, slice_id
     ) AS head ON true WHERE waiting.tenant_id IS NOT NULL
 """
-
-
 URGENT_CANDIDATES = f"""
-    SELECT head.slice_id, head.tenant_id, head.job_id, head.slice_class, head.priority, head.lines,
-        head.estimated_tokens, head.dispatch_no, head.kind, head.devices_needed, head.deadline,
-        {_WARM_MODEL} AS model
-    FROM (
+    SELECT {_CANDIDATE}, head.deadline FROM (
         SELECT part.*, job.deadline FROM (
-            SELECT tenant_id, job_id, deadline FROM job WHERE is_urgent AND state IN ('queued', 'running')
+            SELECT job_id, deadline FROM job WHERE is_urgent AND state IN ('queued', 'running')
             ORDER BY deadline LIMIT :jobs
         ) AS job CROSS JOIN LATERAL (
-            SELECT slice_id, tenant_id, job_id, slice_class, priority, model, hi - lo AS lines, estimated_tokens,
-                dispatch_no, kind, devices_needed
-            FROM slice WHERE slice.job_id = job.job_id AND state = 'queued' AND slice_class = 1 AND run_after <= now()
+            SELECT {_HEAD_COLUMNS} FROM slice
+            WHERE slice.job_id = job.job_id AND state = 'queued' AND slice_class = 1 AND run_after <= now()
             ORDER BY slice_id LIMIT :each
         ) AS part ORDER BY job.deadline, part.slice_id LIMIT :most
     ) AS head

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,11 @@ _TENANTS = """
 
 def list_tenants(connection: Connection) -> list[dict[str, Any]]:
     return [dict(row) for row in connection.execute(text(_TENANTS.format(condition=""))).mappings()]
+
+
+def device_caps(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return, of tenants as they are listed, how many devices those may occupy that may not have all."""
+    return {row["tenant_id"]: row["max_devices"] for row in rows if row["max_devices"] is not None}
 
 
 def get_tenant(connection: Connection, tenant_id: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from shared.db import events
+from shared.db import events, slices
 from shared.domain.slice import SliceClass
 
 MESSAGE = "The job goes before others from now on: in its turn it might miss its deadline."
@@ -21,25 +21,13 @@ _MARK = text("""
     ) AS mine
     WHERE job.job_id = mine.job_id RETURNING job.tenant_id, job.job_id
 """)
-# What waits in Redis is taken back: behind what stands before it there, another class would help it little.
-_SET_CLASS = text("""
-    UPDATE slice SET slice_class = :slice_class, state = CASE state WHEN 'dispatched' THEN 'queued' ELSE state END,
-        worker_id = CASE state WHEN 'dispatched' THEN NULL ELSE worker_id END,
-        dispatched_at = CASE state WHEN 'dispatched' THEN NULL ELSE dispatched_at END
-    FROM (
-        SELECT slice_id FROM slice WHERE job_id = ANY (cast(:job_ids AS uuid[]))
-            AND state IN ('held', 'queued', 'dispatched', 'running') AND slice_class <> :slice_class
-        ORDER BY slice_id FOR UPDATE
-    ) AS own
-    WHERE slice.slice_id = own.slice_id
-""")
 
 
 def promote(connection: Connection, deadlines: Mapping[UUID, datetime]) -> int:
     """Have jobs go before others, each for as long as its deadline is this one; return how many that are new to it."""
     parameters = {"job_ids": list(deadlines), "deadlines": list(deadlines.values())}
     marked = connection.execute(_MARK, parameters).all()
-    connection.execute(_SET_CLASS, {"job_ids": [row.job_id for row in marked], "slice_class": SliceClass.URGENT})
+    slices.set_class(connection, [row.job_id for row in marked], SliceClass.URGENT)
     for row in marked:
         events.add(connection, row.tenant_id, row.job_id, "message", MESSAGE)
     return len(marked)
@@ -48,4 +36,4 @@ def promote(connection: Connection, deadlines: Mapping[UUID, datetime]) -> int:
 def calm(connection: Connection, job_id: UUID) -> None:
     """Have a job, whose row is locked, go in its turn again."""
     connection.execute(text("UPDATE job SET is_urgent = false WHERE job_id = :job_id"), {"job_id": job_id})
-    connection.execute(_SET_CLASS, {"job_ids": [job_id], "slice_class": SliceClass.BATCH})
+    slices.set_class(connection, [job_id], SliceClass.BATCH)

@@ -3,7 +3,7 @@
 The end of a job writes its deliveries by a trigger (migration 0013), in the transaction that ends it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 
 from shared.domain.errors import NotFound
-from shared.domain.webhooks import OVERLAP_SECONDS, SAMPLE_JOB, event_kind, secret_hint
+from shared.domain.webhooks import OVERLAP_SECONDS, SAMPLE_JOB, secret_hint
 
 ID_PREFIX = "we_"
 MOST_PER_TARGET = 2
@@ -119,16 +119,16 @@ def rotate_secret(connection: Connection, webhook_id: UUID, secret: str, *, keep
 
 
 _ADD_TEST = text("""
-    INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_kind, job_id, is_test, next_at)
-    SELECT tenant_id, webhook_id, :event_type, :kind, :job_id, true, now() FROM webhook WHERE webhook_id = :webhook_id
+    INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_id, next_at)
+    SELECT tenant_id, webhook_id, :event_type, :job_id, now() FROM webhook WHERE webhook_id = :webhook_id
     RETURNING delivery_id
 """)
 
 
 def add_test(connection: Connection, webhook_id: UUID, event_type: str) -> UUID:
     """Have a sample event delivered, once; raises NotFound."""
-    parameters = {"webhook_id": webhook_id, "event_type": event_type, "kind": event_kind(event_type)}
-    delivery_id: UUID | None = connection.execute(_ADD_TEST, parameters | {"job_id": SAMPLE_JOB}).scalar_one_or_none()
+    parameters = {"webhook_id": webhook_id, "event_type": event_type, "job_id": SAMPLE_JOB}
+    delivery_id: UUID | None = connection.execute(_ADD_TEST, parameters).scalar_one_or_none()
     if delivery_id is None:
         raise _not_found(public_id(webhook_id))
     return delivery_id
@@ -140,7 +140,6 @@ class DeliveryView:
 
     delivery_id: UUID
     event_type: str
-    job_kind: str
     job_id: UUID
     state: str
     attempts: int
@@ -152,7 +151,7 @@ class DeliveryView:
 
 
 _DELIVERIES = """
-    SELECT delivery_id, event_type, job_kind, job_id, state, attempts, status_code, error,
+    SELECT delivery_id, event_type, job_id, state, attempts, status_code, error,
         extract(epoch FROM created_at)::bigint AS created_at, extract(epoch FROM next_at)::bigint AS next_at,
         extract(epoch FROM ended_at)::bigint AS ended_at
     FROM webhook_delivery
@@ -185,9 +184,7 @@ class DueDelivery:
     delivery_id: UUID
     webhook_id: UUID
     event_type: str
-    job_kind: str
     job_id: UUID
-    is_test: bool
     created_at: int
     attempts: int
     url: str
@@ -200,18 +197,20 @@ class DueDelivery:
 TAKE_DUE = """
     WITH due AS (
         SELECT first.delivery_id FROM webhook CROSS JOIN LATERAL (
-            SELECT delivery_id, next_at FROM webhook_delivery
+            SELECT delivery_id, next_at, job_id FROM webhook_delivery
             WHERE webhook_id = webhook.webhook_id AND state = 'waiting' AND next_at <= now()
             ORDER BY next_at LIMIT 1
         ) AS first
-        WHERE webhook.webhook_id <> ALL (:busy) AND webhook.disabled_at IS NULL ORDER BY first.next_at LIMIT :limit
+        -- One that said that it is gone can still be tested.
+        WHERE webhook.webhook_id <> ALL (:busy) AND (webhook.disabled_at IS NULL OR first.job_id = :sample)
+        ORDER BY first.next_at LIMIT :limit
     ), mine AS (
         SELECT delivery_id FROM webhook_delivery WHERE delivery_id IN (SELECT delivery_id FROM due)
             AND state = 'waiting' AND next_at <= now() FOR UPDATE SKIP LOCKED
     )
     UPDATE webhook_delivery AS taken SET attempts = attempts + 1, next_at = now() + make_interval(secs => :hold_seconds)
     FROM mine, webhook WHERE taken.delivery_id = mine.delivery_id AND webhook.webhook_id = taken.webhook_id
-    RETURNING taken.delivery_id, taken.webhook_id, taken.event_type, taken.job_kind, taken.job_id, taken.is_test,
+    RETURNING taken.delivery_id, taken.webhook_id, taken.event_type, taken.job_id,
         extract(epoch FROM taken.created_at)::bigint AS created_at, taken.attempts, webhook.url,
         extract(epoch FROM now())::bigint AS now,
         ARRAY(
@@ -225,7 +224,7 @@ def take_due(
     connection: Connection, *, limit: int, hold_seconds: float, busy: Collection[UUID] = ()
 ) -> list[DueDelivery]:
     """Return deliveries that nobody else sends for so long: the oldest of each target, and none of `busy` ones."""
-    parameters = {"limit": limit, "hold_seconds": hold_seconds, "busy": list(busy)}
+    parameters = {"limit": limit, "hold_seconds": hold_seconds, "busy": list(busy), "sample": SAMPLE_JOB}
     return [DueDelivery(**row) for row in connection.execute(text(TAKE_DUE), parameters).mappings()]
 
 
@@ -255,17 +254,10 @@ _SETTLE = text("""
 """)
 
 
-def settle(connection: Connection, outcomes: Sequence[Outcome]) -> None:
-    """Record what came of tries."""
-    for outcome in outcomes:
-        parameters = {
-            "delivery_id": outcome.delivery_id,
-            "state": outcome.state,
-            "status_code": outcome.status_code,
-            "error": outcome.error,
-            "seconds": outcome.retry_seconds or 0.0,
-        }
-        connection.execute(_SETTLE, parameters)
+def settle(connection: Connection, outcome: Outcome) -> None:
+    """Record what came of a try."""
+    parameters = {"delivery_id": outcome.delivery_id, "state": outcome.state, "status_code": outcome.status_code}
+    connection.execute(_SETTLE, parameters | {"error": outcome.error, "seconds": outcome.retry_seconds or 0.0})
 
 
 _DISABLE = text("UPDATE webhook SET disabled_at = now() WHERE webhook_id = :webhook_id AND disabled_at IS NULL")
@@ -289,7 +281,7 @@ PURGE = """
 """
 
 
-def purge(connection: Connection, *, days: int, limit: int) -> int:
+def purge(connection: Connection, days: int, limit: int) -> int:
     """Forget deliveries that ended so long ago; return how many."""
     return connection.execute(text(PURGE), {"days": days, "limit": limit}).rowcount
 

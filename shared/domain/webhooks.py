@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from shared.domain.job import JobKind
+from shared.domain.job import JobKind, public_job_id
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -30,6 +30,7 @@ OPENAI_EVENTS = (
 )
 EVENT_TYPES = (*OPENAI_EVENTS, "training.job.succeeded", "training.job.failed", "training.job.cancelled")
 """OpenAI's names, and by the same pattern those of multi-task training."""
+EVENT_PREFIX = "evt_"
 SAMPLE_JOB = UUID(int=0)
 """What a test delivery tells of; no job has this id."""
 
@@ -59,14 +60,18 @@ def secret_hint(secret: str) -> str:
     return f"{SECRET_PREFIX}…{secret[-4:]}"
 
 
-def event_body(delivery_id: UUID, event_type: str, created_at: int, subject: str) -> dict[str, Any]:
-    """Return an event in OpenAI's shape. `subject`: the public id of the job."""
+def event_id(delivery_id: UUID) -> str:
+    return f"{EVENT_PREFIX}{delivery_id.hex}"
+
+
+def event_body(delivery_id: UUID, event_type: str, created_at: int, job_id: UUID) -> dict[str, Any]:
+    """Return an event in OpenAI's shape."""
     return {
-        "id": f"evt_{delivery_id.hex}",
+        "id": event_id(delivery_id),
         "object": "event",
         "created_at": created_at,
         "type": event_type,
-        "data": {"id": subject},
+        "data": {"id": public_job_id(event_kind(event_type), job_id)},
     }
 
 

@@ -43,8 +43,7 @@ def bench_deadlines(table: Table) -> None:
             trace = week(seed, load=load, deadlines=0.3)
             plan, idle_in_vain = run_watched(trace)
             idle += idle_in_vain
-            ends, _ = clairvoyant.run(trace, timedelta(days=60))
-            _, busy = clairvoyant.run(trace, WEEK)
+            ends, busy = clairvoyant.run(trace, WEEK)
             ratios.append(busy_until(plan, START + WEEK) / busy)
             due = {work.job_id: work.deadline for work in trace.works if work.deadline is not None}
             met = {job_id for job_id, deadline in due.items() if ends[job_id] <= deadline}
@@ -80,7 +79,7 @@ def bench_scale(table: Table) -> None:
     """Rows 4: one tick over the heads of 100,000 slices, and a forecast over 1,000 jobs."""
     tenants = 50
     backlog = [
-        Candidate(number, f"t{number % tenants}", UUID(int=number), 2, 5, f"m{number % 9}", 256, 9000, 0, "generate", 1)
+        Candidate(number, f"t{number % tenants}", 2, f"m{number % 9}", 9000, "generate", 1)
         for number in range(tenants * HEAD_OF_QUEUE)
     ]
     fleet = [WorkerLoad(UUID(int=n), f"w{n}", 4, frozenset({f"m{n % 9}"}), n % 7) for n in range(1000)]

@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import text
 
 from services.scheduler.auditor import INVARIANTS, RECENT
-from shared.db import events, files, forecasts, gates, jobs, results, slices, usage, webhooks, workers
+from shared.db import events, files, forecasts, gates, jobs, quotas, results, slices, usage, webhooks, workers
+from shared.domain.webhooks import SAMPLE_JOB
 from tests.support.batches import rows
 from tests.support.servers import Database
 
@@ -42,11 +43,15 @@ def seeded(cluster):
             " FROM generate_series(1, 50000) i",
         ):
             connection.execute(text(statement))
-    with database.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for table in ("slice", "job", "result", "file", "event"):
-            connection.execute(text(f"VACUUM ANALYZE {table}"))
+    vacuum(database, "slice, job, result, file, event")
     yield database
     database.drop()
+
+
+def vacuum(database, tables):
+    """Have the planner know what is in some tables."""
+    with database.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"VACUUM ANALYZE {tables}"))
 
 
 def explain(database, statement, role="scheduler", *, is_admin=False, before=None, **parameters):
@@ -99,8 +104,7 @@ def test_urgent_slices_are_found_by_their_jobs_deadlines(seeded):
             text(f"UPDATE job SET is_urgent = true, deadline = now() + interval '1 hour' WHERE job_id IN ({urgent})")
         )
         connection.execute(text(f"UPDATE slice SET slice_class = 1 WHERE job_id IN ({urgent})"))
-    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE job, slice"))
+    vacuum(seeded, "job, slice")
     try:
         sequential, read, _ = explain(seeded, slices.URGENT_CANDIDATES, **slices.URGENT_HEADS)
         assert not {"job", "slice"} & set(sequential) and read <= 20 * 110 + 1024 + 100
@@ -128,8 +132,7 @@ def test_gates_read_what_is_due_by_index(seeded):
         connection.execute(text("UPDATE job SET gate_review_at = now() - interval '1 day' WHERE state = 'succeeded'"))
         due = "SELECT job_id FROM job WHERE gate_reason = 'window' ORDER BY job_id LIMIT 5"
         connection.execute(text(f"UPDATE job SET gate_review_at = now() - interval '1 s' WHERE job_id IN ({due})"))
-    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE job"))
+    vacuum(seeded, "job")
     try:
         sequential, read, _ = explain(seeded, gates.DUE, limit=100)
         # The five that are due have a hundred slices each; the hundred cost some probes for their parents.
@@ -147,21 +150,47 @@ def test_due_deliveries_are_found_by_target_however_many_one_has(seeded):
             "INSERT INTO webhook (tenant_id, webhook_id, name, url, secret_hint, events)"
             " SELECT 't' || (i % 50 + 1), gen_random_uuid(), i::text, 'https://example.org/', '', '[]'"
             " FROM generate_series(1, 100) i",
-            "INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_kind, job_id, next_at)"
-            " SELECT tenant_id, webhook_id, 'batch.failed', 'batch', gen_random_uuid(),"
+            "INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_id, next_at)"
+            " SELECT tenant_id, webhook_id, 'batch.failed', gen_random_uuid(),"
             " now() + CASE WHEN name = '1' THEN -interval '1 hour' ELSE interval '1 h' * (n - 3.5) END"
             " FROM webhook, LATERAL generate_series(1, CASE WHEN name = '1' THEN 90000 ELSE 100 END) n",
         ):
             connection.execute(text(statement))
-    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE webhook_delivery, webhook"))
-    parameters = {"limit": 16, "busy": [], "hold_seconds": 60}
+    vacuum(seeded, "webhook_delivery, webhook")
+    parameters = {"limit": 16, "busy": [], "hold_seconds": 60, "sample": SAMPLE_JOB}
     sequential, read, milliseconds = explain(seeded, webhooks.TAKE_DUE, **parameters)
     assert "webhook_delivery" not in sequential and read <= 100 * 6 and milliseconds < 500
     target = one(seeded, "SELECT webhook_id FROM webhook WHERE name = '1'").webhook_id
     shown = {"webhook_id": target, "after": None, "limit": 21, "tenant_id": "t2"}
     sequential, read, _ = explain(seeded, webhooks.DELIVERIES, role="gateway", is_admin=True, **shown)
     assert "webhook_delivery" not in sequential and read <= 100
+
+
+def test_budgets_and_caps_are_counted_by_index(seeded):
+    """Of 100 tenants with budgets in a fleet of 100 workers, two days of it; and what runs is read alone."""
+    with seeded.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE tenant SET device_seconds_per_day = 100, max_devices = 3"))
+        connection.execute(
+            text(
+                "INSERT INTO device_use SELECT tenant_id, date_trunc('hour', now()) - h * interval '1 hour',"
+                " gen_random_uuid(), 1 FROM tenant, generate_series(0, 47) h, generate_series(1, 100) w"
+            )
+        )
+        running = "UPDATE slice SET state = 'running', worker_id = gen_random_uuid() WHERE slice_id IN"
+        connection.execute(text(f"{running} (SELECT slice_id FROM slice ORDER BY slice_id LIMIT 400)"))
+    vacuum(seeded, "device_use, tenant, slice")
+    try:
+        for role in ("scheduler", "gateway"):
+            sequential, read, _ = explain(seeded, quotas.BUDGETS, role=role)
+            assert not {"device_use", "online_usage"} & set(sequential) and read <= 60 * (24 * 100 + 10)
+        for statement in (quotas.OCCUPIED, quotas.AWAITED, slices.OCCUPANTS):
+            sequential, read, _ = explain(seeded, statement)
+            assert "slice" not in sequential and read <= 1000
+    finally:
+        with seeded.engine("migration").begin() as connection:
+            connection.execute(text("UPDATE tenant SET device_seconds_per_day = NULL, max_devices = NULL"))
+            connection.execute(text("DELETE FROM device_use"))
+            connection.execute(text("UPDATE slice SET state = 'queued', worker_id = NULL WHERE state = 'running'"))
 
 
 def test_a_forecast_reads_open_jobs_and_lately_ended_ones(seeded):
@@ -182,8 +211,7 @@ def test_usage_of_a_day_is_read_by_its_time(seeded):
                 " SELECT tenant_id, job_id, 'batch', 1, 1, 1, 1, created_at FROM job WHERE state = 'succeeded'"
             )
         )
-    with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE usage"))
+    vacuum(seeded, "usage")
     day = datetime.now(UTC)
     for tenant_id in (None, "t1"):
         bounds = {"start": day - timedelta(days=1), "end": day, "tenant_id": tenant_id}

@@ -19,8 +19,8 @@ from shared.db.session import tenant_transaction
 from shared.db.workers import WorkerIdentity
 from shared.domain.slice import AttemptOutcome, SliceState
 from tests.integration.test_gates import job_of, waits
-from tests.integration.test_urgency import Bells
 from tests.support.batches import chat_lines, jsonl, make_job, rows, scalar, submit, wait_for
+from tests.support.fleet import Bells, claim_next, register
 from tests.support.servers import wait_until
 
 
@@ -91,13 +91,6 @@ def test_a_tenant_that_has_used_its_day_waits_for_the_next(tenant):
 # From here on without a stack.
 
 
-def register(database, slots=2):
-    identity = WorkerIdentity(uuid4(), "w", "host", 1, f"cpu:{uuid4().hex[:4]}", slots)
-    with database.engine("worker").begin() as connection:
-        workers.register(connection, identity, 60)
-    return identity
-
-
 def limited(database, tenant_id="default", **columns):
     settings = ", ".join(f"{name} = {value}" for name, value in columns.items())
     with database.engine("migration").begin() as connection:
@@ -114,13 +107,6 @@ def dispatcher(database):
     return Dispatcher(database.engine("scheduler"), Bells(), database.settings("scheduler"))
 
 
-def claimed(database, worker):
-    slice_id = scalar(database.engine("scheduler"), "SELECT min(slice_id) FROM slice WHERE state = 'dispatched'")
-    named = {"worker_id": worker.worker_id, "worker": "w", "device": "cpu:0", "task_id": "t"}
-    with database.engine("worker").begin() as connection:
-        return slices.claim(connection, slice_id, lease_seconds=60, **named)
-
-
 def spent(database):
     with database.engine("scheduler").begin() as connection:
         return {tenant: budget.spent for tenant, budget in quotas.budgets(connection).items()}
@@ -132,7 +118,7 @@ def test_whatever_ends_a_try_counts_what_it_took_once(database, store):
     worker = register(database, slots=3)
     planned(database, store)
     dispatcher(database).tick()
-    done, preempted, lost = (claimed(database, worker) for _ in range(3))
+    done, preempted, lost = (claim_next(database, worker) for _ in range(3))
     with database.engine("worker").begin() as connection:
         slices.finish(connection, done.slice_id, done.lease_token, SliceState.DONE, device_seconds=1.0)
         slices.release(

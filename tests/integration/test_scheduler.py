@@ -33,6 +33,7 @@ from shared.queueing.names import CANARY_KEY, GENERATE_TASK, worker_queue
 from shared.queueing.wake import connect_redis
 from tests.support.batches import chat_line, chat_lines, make_job, rows, scalar
 from tests.support.servers import running, wait_until
+from tests.support.fleet import register
 
 
 @pytest.fixture
@@ -41,13 +42,6 @@ def redis_client(redis_server):
     client.flushall()
     yield client
     client.close()
-
-
-def register(database, slots=2):
-    worker = WorkerIdentity(uuid4(), "w", "h", 1, f"cpu:{uuid4().hex[:4]}", slots)
-    with database.engine("worker").begin() as connection:
-        workers.register(connection, worker, 60)
-    return worker
 
 
 def planned(database, store, count=100, **settings):

@@ -17,6 +17,7 @@ from shared.db.workers import WorkerIdentity
 from shared.domain.slice import AttemptOutcome
 from tests.integration.test_gates import job_of, messages
 from tests.support.batches import chat_lines, make_job, rows, scalar, submit, wait_for
+from tests.support.fleet import Bells, claim_next, register
 from tests.support.servers import wait_until
 
 
@@ -47,34 +48,17 @@ def test_an_urgent_batch_is_in_time_beside_one_that_fills_every_slot(sdk, native
 # From here on without a stack.
 
 
-class Bells:
-    """What the dispatcher rings: here nobody hears it, and slices are claimed by hand."""
-
-    def __init__(self):
-        self.rung = []
-
-    def send_task(self, _name, args, **_):
-        self.rung += args
-
-
 @pytest.fixture
 def busy(database, store):
     """A worker of two slots with two slices of one job on them for ten minutes, and two more in Redis."""
-    identity = WorkerIdentity(uuid4(), "w", "host", 1, "cpu:0", 2)
-    with database.engine("worker").begin() as connection:
-        workers.register(connection, identity, 60)
+    worker = register(database)
     job_id = make_job(database.engine("gateway"), store, chat_lines(1000))
     scheduler = database.engine("scheduler")
     Planner(scheduler, database.settings("scheduler", slots=2), store).tick()
     dispatcher = Dispatcher(scheduler, Bells(), database.settings("scheduler"))
     assert dispatcher.tick() == 4
-    first = [
-        row.slice_id for row in rows(scheduler, "SELECT slice_id FROM slice WHERE state = 'dispatched' ORDER BY 1")
-    ]
+    assert claim_next(database, worker) and claim_next(database, worker)
     with database.engine("worker").begin() as connection:
-        for slice_id in first[:2]:
-            named = {"worker_id": identity.worker_id, "worker": "w", "device": "cpu:0", "task_id": f"t{slice_id}"}
-            assert slices.claim(connection, slice_id, lease_seconds=60, **named)
         connection.execute(text("UPDATE slice SET claimed_at = now() - interval '10 min' WHERE state = 'running'"))
     return job_id, dispatcher
 

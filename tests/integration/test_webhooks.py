@@ -248,7 +248,7 @@ def test_whatever_ends_a_job_says_whom_to_tell(database, store, kind, state, eve
     for next_state in ("running", "finalizing", state, state):
         end(database, job_id, next_state)
     (found,) = outbox(database)
-    assert (found.event_type, found.job_id, found.job_kind, found.tenant_id) == (event, job_id, kind, "default")
+    assert (found.event_type, found.job_id, found.tenant_id) == (event, job_id, "default")
 
 
 def test_what_is_rolled_back_is_not_told(database, store):
@@ -289,6 +289,21 @@ def test_a_target_that_is_gone_is_told_nothing_more_until_it_is_changed(database
     end(database, make_job(database.engine("gateway"), store, chat_lines(1)), "failed")
     assert [row.state for row in outbox(database)] == ["failed", "waiting"]
     gone.close()
+
+
+def test_a_target_that_said_that_it_is_gone_can_be_tested(database, store):
+    back = Receiver(410, 204)
+    webhook_id, _ = told(database, store, back.url)
+    deliverer(database).tick()
+    with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+        sent = webhooks.add_test(connection, webhook_id, "batch.failed")
+    assert deliverer(database).tick() == 1
+    with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+        assert webhooks.delivery(connection, sent).status_code == 204
+        assert webhooks.get(connection, webhook_id)["disabled_at"] is not None, (
+            "whether it is used is for an admin to say"
+        )
+    back.close()
 
 
 @contextmanager
@@ -408,6 +423,7 @@ def test_old_deliveries_and_secrets_are_forgotten(database, store):
     with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
         webhooks.rotate_secret(connection, webhook_id, new_secret(), keep_old=False)
     retention = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
-    retention._purge_webhooks()
+    retention._purge()
+    retention._purge_secrets()
     assert [row.state for row in outbox(database)] == ["waiting"]
     assert scalar(database.engine("scheduler"), "SELECT count(*) FROM webhook_secret") == 1

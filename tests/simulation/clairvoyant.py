@@ -7,7 +7,7 @@ all (Liu and Layland 1973), and close to it for a fleet.
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -18,8 +18,7 @@ from shared.domain.scheduling.simulation import START, Trace
 @dataclass
 class _Open:
     work: Work
-    chunks: deque[float] = field(default_factory=deque)
-    running: int = 0
+    chunks: deque[float]
 
     @property
     def rank(self) -> tuple[bool, datetime, int]:
@@ -28,14 +27,14 @@ class _Open:
         return (deadline is None, deadline or self.work.arrives_at or START, self.work.order)
 
 
-def run(trace: Trace, horizon: timedelta) -> tuple[dict[UUID, datetime], float]:
-    """Return when each job ends, and the busy seconds within the horizon."""
+def run(trace: Trace, counted: timedelta) -> tuple[dict[UUID, datetime], float]:
+    """Return when each job ends, and the busy seconds of so long from the start."""
     arrivals = deque(sorted(trace.works, key=lambda work: (work.arrives_at or START, work.order)))
-    gpus, now, busy, end = len(trace.lanes), START, 0.0, START + horizon
+    gpus, now, busy, counted_until = len(trace.lanes), START, 0.0, START + counted
     queue: list[tuple[tuple[bool, datetime, int], int, _Open]] = []
     jobs: list[_Open] = []
     ends: dict[UUID, datetime] = {}
-    while now < end:
+    while True:
         while arrivals and (arrivals[0].arrives_at or START) <= now:
             work = arrivals.popleft()
             jobs.append(_Open(work, deque(work.chunks)))
@@ -44,11 +43,12 @@ def run(trace: Trace, horizon: timedelta) -> tuple[dict[UUID, datetime], float]:
         times = [_after(now, job.chunks[at]) for job, count in running for at in range(count)]
         times += [arrivals[0].arrives_at or START] if arrivals else []
         if not times:
-            break
-        until = min(min(times), end)
+            return ends, busy
+        until = min(times)
         passed = (until - now).total_seconds()
+        inside = max(0.0, (min(until, counted_until) - now).total_seconds())
         for job, count in running:
-            busy += count * passed
+            busy += count * inside
             left = [chunk - passed if at < count else chunk for at, chunk in enumerate(job.chunks)]
             job.chunks = deque(chunk for chunk in left if chunk > 1e-6)
             if not job.chunks:
@@ -56,7 +56,6 @@ def run(trace: Trace, horizon: timedelta) -> tuple[dict[UUID, datetime], float]:
         now = until
         while queue and not queue[0][2].chunks:
             heapq.heappop(queue)
-    return ends, busy
 
 
 def _after(now: datetime, seconds: float) -> datetime:

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 
 from shared.domain.scheduling.forecast import Plan, _Run
-from shared.domain.scheduling.simulation import START, Trace
+from shared.domain.scheduling.simulation import REVIEW, START, Trace
 
 
 class _Watched(_Run):
@@ -21,6 +21,6 @@ class _Watched(_Run):
 
 def run_watched(trace: Trace, *, days: int = 60) -> tuple[Plan, float]:
     """Return what happens, urgency looked at every minute, and for how many seconds any device was idle in vain."""
-    run = _Watched(trace.works, trace.lanes, START, {}, {}, timedelta(minutes=1))
+    run = _Watched(trace.works, trace.lanes, START, {}, {}, REVIEW)
     plan = run.forward(timedelta(days=days))
     return plan, run.idle_seconds

@@ -124,6 +124,13 @@ def test_an_urgent_training_takes_a_slot_where_nothing_trains_or_has_a_training_
     assert preempt([Slice("train")], trainings, training=[1, 2, 3, 4]) == [4]
 
 
+def test_lines_on_a_device_that_trains_make_no_way_for_a_training():
+    """It could not go there."""
+    occupants = [running(1, worker=1, seconds=100), running(2, worker=2, seconds=900)]
+    assert preempt([Slice("train")], occupants, training=[1], workers=2) == [2]
+    assert preempt([Slice("train")] * 2, [*occupants, running(3, "train", worker=1)], training=[1], workers=2) == [2, 3]
+
+
 def test_nobody_is_stopped_for_a_training_that_needs_several_devices():
     """One after the other they would end, and begin again before it has them all."""
     trainings = [running(number, "train", worker=number) for number in range(1, 5)]

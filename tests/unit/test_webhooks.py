@@ -22,12 +22,13 @@ from shared.domain.webhooks import (
     signed_headers,
 )
 
+JOB = uuid4()
 LOOPBACK = [ip_network("127.0.0.0/8")]
 
 
 def delivery(event_type="batch.completed", keys=None, timestamp=None):
     delivery_id = uuid4()
-    body = json.dumps(event_body(delivery_id, event_type, 1_700_000_000, "batch_1")).encode()
+    body = json.dumps(event_body(delivery_id, event_type, 1_700_000_000, JOB)).encode()
     return body, signed_headers(delivery_id, timestamp or int(time.time()), body, keys)
 
 
@@ -37,7 +38,9 @@ def test_both_libraries_accept_a_delivery(event_type):
     body, headers = delivery(event_type, [secret])
     with openai.OpenAI(api_key="unused", webhook_secret=secret) as client:
         event = client.webhooks.unwrap(body, headers)
-    assert (event.type, event.data.id, event.object) == (event_type, "batch_1", "event")
+    kinds = {"batch": "batch_", "fine_tuning": "ftjob-", "training": "train_"}
+    assert (event.type, event.object) == (event_type, "event")
+    assert event.data.id == kinds[event_type.split(".")[0]] + JOB.hex
     assert standardwebhooks.Webhook(secret).verify(body, headers) == json.loads(body)
     assert event.id.removeprefix("evt_") == headers["webhook-id"].removeprefix("wh_")
 
@@ -54,7 +57,7 @@ def test_whatever_is_changed_it_is_refused(change):
     secret = new_secret()
     body, headers = delivery(keys=[secret], timestamp=int(time.time()) - (600 if change == "time" else 0))
     if change == "body":
-        body = body.replace(b"batch_1", b"batch_2")
+        body = body.replace(b"batch_", b"other_")
     if change == "id":
         headers["webhook-id"] = "wh_other"
     if change == "secret":

@@ -118,14 +118,16 @@ def _announce(running: Any) -> None:
 
 
 def _local_stack() -> Any:
-    return _server_part("services.local.stack")
+    return _server_part("stack")
 
 
 def _server_part(name: str) -> Any:
-    """Return a module of the server's; it is there when this client runs inside the project."""
+    """Return a module of the project's own for this machine; it is there when this client runs inside the project."""
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
+        return importlib.import_module(f"services.local.{name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("services"):
+            raise  # the project is there, and one of its libraries is not
         errors.print("'up', 'down' and 'simulate' work in an installation of the server, which this is not.")
         raise typer.Exit(EXIT_USAGE) from None
 
@@ -307,10 +309,8 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Run the scheduling policy over a made-up fleet and what arrives at it; the same seed gives the same answer."""
-    simulation = _server_part("shared.domain.scheduling.simulation")
-    trace = simulation.week(seed, gpus=gpus, tenants=tenants, days=days, load=load, deadlines=deadlines)
-    outages = simulation.outages(seed, trace.lanes, days=days, per_day=failures)
-    _, report = simulation.simulate(trace, outages, days=days)
+    asked = {"gpus": gpus, "tenants": tenants, "load": load, "deadlines": deadlines}
+    report = _server_part("simulation").run(seed, days=days, failures=failures, **asked)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
         return

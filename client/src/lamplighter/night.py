@@ -41,11 +41,11 @@ def show_night(console: Console, plan: dict[str, Any]) -> None:
         times = clock(job["starts_at"]), clock(job["ends_at"])
         basis = "measured" if job["confidence"] == "measured" else "a guess"
         table.add_row(job["id"], *times, judgement(job), basis, ", ".join(sorted(where.get(job["id"], ()))))
-    console.print(table if plan["jobs"] else "Nothing is open.")
+    console.print(table if plan["jobs"] else "Nothing is foretold: no job is open, or what is came a moment ago.")
 
 
 def show_report(console: Console, report: Any) -> None:
-    """Print what came of a simulation (the server's `shared.domain.scheduling.simulation.Report`)."""
+    """Print what came of a simulation (the server's `services.local.simulation`)."""
     hours = 3600.0
     rows = {
         "jobs ended": f"{report.ended} of {report.jobs}",

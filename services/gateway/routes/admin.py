@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from sqlalchemy import Connection
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
@@ -60,16 +60,13 @@ def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin, key: Idem
     Whoever lost the first answer revokes that key by its id and makes another.
     """
     tenant_id = body.tenant or caller.tenant_id
-    shown: dict[str, Any] = {}
+    secret: dict[str, Any] = {}
 
     def create(connection: Connection) -> dict[str, Any]:
-        key_id, secret = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
-        kept = {"id": key_id, "object": "api_key", "key": None, "tenant": tenant_id, "scopes": body.scopes}
-        shown.update(kept, key=secret)
-        return kept
+        key_id, secret["key"] = tenants.create_key(connection, tenant_id, body.name, list(body.scopes))
+        return {"id": key_id, "object": "api_key", "tenant": tenant_id, "scopes": body.scopes}
 
-    answer = answer_once(parts, caller, key, body_digest("key", body), create, as_admin=True)
-    return JSONResponse(shown) if shown else answer
+    return answer_once(parts, caller, key, body_digest("key", body), create, as_admin=True, shown_once=secret)
 
 
 @router.get("/keys")

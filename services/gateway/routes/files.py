@@ -147,8 +147,9 @@ def _render(parts: Parts, caller: Caller, file: FileView) -> Iterator[bytes]:
     """Yield a job's output or error file."""
     assert file.rendered_job_id is not None
     with parts.own_transaction(caller) as connection:
-        error_file_id = connection.execute(_ERROR_FILE, {"job_id": file.rendered_job_id}).scalar_one()
-    yield from rendered(parts, caller, file.rendered_job_id, failed=error_file_id == file.file_id)
+        row = connection.execute(_RENDERED_JOB, {"job_id": file.rendered_job_id}).one()
+    is_error_file = row.error_file_id == file.file_id
+    yield from rendered(parts, caller, row.created_on, file.rendered_job_id, failed=is_error_file)
 
 
-_ERROR_FILE = text("SELECT error_file_id FROM job WHERE job_id = :job_id")
+_RENDERED_JOB = text("SELECT created_on, error_file_id FROM job WHERE job_id = :job_id")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
+from datetime import UTC
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -257,8 +258,8 @@ def finished_lines(job_id: str, parts: PartsDependency, caller: Reader, failed: 
         file_id = job.error_file_id if failed else job.output_file_id
         if file_id is not None:
             files.get(connection, file_id)  # once there is a file, its end is theirs
-    headers = {"X-Content-Type-Options": "nosniff"}
-    return StreamingResponse(rendered(parts, caller, row_id, failed=failed), media_type=JSON_LINES, headers=headers)
+    lines = rendered(parts, caller, job.created_at.astimezone(UTC).date(), row_id, failed=failed)
+    return StreamingResponse(lines, media_type=JSON_LINES, headers={"X-Content-Type-Options": "nosniff"})
 
 
 @router.get("/{job_id}/events")

@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from ipaddress import ip_network
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, Parts, PartsDependency, Reader, answer_once
@@ -27,12 +26,11 @@ from shared.db.tenants import Caller
 from shared.db.webhooks import DeliveryView
 from shared.domain.errors import InvalidRequest, NotFound, Unavailable
 from shared.domain.job import public_job_id
-from shared.domain.webhooks import EVENT_TYPES, SAMPLE_JOB, check_url, new_secret
+from shared.domain.webhooks import EVENT_PREFIX, EVENT_TYPES, SAMPLE_JOB, check_url, event_id, event_kind, new_secret
 
 TEST_POLL_SECONDS = 0.2
 TEST_SLACK_SECONDS = 5.0
 """A test waits so much longer for the scheduler than one delivery may take."""
-DELIVERY = "evt_"
 router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 
@@ -50,17 +48,14 @@ def create_webhook(body: WebhookCreate, parts: PartsDependency, caller: Admin, k
     """
     _check_url(parts, body.url)
     tenant_id, secret = body.tenant or caller.tenant_id, new_secret()
-    created: list[dict[str, Any]] = []
 
     def create(connection: Connection) -> dict[str, Any]:
         events = list(dict.fromkeys(body.event_types))
         webhook_id = webhooks.create(connection, tenant_id, name=body.name, url=body.url, events=events, secret=secret)
-        made = _object(webhooks.get(connection, webhook_id)) | {"signing_secret": None}
-        created.append(made)
-        return made
+        return _object(webhooks.get(connection, webhook_id))
 
-    answer = answer_once(parts, caller, key, body_digest("webhook", body), create, as_admin=True)
-    return JSONResponse(created[0] | {"signing_secret": secret}) if created else answer
+    shown = {"signing_secret": secret}
+    return answer_once(parts, caller, key, body_digest("webhook", body), create, as_admin=True, shown_once=shown)
 
 
 @router.get("/webhook_endpoints")
@@ -114,16 +109,13 @@ def rotate_secret(
     """Sign with a new secret, shown this once; for a day with the old one too where that is asked for."""
     webhook_id, secret = webhooks.parse_id(webhook_endpoint_id), new_secret()
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
-    rotated: list[dict[str, Any]] = []
 
     def rotate(connection: Connection) -> dict[str, Any]:
         webhooks.rotate_secret(connection, webhook_id, secret, keep_old=keep_old)
-        rotated.append(_object(webhooks.get(connection, webhook_id)) | {"signing_secret": None})
-        return rotated[0]
+        return _object(webhooks.get(connection, webhook_id))
 
     digest = body_digest("webhook rotation", {"webhook": webhook_id.hex, "keep_old": keep_old})
-    answer = answer_once(parts, caller, key, digest, rotate, as_admin=True)
-    return JSONResponse(rotated[0] | {"signing_secret": secret}) if rotated else answer
+    return answer_once(parts, caller, key, digest, rotate, as_admin=True, shown_once={"signing_secret": secret})
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
@@ -180,8 +172,8 @@ def list_deliveries(
 
 def _event_id(text: str) -> UUID:
     try:
-        if text.startswith(DELIVERY):
-            return UUID(hex=text.removeprefix(DELIVERY))
+        if text.startswith(EVENT_PREFIX):
+            return UUID(hex=text.removeprefix(EVENT_PREFIX))
     except ValueError:
         pass
     raise InvalidRequest("after: is not an id of this list.", param="after", code="invalid_value")
@@ -190,10 +182,10 @@ def _event_id(text: str) -> UUID:
 def _delivery(view: DeliveryView) -> dict[str, Any]:
     is_waiting = view.state == "waiting"
     return {
-        "id": f"{DELIVERY}{view.delivery_id.hex}",
+        "id": event_id(view.delivery_id),
         "object": "webhook_endpoint.delivery",
         "event_type": view.event_type,
-        "job": None if view.job_id == SAMPLE_JOB else public_job_id(view.job_kind, view.job_id),
+        "job": None if view.job_id == SAMPLE_JOB else public_job_id(event_kind(view.event_type), view.job_id),
         "status": view.state,
         "attempts": view.attempts,
         "status_code": view.status_code,
@@ -206,7 +198,7 @@ def _delivery(view: DeliveryView) -> dict[str, Any]:
 
 def _check_url(parts: Parts, url: str) -> None:
     try:
-        check_url(url, [ip_network(network) for network in parts.settings.webhook_networks])
+        check_url(url, parts.settings.webhook_networks)
     except ValueError as error:
         raise InvalidRequest(f"url: {error}.", param="url", code="invalid_value") from None
 

@@ -16,7 +16,7 @@ from uuid import UUID
 
 from shared.domain.scheduling.gates import gate
 from shared.domain.scheduling.policy import Caps, Fairness, hurries, plan_releases
-from shared.domain.scheduling.urgency import Demand, Running, plan_preemptions, review_pause, urgent_jobs
+from shared.domain.scheduling.urgency import Demand, Running, lone_seconds, plan_preemptions, review_pause, urgent_jobs
 from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
 
@@ -224,7 +224,7 @@ class _Run:
         if not job.chunks and not job.active:
             self._end(job)
             return
-        work, seconds_left = job.work, sum(job.chunks) / max(1, len(self._warm))
+        work, seconds_left = job.work, lone_seconds(sum(job.chunks), len(job.chunks), len(self._warm))
         decided = gate(self._now, work.windows, work.deadline, seconds_left=seconds_left)
         queue = self._queues[work.tenant_id]
         place = bisect_left(queue, job.place, key=lambda each: each.place)

@@ -226,25 +226,23 @@ class _CappedTenants:
     """Tenants that may occupy so many devices at once: beyond them, they are given room only where they are."""
 
     def __init__(self, caps: Caps, workers: Sequence[Host]) -> None:
-        self._most, self._workers = caps.most, {worker.worker_id: worker for worker in workers} if caps.most else {}
         self._held = {tenant_id: set(caps.held.get(tenant_id, ())) for tenant_id in caps.most}
         self._promised: dict[str, int] = defaultdict(int, caps.promised)
+        self._caps = Caps(caps.most, self._held, self._promised)
+        self._workers = {worker.worker_id: worker for worker in workers} if caps.most else {}
 
     def among(self, waiting: Waiting, hosts: Sequence[Host] | None) -> tuple[Sequence[Host] | None, bool]:
         """Return the workers that a slice may go to (None: any) of `hosts` (None: all), and whether a cap says so."""
-        most = self._most.get(waiting.tenant_id)
-        if most is None:
-            return hosts, False
-        held = self._held[waiting.tenant_id]
-        if len(held) + self._promised[waiting.tenant_id] + waiting.devices_needed <= most:
+        if self._caps.leave_room(waiting):
             return hosts, False
         if waiting.devices_needed > 1:
             return [], True  # its other devices would be new ones
-        mine = [self._workers[each] for each in sorted(held, key=lambda each: each.hex) if each in self._workers]
+        held = sorted(self._held[waiting.tenant_id], key=lambda each: each.hex)
+        mine = [self._workers[each] for each in held if each in self._workers]
         return mine if hosts is None else [worker for worker in mine if worker in hosts], True
 
     def note(self, waiting: Waiting, worker: Host) -> None:
-        if waiting.tenant_id in self._most:
+        if waiting.tenant_id in self._held:
             self._held[waiting.tenant_id].add(worker.worker_id)
             self._promised[waiting.tenant_id] += waiting.devices_needed - 1
 

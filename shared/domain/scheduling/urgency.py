@@ -5,7 +5,7 @@ must be done by each of them more than the fleet should be asked for? Unlike a j
 be in time alone and are late together.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -51,15 +51,15 @@ def urgent_jobs(demands: Iterable[Demand], devices: int, now: datetime) -> set[U
         before.append(demand.job_id)
         if asked >= FULL * devices * left:
             found.update(before)
-        lone = START_SECONDS + _lone_seconds(demand, devices)
+        lone = START_SECONDS + lone_seconds(demand.seconds, demand.parts, devices)
         if lone >= LONE_FULL * left or (demand.windows and lone >= LONE_FULL * _open_seconds(demand, now, left)):
             found.add(demand.job_id)
     return found
 
 
-def _lone_seconds(demand: Demand, devices: int) -> float:
-    """How long a job takes that has as many devices as it can use."""
-    return demand.seconds / max(1, min(demand.parts, devices))
+def lone_seconds(seconds: float, parts: int, devices: int) -> float:
+    """Return how long so many device seconds take on as many devices as their parts can use."""
+    return seconds / max(1, min(parts, devices))
 
 
 def _open_seconds(demand: Demand, now: datetime, left: float) -> float:
@@ -109,47 +109,55 @@ def plan_preemptions(
         urgent slices have found no room; what began since then did so by its class's share, and keeps it.
     """
     free = workers - len(training)
-    running = [each for each in running if each.is_stopping or each.seconds >= waited_seconds]
-    stopping = {kind: sum(each.is_stopping and each.kind == kind for each in running) for kind in SliceKind}
-    victims = {kind: _victims(running, kind) for kind in SliceKind}
-    chosen: list[Running] = []
+    stopping = [each for each in running if each.is_stopping]
+    victims = _victims(running, waited_seconds)
+    chosen: list[int] = []
     for slice_ in wanting:
         if slice_.devices_needed > 1:
             continue
-        needs_device = slice_.kind == SliceKind.TRAIN and not free
-        order = (SliceKind.TRAIN,) if needs_device else (SliceKind.GENERATE, SliceKind.TRAIN)
-        _choose(order, stopping, victims, chosen)
-    return [each.slice_id for each in chosen]
+        if slice_.kind == SliceKind.GENERATE:
+            helping: list[_Fits] = [_generates, _trains]
+        elif free:
+            helping, free = [lambda each: _generates(each) and each.worker_id not in training], free - 1
+        else:
+            helping = [_trains]
+        # What is stopping already is counted on.
+        if _take(stopping, helping) is None and (victim := _take(victims, helping)) is not None:
+            chosen.append(victim.slice_id)
+    return chosen
 
 
-def _victims(running: Sequence[Running], kind: SliceKind) -> list[Running]:
-    """Return what may be stopped, the one that loses least last."""
+_Fits = Callable[[Running], bool]
+
+
+def _generates(running: Running) -> bool:
+    return running.kind == SliceKind.GENERATE
+
+
+def _trains(running: Running) -> bool:
+    return running.kind == SliceKind.TRAIN
+
+
+def _victims(running: Sequence[Running], waited_seconds: float) -> list[Running]:
+    """Return what may be stopped, the one that loses least first."""
     may = [
         each
         for each in running
-        if each.kind == kind
-        and each.slice_class > SliceClass.URGENT
+        if each.slice_class > SliceClass.URGENT
         and not each.is_stopping
-        and each.seconds >= LEAST_RUN_SECONDS
+        and each.seconds >= max(LEAST_RUN_SECONDS, waited_seconds)
     ]
-    return sorted(may, key=lambda each: (each.slice_class, -each.seconds, each.slice_id))
+    return sorted(may, key=lambda each: (-each.slice_class, each.seconds, -each.slice_id))
 
 
-def _choose(
-    order: Sequence[SliceKind],
-    stopping: dict[SliceKind, int],
-    victims: dict[SliceKind, list[Running]],
-    chosen: list[Running],
-) -> None:
-    """Count on what is stopping already, or choose one more to stop."""
-    for kind in order:
-        if stopping[kind]:
-            stopping[kind] -= 1
-            return
-    for kind in order:
-        if victims[kind]:
-            chosen.append(victims[kind].pop())
-            return
+def _take(pool: list[Running], helping: Sequence[_Fits]) -> Running | None:
+    """Take the first that helps out of a pool; by the first way of helping that any of it has."""
+    for fits in helping:
+        for each in pool:
+            if fits(each):
+                pool.remove(each)
+                return each
+    return None
 
 
 def review_pause(since: timedelta) -> timedelta:

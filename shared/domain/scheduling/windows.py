@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 _DAYS_AHEAD = 3
 """Within these every window changes: no clock is set by a day."""
 _HORIZON = timedelta(days=366)
-_COUNTED = timedelta(days=35)
 """How far common hours of several windows are looked for: zones that set their clocks apart differ by the season."""
+_COUNTED = timedelta(days=35)
+"""How far open hours are counted."""
 
 
 class WindowSpec(BaseModel):
