@@ -17,7 +17,6 @@ from services.worker.engine.kernels.kernels import (
     plan_layout,
 )
 from services.worker.engine.kernels.reference import TorchKernels
-from services.worker.engine.kernels.varlen import VarlenKernels, plan_sequences
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [
@@ -74,52 +73,6 @@ def test_attention_is_torchs(shape, dtype, has_norms):
     torch.testing.assert_close(ours[1], reference[1], **close(dtype))
     torch.testing.assert_close(ours[2].keys, reference[2].keys, **close(dtype))
     assert torch.equal(ours[2].values, reference[2].values)
-
-
-def plain_attention(queries, keys, values, where, shape):
-    """What `torch.nn.attention.varlen` computes, which has no form for a CPU: causal, aligned at the last key."""
-    out = torch.empty_like(queries)
-    borders = (each.tolist() for bounds in (where.queries, where.keys) for each in (bounds[:-1], bounds[1:]))
-    for first, last, start, end in zip(*borders, strict=True):
-        count, total = last - first, end - start
-        assert count <= where.most_queries and total <= where.most_keys
-        distance = torch.arange(total - count, total)[:, None] - torch.arange(total)
-        mask = (distance >= 0) & (distance < (shape.window or total))
-        query, key, value = (each.transpose(0, 1) for each in (queries[first:last], keys[start:end], values[start:end]))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=shape.scale, enable_gqa=shape.group > 1
-        )
-        out[first:last] = attended.transpose(0, 1)
-    return out
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if not shape.softcap])
-def test_a_gpus_way_to_attention_is_the_references(shape):
-    """All but the kernel itself, which `tests/gpu` tries: who sees whom, and where it lies, over two steps."""
-    assert VarlenKernels.supports(shape, torch.bfloat16) and not VarlenKernels.supports(shape, torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    wanted = (0, 1), (0, 37), (100, 1), (250, 1), (15, 2), (16, 40)
-    first = plan_layout(spans(*((0, before + count) for before, count in wanted)))
-    second = plan_layout([Span(b.table, a.position, a.row, a.count) for a, b in zip(spans(*wanted), first.spans)])
-    rows = [torch.randn(each.tokens, shape.qkv_width, generator=generator).bfloat16() for each in (first, second)]
-    outs = []
-    for kernels in (VarlenKernels(plain_attention), TorchKernels()):
-        pool = kernels.new_pool(200, shape, torch.bfloat16, CPU)
-        for layout, qkv in zip((first, second), rows):
-            queries = kernels.prepare_heads(qkv, shape, None, rotary(shape), pool, layout)
-            outs.append(kernels.attend(queries, shape, pool, layout))
-        if isinstance(kernels, VarlenKernels):
-            kernels_again, pool_again, again = kernels, pool, queries
-    torch.testing.assert_close(outs[0], outs[2], **close(torch.bfloat16))
-    torch.testing.assert_close(outs[1], outs[3], **close(torch.bfloat16))
-    # In groups of few keys: the same rows, none left out.
-    groups = plan_sequences(second, CPU, most_keys=120)
-    assert [(rows.start, rows.stop, len(where.slots)) for rows, where in groups] == [
-        (0, 38, 38), (38, 39, 101), (39, 40, 251), (40, 82, 73),
-    ]  # fmt: skip
-    second.cache["sequences"] = groups
-    grouped = kernels_again.attend(again, shape, pool_again, second)
-    assert torch.equal(grouped, outs[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,10 +66,10 @@ def random_examples(count=40, *, seed=0, vocabulary=260, shortest=2, longest=40)
 class TrainerChild(ChildSupervisor):
     """A trainer child; what it says arrives in `inbox`, and `None` once it is gone."""
 
-    def __init__(self, *, hang_seconds=60.0, threads=1):
+    def __init__(self, *, hang_seconds=60.0, threads=1, device="cpu:0"):
         super().__init__(
             "services.worker.trainer.process",
-            ["--device", "cpu:0"],
+            ["--device", device],
             hang_seconds=hang_seconds,
             environment={"OMP_NUM_THREADS": str(threads)},
         )

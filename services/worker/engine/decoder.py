@@ -22,6 +22,7 @@ from services.worker.engine.kernels.kernels import (
     Layout,
     Norm,
     Rotary,
+    on_device,
 )
 from services.worker.engine.linear import Linear
 
@@ -29,7 +30,8 @@ from services.worker.engine.linear import Linear
 class Decoder(Protocol):
     """A model that computes a step. It owns the KV pool, whose blocks `Layout.tables` name."""
 
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int: ...
 
     @property
     def weight_bytes(self) -> int:
@@ -109,8 +111,21 @@ class FusedDecoder:
     def pool_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pool in self._pool for t in (pool.keys, pool.values))
 
+    @property
+    def shapes(self) -> list[HeadShape]:
+        """Every layer's attention."""
+        return [layer.shape for layer in self._weights.layers]
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.norm.weight.device
+
     @torch.inference_mode()
     def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
+        return self.compute(torch.tensor(tokens, device=self.device), layout, torch.tensor(rows, device=self.device))
+
+    def compute(self, tokens: torch.Tensor, layout: Layout, chosen: torch.Tensor | None) -> torch.Tensor:
+        """Do what `forward` does with tensors on the device; None chooses all rows."""
         weights, kernels = self._weights, self._kernels
         residual = self._embed(tokens, layout)
         mixed: torch.Tensor | None = None
@@ -122,18 +137,16 @@ class FusedDecoder:
             )
             mixed = self._multiply(layer.down, inner, layout)
         # Only the rows from which a token is drawn go through the head; in the middle of a long prompt there are none.
-        if not rows:
-            return residual.new_empty(0, self.vocabulary, dtype=torch.float32)
-        chosen = torch.tensor(rows, device=residual.device)
-        last = None if mixed is None else mixed[chosen]
-        return weights.head(kernels.add_norm(residual[chosen], last, weights.norm)).float()
+        if chosen is not None:
+            if not len(chosen):
+                return residual.new_empty(0, self.vocabulary, dtype=torch.float32)
+            residual, mixed = residual[chosen], None if mixed is None else mixed[chosen]
+        return weights.head(kernels.add_norm(residual, mixed, weights.norm)).float()
 
-    def _embed(self, tokens: list[int], layout: Layout) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         module, positions = self._weights.embedding, self._weights.positions
-        out: torch.Tensor = module(torch.tensor(tokens, device=module.weight.device))
-        if positions is not None:
-            out = out + positions[torch.as_tensor(layout.positions, device=out.device, dtype=torch.long)]
-        return out
+        out: torch.Tensor = module(tokens)
+        return out if positions is None else out + positions[on_device(layout, "positions", out.device).long()]
 
     def _attend(self, layer: Layer, normed: torch.Tensor, pool: LayerPool, layout: Layout) -> torch.Tensor:
         qkv = self._multiply(layer.qkv, normed, layout)

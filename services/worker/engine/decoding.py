@@ -7,19 +7,16 @@ from typing import Any
 import torch
 
 from services.worker.engine.architectures import fused_weights
-from services.worker.engine.decoder import Decoder, FusedDecoder
+from services.worker.engine.decoder import Decoder, FusedDecoder, Weights
 from services.worker.engine.kernels.compile import NoCompilerError
 from services.worker.engine.kernels.cpu import CpuKernels
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, HeadShape, Kernels, Span, plan_layout
 from services.worker.engine.kernels.reference import TorchKernels
-from services.worker.engine.kernels.varlen import VarlenKernels, torch_attention
 from services.worker.engine.transformers_decoder import TransformersDecoder
 from shared.domain.errors import ModelRefused
 
 log = logging.getLogger(__name__)
 
-FLASH_CAPABILITY = (8, 0)
-"""Of the oldest GPUs that FlashAttention runs on (Ampere)."""
 PROBE_TOKENS = 40
 TOLERANCE = {torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
@@ -37,22 +34,25 @@ def build_decoder(model: Any, context: int, blocks: int) -> Decoder:
     decoder: Decoder
     if weights is not None:
         kernels = pick_kernels([layer.shape for layer in weights.layers], weights.norm.weight)
-        decoder = FusedDecoder(weights, kernels, blocks)
+        decoder = _fused_decoder(weights, kernels, context, blocks)
     else:
         decoder = TransformersDecoder(model, pick_kernels, blocks)
     _compare(decoder, probe, expected, model.dtype)
     return decoder
 
 
+def _fused_decoder(weights: Weights, kernels: Kernels, context: int, blocks: int) -> Decoder:
+    if weights.norm.weight.device.type != "cuda" or type(kernels) is TorchKernels:
+        return FusedDecoder(weights, kernels, blocks)
+    from services.worker.engine.graphs import GraphedDecoder  # which needs Triton
+
+    return GraphedDecoder(FusedDecoder(weights, kernels, blocks + 1), context, blocks)
+
+
 def pick_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
     """Return the kernels for attention of all layers' shapes; `like` is a weight of one row's length."""
     if like.device.type == "cuda":
-        can_flash = torch.cuda.get_device_capability(like.device) >= FLASH_CAPABILITY
-        is_known = can_flash and all(VarlenKernels.supports(shape, like.dtype) for shape in shapes)
-        attention = torch_attention() if is_known else None
-        if attention is None:
-            log.warning("slow kernels: FlashAttention does not know this device, shape or number type")
-        return TorchKernels() if attention is None else VarlenKernels(attention)
+        return _gpu_kernels(like.device)
     if like.device.type != "cpu" or not all(CpuKernels.supports(shape, like.shape[-1], like.dtype) for shape in shapes):
         return TorchKernels()
     try:
@@ -60,6 +60,18 @@ def pick_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
     except NoCompilerError as error:
         log.warning("slow kernels: %s", error)
         return TorchKernels()
+
+
+def _gpu_kernels(device: torch.device) -> Kernels:
+    """Return the kernels in Triton, which wants a C compiler and knows no GPU that is too old."""
+    try:
+        from services.worker.engine.kernels.gpu import GpuKernels
+
+        GpuKernels().try_out(device)
+    except Exception as error:  # noqa: BLE001  # whatever is missing, slow kernels serve
+        log.warning("slow kernels: %s", error)
+        return TorchKernels()
+    return GpuKernels()
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ On CPUs torch divides an array among its threads, and computes what is left over
 vectors by other instructions, whose last bits differ. Products are summed in an order that the number of rows decides.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,15 @@ WHOLE = 32
 """Numbers that torch computes at once on any CPU: two of the widest vectors."""
 UNDIVIDED = 32_767
 """Numbers up to which torch leaves an array to one thread."""
+
+
+def sum_in_one_order() -> None:
+    """Keep cuBLAS from dividing sums among programs, which it does by a product's number of rows. Before any product.
+
+    It needs room to put parts of sums, and is given none. `row_counts_of` shows which orders are left.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
 
 
 def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

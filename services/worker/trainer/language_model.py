@@ -84,11 +84,12 @@ class CausalLanguageModel:
         """Return [N, vocabulary]: the head is applied to the positions that predict a target only."""
         layout: dict[str, Any] = {}
         if batch.lengths is not None:
-            layout = {"packed_lengths": batch.lengths, "logits_to_keep": batch.predicts}
+            # A mask of the one row: some releases of transformers know none of several.
+            layout = {"packed_lengths": batch.lengths, "logits_to_keep": batch.predicts[0]}
         output = self._model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
         logits: torch.Tensor = output.logits
         # Models that cannot be packed may not be able to compute chosen positions either.
-        return logits if batch.lengths is not None else logits[batch.predicts]
+        return logits[0] if batch.lengths is not None else logits[batch.predicts]
 
     def watch(self, moved: Callable[[], None]) -> None:
         """Call `moved` after each layer, forward and backward: a step of a large model takes its time."""
@@ -212,7 +213,7 @@ def _computes_packed(model: Any) -> bool:
 
 def _packed_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     positions = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])[None].to(tokens.device)
-    keep = torch.ones_like(tokens, dtype=torch.bool)
+    keep = torch.ones_like(tokens[0], dtype=torch.bool)
     output = model(
         input_ids=tokens,
         position_ids=positions,
@@ -220,5 +221,5 @@ def _packed_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         logits_to_keep=keep,
         packed_lengths=list(PROBE_LENGTHS),
     )
-    logits: torch.Tensor = output.logits
+    logits: torch.Tensor = output.logits[0]
     return logits

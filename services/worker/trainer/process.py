@@ -31,6 +31,7 @@ from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.job import TrainingJob
 from services.worker.trainer.memory import is_out_of_memory
 from services.worker.trainer.ranks import RanksLost, meet
+from services.worker.trainer.stepper import repeat_bits
 from shared.logging import configure_logging
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     # CUDA_VISIBLE_DEVICES shows this process one GPU, so that is always cuda:0 here.
     device = torch.device("cuda:0" if arguments.device.startswith("cuda") else "cpu")
+    if device.type == "cuda":
+        repeat_bits()
     channel = Channel(socket.socket(fileno=arguments.channel))
     TrainerProcess(channel, device).run()
     channel.close()

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -151,14 +152,19 @@ class Stepper:
         try:
             return work()
         except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                if self._ranks.is_in_step:
+                    # The others wait in the midst of this pass: nothing can be agreed upon any more.
+                    self._ranks.abandon(SHORT_OF_MEMORY)
+                return None
+            if _NOT_REPEATABLE not in str(error):
                 if self._ranks.is_in_step and isinstance(error, RuntimeError):
                     raise RanksLost(str(error)) from error  # what a collective within a layer says
                 raise
-            if self._ranks.is_in_step:
-                # The others wait in the midst of this pass: nothing can be agreed upon any more.
-                self._ranks.abandon(SHORT_OF_MEMORY)
-            return None
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            log.warning("the same steps would not give the same bits again: %s", error)
+        self.zero()
+        return self._attempt(work)
 
     def shrink(self, state: Steps) -> None:
         """Take half as many tokens at a time as the largest pass of what was computed just now.
@@ -199,6 +205,20 @@ class Stepper:
                 parameter = self.parameters[name]
                 value = file.get_tensor(key).to(parameter.device, copy=True)
                 self.optimizer.state[parameter][moment] = value if value.ndim == 0 else share_of(value, parameter)
+
+
+_NOT_REPEATABLE = "does not have a deterministic implementation"
+"""What torch says of an operation whose bits differ from run to run."""
+
+
+def repeat_bits() -> None:
+    """Have a GPU compute the same bits whenever it computes the same: many of its sums are in no order by default.
+
+    Called before anything is computed. An operation that cannot do so is let through, with a warning.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for finding mistakes, which costs time
 
 
 def seed_everything(*place: int) -> None:

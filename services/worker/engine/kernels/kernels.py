@@ -178,6 +178,17 @@ def cached(layout: Layout, name: str, make: Callable[[], Made]) -> Made:
     return made
 
 
+def on_device(layout: Layout, name: Literal["positions", "slots", "tables"], device: torch.device) -> torch.Tensor:
+    """Return an array of a layout as a tensor on a device, which it is copied to once a step."""
+    array: np.ndarray[Any, Any] = getattr(layout, name)
+    return cached(layout, device_key(name), lambda: torch.from_numpy(array).to(device))
+
+
+def device_key(name: str) -> str:
+    """Return where a layout's cache has an array's copy on the device."""
+    return f"{name} on the device"
+
+
 class Kernels(Protocol):
     """Every row of every result depends on that row's own inputs alone, whatever else the step computes."""
 
@@ -192,7 +203,7 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Normalise and rotate queries and keys of `qkv` [T, (H+2K)*D]; put keys and values into the pool.
 
-        Returns the queries, float32 [T, H, D].
+        Returns the queries [T, H, D], rounded to the type of `qkv`, in it or in float32.
         """
         ...
 
