@@ -17,7 +17,8 @@ NOW = sa.text("now()")
 OF_WEBHOOK = ["tenant_id", "webhook_id"], ["webhook.tenant_id", "webhook.webhook_id"]
 ENDED = "NEW.state IN ('succeeded', 'failed', 'cancelled', 'expired') AND NEW.kind <> 'online'"
 
-# Whatever ends a job, in whatever service, ends it in a transaction that also says whom to tell: nobody can forget it.
+# Whatever ends a job, in whatever service, ends it in a transaction that also says whom to tell: nobody can forget it. A
+# target that is changed or disabled meanwhile waits for it: what gives up its deliveries has to see this one.
 NOTE_END = """
     CREATE FUNCTION note_job_end() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -28,7 +29,7 @@ NOTE_END = """
     BEGIN
         INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_id, next_at)
         SELECT tenant_id, webhook_id, told, NEW.job_id, now() FROM webhook
-        WHERE tenant_id = NEW.tenant_id AND events ? told AND disabled_at IS NULL FOR KEY SHARE;
+        WHERE tenant_id = NEW.tenant_id AND events ? told AND disabled_at IS NULL FOR SHARE;
         RETURN NULL;
     END
     $$

@@ -1,7 +1,7 @@
 """What a job would take, before it is handed in: tokens by its files, seconds by earlier jobs, times by the plan."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -29,7 +29,7 @@ from shared.domain.scheduling.estimates import (
     slice_kind,
     windows_of,
 )
-from shared.domain.scheduling.forecast import Span, Work, is_on_time, run_forward
+from shared.domain.scheduling.forecast import Work, is_on_time, run_forward
 from shared.domain.slice import estimated_tokens
 from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
@@ -53,31 +53,39 @@ class Size:
     devices: int = 1
 
 
-def estimate_job(connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the estimate of a job with this body; raises what handing it in would, and leaves nothing behind."""
+@dataclass(frozen=True)
+class Question:
+    """A job that is asked about, and all that is known of it and of the others: what `answer` needs no database for."""
+
+    size: Size
+    seconds: float
+    is_measured: bool
+    asked: Work
+    basis: dict[str, Any]
+
+    def answer(self) -> dict[str, Any]:
+        """Run everybody's open jobs and this one forward; return what is to be expected of it."""
+        works, lanes, weights = from_basis(self.basis)
+        asked = replace(self.asked, order=len(works))
+        span = run_forward([*works, asked], lanes, datetime.now(UTC), weights=weights).spans[asked.job_id]
+        return {
+            "object": "estimate",
+            "input_tokens": self.size.input_tokens,
+            "output_tokens_max": self.size.output_tokens_max,
+            "device_seconds": round(self.seconds, 3),
+            "starts_at": unix(span.starts_at),
+            "ends_at": unix(span.ends_at),
+            "on_time": is_on_time(span, asked.deadline),
+            "confidence": "measured" if self.is_measured else "guess",
+        }
+
+
+def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any]) -> Question:
+    """Read what the estimate of such a job needs, and leave nothing behind; raises what handing it in would."""
     basis = forecasts.basis(connection) or NOTHING_KNOWN
     speeds = Speeds(Speed(*known) for known in basis["speeds"])
     body, size = _asked(connection, settings, caller, fields, speeds)
-    speed = speeds.of(size.kind, size.model)
-    seconds = size.weighed_tokens * speed.seconds_per_token
-    span = _span(connection, caller, body, size, seconds, basis)
-    return {
-        "object": "estimate",
-        "input_tokens": size.input_tokens,
-        "output_tokens_max": size.output_tokens_max,
-        "device_seconds": round(seconds, 3),
-        "starts_at": unix(span.starts_at),
-        "ends_at": unix(span.ends_at),
-        "on_time": is_on_time(span, body.deadline_at),
-        "confidence": "measured" if speeds.is_measured(size.kind, size.model) else "guess",
-    }
-
-
-def _span(
-    connection: Connection, caller: Caller, body: Scheduled, size: Size, seconds: float, basis: dict[str, Any]
-) -> Span:
-    """Run everybody's open jobs and this one forward; return when this one would begin and end."""
-    works, lanes, weights = from_basis(basis)
+    seconds = size.weighed_tokens * speeds.of(size.kind, size.model).seconds_per_token
     kind, window = slice_kind(size.kind), tenants.get_tenant(connection, caller.tenant_id)["window"]
     asked = Work(
         job_id=uuid4(),
@@ -86,13 +94,12 @@ def _span(
         chunks=chunks(seconds, size.parts, kind),
         kind=kind,
         priority=body.priority,
-        order=len(works),
         devices_needed=size.devices,
         windows=windows_of(body.schedule["window"], window),
         deadline=body.deadline_at,
         parents=frozenset(gates.find_parents(connection, caller.tenant_id, body.after or ())),
     )
-    return run_forward([*works, asked], lanes, datetime.now(UTC), weights=weights).spans[asked.job_id]
+    return Question(size, seconds, speeds.is_measured(size.kind, size.model), asked, basis)
 
 
 def _asked(

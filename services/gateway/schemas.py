@@ -65,7 +65,7 @@ class TenantPatch(NativeBody):
     """What may be changed of a tenant; what is left out stays."""
 
     name: str | None = Field(None, min_length=1, max_length=200)
-    weight: float | None = Field(None, gt=0, le=1e6, description="Its share of the fleet, beside other tenants'.")
+    weight: float | None = Field(None, ge=1e-6, le=1e6, description="Its share of the fleet, beside other tenants'.")
     window: WindowSpec | None = Field(None, description="Hours in which its jobs may run; null for any.")
     max_enqueued_tokens: int | None = Field(
         None,

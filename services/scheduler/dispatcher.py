@@ -13,10 +13,10 @@ from shared.db import quotas, slices, tenants, workers
 from shared.db.quotas import Budget
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
-from shared.domain.scheduling.policy import Fairness, Release, hurries, plan_releases
+from shared.domain.scheduling.policy import Fairness, hurries, plan_releases
 from shared.domain.scheduling.urgency import plan_preemptions
 from shared.domain.slice import SliceKind
-from shared.queueing.celery_app import declare_worker_queue
+from shared.queueing.celery_app import declare_worker_queue, is_reachable
 from shared.queueing.names import GENERATE_TASK, TRAIN_TASK, slice_task_id
 from shared.settings import Settings
 
@@ -43,50 +43,50 @@ class Dispatcher:
     def tick(self) -> int:
         """Release what the policy wants released now; return how many slices."""
         with self._engine.begin() as connection:
-            backlog = slices.candidates(connection, HEAD_OF_QUEUE)
-            if not backlog:
-                self._short_since = None
-                return 0
-            fleet = workers.loads(connection, self._settings.lease_seconds / 2)
-            known = tenants.list_tenants(connection)
-            weights = {row["tenant_id"]: row["weight"] for row in known}
-            if time.monotonic() >= self._budgets_until:
-                self._budgets, self._budgets_until = quotas.budgets(connection), time.monotonic() + BUDGET_SECONDS
-            spent = {tenant_id for tenant_id, budget in self._budgets.items() if budget.is_spent}
-            backlog = [each for each in backlog if each.tenant_id not in spent]
-            window, caps = self._settings.queue_window, quotas.caps(connection, tenants.device_caps(known))
-            releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
-            sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
-            # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
-            place = {release.slice_id: number for number, release in enumerate(releases)}
-            sent = sorted(sent, key=lambda row: place[row.slice_id])
-            self._make_way(connection, [each for each in backlog if hurries(each, caps)], releases, fleet)
-        self._ring(sent)
+            sent, victims = self._release(connection)
+        is_heard = self._ring(sent)
+        # Nobody would be told of the slots that others leave: while Redis is away they go on.
+        if victims and is_heard and (sent or is_reachable(self._app)):
+            with self._engine.begin() as connection:
+                asked = slices.make_way(connection, victims)
+            log.info("slices make way for urgent ones", extra={"slices": asked})
         return len(sent)
 
-    def _make_way(
-        self,
-        connection: Connection,
-        hurrying: Sequence[Candidate],
-        releases: Sequence[Release],
-        fleet: Sequence[WorkerLoad],
-    ) -> None:
-        """Have others make way for urgent slices that found no slot: the next tick finds the slots free."""
-        released = {release.slice_id for release in releases}
-        urgent = [each for each in hurrying if each.slice_id not in released]
+    def _release(self, connection: Connection) -> tuple[Sequence[Row[Any]], list[int]]:
+        """Mark what the policy releases; return it, in the policy's order, and the slices that are to make way."""
+        backlog = slices.candidates(connection, HEAD_OF_QUEUE, passed_by=self._spent(connection))
+        if not backlog:
+            self._short_since = None
+            return [], []
+        fleet = workers.loads(connection, self._settings.lease_seconds / 2)
+        known = tenants.list_tenants(connection)
+        weights = {row["tenant_id"]: row["weight"] for row in known}
+        window, caps = self._settings.queue_window, quotas.caps(connection, tenants.device_caps(known))
+        releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
+        sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
+        # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
+        place = {release.slice_id: number for number, release in enumerate(releases)}
+        hurrying = [each for each in backlog if hurries(each, caps) and each.slice_id not in place]
+        return sorted(sent, key=lambda row: place[row.slice_id]), self._victims(connection, hurrying, fleet)
+
+    def _spent(self, connection: Connection) -> list[str]:
+        """Return the tenants that have used their day."""
+        if time.monotonic() >= self._budgets_until:
+            self._budgets, self._budgets_until = quotas.budgets(connection), time.monotonic() + BUDGET_SECONDS
+        return [tenant_id for tenant_id, budget in self._budgets.items() if budget.is_spent]
+
+    def _victims(self, connection: Connection, urgent: Sequence[Candidate], fleet: Sequence[WorkerLoad]) -> list[int]:
+        """Return which slices are to make way for urgent ones that found no slot: a later tick finds the slots free."""
         if not urgent:
             self._short_since = None
-            return
+            return []
         self._short_since = self._short_since or time.monotonic()
         waited = time.monotonic() - self._short_since
         training = {worker.worker_id for worker in fleet if worker.is_training}
-        chosen = plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited)
-        if chosen:
-            asked = slices.make_way(connection, chosen)
-            log.info("slices make way for urgent ones", extra={"slices": asked, "urgent": len(urgent)})
+        return plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited)
 
-    def _ring(self, sent: Sequence[Row[Any]]) -> None:
-        """Publish one message a slice, after the commit: a lost one is sent again by the reaper."""
+    def _ring(self, sent: Sequence[Row[Any]]) -> bool:
+        """Publish one message a slice, after the commit: the reaper sends a lost one again. False if Redis is away."""
         try:
             for row in sent:
                 kind = SliceKind(row.kind)
@@ -107,3 +107,5 @@ class Dispatcher:
             with self._engine.begin() as connection:
                 for worker_id in {row.worker_id for row in sent}:
                     slices.requeue_dispatched(connection, worker_id=worker_id)
+            return False
+        return True

@@ -3,11 +3,11 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from shared.db import forecasts, quotas, tenants, urgency, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
@@ -27,6 +27,17 @@ REST = 10
 """Times as long as a forecast took is the pause after it, at least."""
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a forecast is made of; `weights`, `caps` and `budgets` are tenants'."""
+
+    jobs: list[OpenJob]
+    lanes: list[Lane]
+    weights: dict[str, float]
+    caps: dict[str, int]
+    budgets: dict[str, Budget]
+
+
 class Forecaster:
     """Runs the policy forward over everybody's open jobs, and writes down what comes of it."""
 
@@ -34,39 +45,53 @@ class Forecaster:
         self._engine, self._settings = engine, settings
         self._speeds, self._speeds_until = Speeds(()), 0.0
         self._said_anything = True
+        self.pause_seconds = settings.forecast_seconds
+        """For how long the last forecast should do."""
 
-    def tick(self) -> float:
-        """Make a new forecast in place of the last one; return for how many seconds it should do."""
+    def tick(self) -> None:
+        """Make a new forecast in place of the last one."""
         started = time.monotonic()
-        self._foretell()
-        # With a thousand jobs it takes a second or so, and must not take a core.
-        return max(self._settings.forecast_seconds, REST * (time.monotonic() - started))
+        try:
+            self._foretell()
+        finally:
+            # With a thousand jobs it takes a second or so, and must not take a core; least of all where it fails.
+            self.pause_seconds = max(self._settings.forecast_seconds, REST * (time.monotonic() - started))
 
     def _foretell(self) -> None:
+        """Read, run forward and write, in this order: no transaction is open while the future is computed."""
         with self._engine.begin() as connection:
-            if not forecasts.try_lock(connection):
-                return
-            jobs = forecasts.open_jobs(connection)
-            if not jobs and not self._said_anything:
-                return
-            if time.monotonic() >= self._speeds_until:
-                self._speeds = Speeds(forecasts.speeds(connection))
-                self._speeds_until = time.monotonic() + SPEEDS_SECONDS
-            fleet = workers.loads(connection, self._settings.lease_seconds)
-            lanes = [Lane(worker.worker_id, worker.models) for worker in fleet]
-            known = tenants.list_tenants(connection)
-            weights = {row["tenant_id"]: row["weight"] for row in known}
-            works = [work for order, job in enumerate(jobs) if (work := self._work(job, order, len(jobs)))]
-            found = {job.job_id: job for job in jobs}
-            now = datetime.now(UTC)
-            works = _with_budgets(works, quotas.budgets(connection))
-            works = self._with_urgency(works, found, len(lanes), now)
-            plan = run_forward(works, lanes, now, weights=weights, caps=tenants.device_caps(known))
-            specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in jobs}
-            basis = basis_of(works, specs, lanes, weights, self._speeds)
-            expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
-            forecasts.replace(connection, expected, _blocks(found, plan), basis)
-        self._said_anything = bool(jobs)
+            seen = self._look(connection)
+        if seen is None:
+            return
+        now, found, lanes = datetime.now(UTC), {job.job_id: job for job in seen.jobs}, seen.lanes
+        works = [work for order, job in enumerate(seen.jobs) if (work := self._work(job, order, len(seen.jobs)))]
+        works = self._with_urgency(_with_budgets(works, seen.budgets), found, len(lanes), now)
+        plan = run_forward(works, lanes, now, weights=seen.weights, caps=seen.caps)
+        specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in seen.jobs}
+        basis = basis_of(works, specs, lanes, seen.weights, self._speeds)
+        expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
+        with self._engine.begin() as connection:
+            # Another scheduler that is writing has seen the same.
+            if forecasts.try_lock(connection):
+                forecasts.replace(connection, expected, _blocks(found, plan), basis)
+        self._said_anything = bool(seen.jobs)
+
+    def _look(self, connection: Connection) -> _Seen | None:
+        """Read what a forecast is made of, and now and then how fast jobs were; None when there is nothing to say."""
+        jobs = forecasts.open_jobs(connection)
+        if not jobs and not self._said_anything:
+            return None
+        if time.monotonic() >= self._speeds_until:
+            self._speeds = Speeds(forecasts.speeds(connection))
+            self._speeds_until = time.monotonic() + SPEEDS_SECONDS
+        known = tenants.list_tenants(connection)
+        return _Seen(
+            jobs=jobs,
+            lanes=[Lane(w.worker_id, w.models) for w in workers.loads(connection, self._settings.lease_seconds)],
+            weights={row["tenant_id"]: row["weight"] for row in known},
+            caps=tenants.device_caps(known),
+            budgets=quotas.budgets(connection),
+        )
 
     def _with_urgency(
         self, works: Sequence[Work], found: Mapping[UUID, OpenJob], devices: int, now: datetime
@@ -84,7 +109,7 @@ class Forecaster:
             if work.job_id in urgent and work.deadline is not None and work.slice_class > SliceClass.URGENT
         }
         if hasty:
-            # By itself and at once: what follows takes its time, and must hold no slice meanwhile.
+            # At once: what follows takes its time.
             with self._engine.begin() as connection:
                 promoted = urgency.promote(connection, hasty)
             log.info("jobs are urgent", extra={"jobs": promoted})

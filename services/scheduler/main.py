@@ -92,7 +92,10 @@ class Scheduler:
         self._auditor.tick()
 
     def foretell(self) -> None:
-        self.stop.wait(self._forecaster.tick())
+        try:
+            self._forecaster.tick()
+        finally:
+            self.stop.wait(self._forecaster.pause_seconds)  # an outage, too, is no reason to try at once
 
     def forget(self) -> None:
         self._retention.tick()
@@ -133,6 +136,7 @@ class Scheduler:
                 continue
             except Exception:
                 log.exception("tick failed", extra={"loop": name})
+                self.stop.wait(OUTAGE_PAUSE_SECONDS)  # some loops have no other pause than what they failed at
             pause()
 
     def _wake_all(self) -> None:

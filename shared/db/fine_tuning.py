@@ -43,6 +43,7 @@ def accept_fine_tuning(
         "parallelism": body.parallelism.model_dump(),
         "validation_file_id": str(validation_file.file_id) if validation_file else None,
     } | body.schedule
+    quotas.check_devices(connection, caller.tenant_id, body.parallelism.devices)
     require_room(connection, settings, caller.tenant_id)
     new = NewTraining(
         tenant_id=caller.tenant_id,

@@ -34,6 +34,7 @@ def accept_training(
     parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
     _require_base(connection, caller.tenant_id, body)
     file_ids = _require_files(connection, body)
+    quotas.check_devices(connection, caller.tenant_id, body.parallelism.devices)
     singles = len(body.tasks) if body.compare_single_task else 0
     require_room(connection, settings, caller.tenant_id, 1 + singles)
     seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED + 1)

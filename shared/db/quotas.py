@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from shared.db.slices import SHARE_LEFT
-from shared.domain.errors import QueueFull
+from shared.domain.errors import InvalidRequest, QueueFull
 from shared.domain.scheduling.policy import Caps
 from shared.domain.slice import BYTES_PER_TOKEN
 
@@ -106,6 +106,39 @@ AWAITED = """
     WHERE slice.state IN ('dispatched', 'running') AND slice.devices_needed > 1 AND tenant.max_devices IS NOT NULL
     GROUP BY slice.tenant_id
 """
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """How many devices a tenant may occupy at once, and how many its jobs occupy, or were promised."""
+
+    most: int
+    occupied: int
+
+
+DEVICES = """
+    SELECT tenant_id, max_devices AS most, coalesce(used.occupied, 0) AS occupied FROM tenant LEFT JOIN (
+        SELECT tenant_id, count(DISTINCT worker_id) + sum(devices_needed - 1) AS occupied FROM slice
+        WHERE state IN ('dispatched', 'running') AND worker_id IS NOT NULL GROUP BY tenant_id
+    ) AS used USING (tenant_id) WHERE max_devices IS NOT NULL
+"""
+
+
+def devices(connection: Connection) -> dict[str, DeviceUse]:
+    """Return, of tenants that may not have all devices, how many they use, as far as the transaction sees them."""
+    return {
+        row["tenant_id"]: DeviceUse(row["most"], int(row["occupied"]))
+        for row in connection.execute(text(DEVICES)).mappings()
+    }
+
+
+def check_devices(connection: Connection, tenant_id: str, needed: int) -> None:
+    """Raise InvalidRequest for a job that needs more devices at once than its tenant may occupy: it would never run."""
+    statement = text("SELECT max_devices FROM tenant WHERE tenant_id = :tenant_id")
+    most = connection.execute(statement, {"tenant_id": tenant_id}).scalar_one_or_none()
+    if most is not None and needed > most:
+        message = f"parallelism: needs {needed} devices at once; this tenant's jobs may occupy {most}."
+        raise InvalidRequest(message, param="parallelism", code="invalid_value")
 
 
 def caps(connection: Connection, most: Mapping[str, int]) -> Caps:

@@ -12,7 +12,7 @@ Locks are taken in one order everywhere: the job's row (FOR NO KEY UPDATE, which
 slices by id. A claim that took its slice first deadlocked with a pause.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
@@ -547,10 +547,11 @@ def keep_stopping(connection: Connection, job_id: UUID, reason: StopReason, othe
     connection.execute(statement, {"j": job_id, "r": reason, "other": other})
 
 
-# What is left of a slice: of lines, those without a result; of training, the steps of its `job` that are not done.
+# What is left of a slice: of lines, those without a result; of training, the steps of its `job` that are not done. One
+# that was split still counts all lines that were recorded under it.
 SHARE_LEFT = """
     CASE WHEN slice.kind = 'train' THEN 1 - least(1, slice.completed::float8 / greatest(1, job.total))
-         ELSE 1 - (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo) END
+         ELSE 1 - least(1, (slice.completed + slice.failed)::float8 / (slice.hi - slice.lo)) END
 """
 RECALL_SECONDS = 10.0
 OCCUPANTS = """
@@ -620,7 +621,10 @@ def set_class(connection: Connection, job_ids: Sequence[UUID], slice_class: Slic
 
 @dataclass(frozen=True)
 class Candidate:
-    """A queued slice, as the scheduling policy sees it. `deadline`: of urgent ones."""
+    """A queued slice, as the scheduling policy sees it.
+
+    estimated_tokens: Of what is left. deadline: Of urgent ones. failures: Tries without progress, one after another.
+    """
 
     slice_id: int
     tenant_id: str
@@ -630,23 +634,39 @@ class Candidate:
     kind: str
     devices_needed: int
     deadline: datetime | None = None
+    failures: int = 0
 
 
-_HEAD_COLUMNS = "slice_id, tenant_id, slice_class, priority, model, estimated_tokens, kind, devices_needed"
+_ITS_JOB = "FROM job WHERE job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id"
+# The job is read for what has begun before, which is little of a queue.
+_TOKENS_LEFT = f"""
+    CASE WHEN slice.completed + slice.failed = 0 THEN slice.estimated_tokens
+         ELSE (SELECT ceil(slice.estimated_tokens * {SHARE_LEFT})::bigint {_ITS_JOB}) END AS estimated_tokens
+"""
+_HEAD_COLUMNS = f"slice_id, tenant_id, slice_class, priority, model, kind, devices_needed, failures, {_TOKENS_LEFT}"
 # An adapter is warm where its base is.
 _CANDIDATE = """
     head.slice_id, head.tenant_id, head.slice_class, head.estimated_tokens, head.kind, head.devices_needed,
+    head.failures, head.deadline,
     coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
               ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
 """
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
-# Training has a head of its own: however much of it waits for a free device, lines behind it are seen.
+# Training has a head of its own: however much of it waits for a free device, lines behind it are seen. So have urgent
+# slices: they hide none of the others, whose share is a tenth, and those that the next statement leaves out are seen
+# all the same. One whose job is not urgent any more has no deadline and goes behind the others.
 _HEAD = f"""
-    SELECT {_HEAD_COLUMNS} FROM slice
+    (SELECT {_HEAD_COLUMNS}, {{deadline}} AS deadline FROM slice
     WHERE state = 'queued' AND kind = '{{kind}}' AND tenant_id = waiting.tenant_id AND run_after <= now()
-        AND slice_class > 1
-    ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant
+        AND slice_class {{classes}}
+    ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant)
 """
+_CLASSES = {"= 1": f"(SELECT job.deadline {_ITS_JOB} AND job.is_urgent)", "> 1": "cast(NULL AS timestamptz)"}
+_HEADS = " UNION ALL ".join(
+    _HEAD.format(classes=classes, deadline=deadline, kind=kind)
+    for classes, deadline in _CLASSES.items()
+    for kind in SliceKind
+)
 CANDIDATES = f"""
     WITH RECURSIVE waiting AS (
         (SELECT tenant_id FROM slice WHERE state = 'queued' ORDER BY tenant_id LIMIT 1)
@@ -656,15 +676,20 @@ CANDIDATES = f"""
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
     SELECT {_CANDIDATE} FROM waiting JOIN LATERAL (
-        ({_HEAD.format(kind="generate")}) UNION ALL ({_HEAD.format(kind="train")})
-        ORDER BY slice_class, priority DESC, slice_id
-    ) AS head ON true WHERE waiting.tenant_id IS NOT NULL
+        {_HEADS} ORDER BY slice_class, priority DESC, slice_id
+    ) AS head ON true
+    WHERE waiting.tenant_id IS NOT NULL AND waiting.tenant_id <> ALL (cast(:passed_by AS text[]))
 """
+# Jobs of which nothing is queued are left out before they are counted: others may wait behind them.
 URGENT_CANDIDATES = f"""
-    SELECT {_CANDIDATE}, head.deadline FROM (
+    SELECT {_CANDIDATE} FROM (
         SELECT part.*, job.deadline FROM (
-            SELECT job_id, deadline FROM job WHERE is_urgent AND state IN ('queued', 'running')
-            ORDER BY deadline LIMIT :jobs
+            SELECT job.job_id, job.deadline FROM job CROSS JOIN LATERAL (
+                SELECT FROM slice WHERE slice.job_id = job.job_id AND state = 'queued' AND run_after <= now() LIMIT 1
+            ) AS queued
+            WHERE job.is_urgent AND job.state IN ('queued', 'running')
+                AND job.tenant_id <> ALL (cast(:passed_by AS text[]))
+            ORDER BY job.deadline LIMIT :jobs
         ) AS job CROSS JOIN LATERAL (
             SELECT {_HEAD_COLUMNS} FROM slice
             WHERE slice.job_id = job.job_id AND state = 'queued' AND slice_class = 1 AND run_after <= now()
@@ -675,11 +700,14 @@ URGENT_CANDIDATES = f"""
 URGENT_HEADS = {"jobs": 256, "each": 128, "most": 1024}
 
 
-def candidates(connection: Connection, per_tenant: int) -> list[Candidate]:
-    """Return the heads of the queues: of urgent jobs by their deadlines, and of every tenant `per_tenant` slices."""
-    urgent = connection.execute(text(URGENT_CANDIDATES), URGENT_HEADS).mappings()
-    others = connection.execute(text(CANDIDATES), {"per_tenant": per_tenant}).mappings()
-    return [Candidate(**row) for row in (*urgent, *others)]
+def candidates(connection: Connection, per_tenant: int, passed_by: Collection[str] = ()) -> list[Candidate]:
+    """Return the heads of the queues, each slice once: of urgent jobs by their deadlines, and of every tenant
+    `per_tenant` slices of each class and kind. Tenants that are passed by hide nobody.
+    """
+    without = {"passed_by": sorted(passed_by)}
+    urgent = connection.execute(text(URGENT_CANDIDATES), URGENT_HEADS | without).mappings()
+    others = connection.execute(text(CANDIDATES), without | {"per_tenant": per_tenant}).mappings()
+    return list({row["slice_id"]: Candidate(**row) for row in (*urgent, *others)}.values())
 
 
 DISPATCH = """

@@ -118,9 +118,10 @@ def rotate_secret(connection: Connection, webhook_id: UUID, secret: str, *, keep
     connection.execute(_ADD_SECRET, {"webhook_id": webhook_id, "secret": secret})
 
 
+# Due since ever, so that it goes before all that waits for its target: somebody waits for its answer.
 _ADD_TEST = text("""
     INSERT INTO webhook_delivery (tenant_id, webhook_id, event_type, job_id, next_at)
-    SELECT tenant_id, webhook_id, :event_type, :job_id, now() FROM webhook WHERE webhook_id = :webhook_id
+    SELECT tenant_id, webhook_id, :event_type, :job_id, to_timestamp(0) FROM webhook WHERE webhook_id = :webhook_id
     RETURNING delivery_id
 """)
 
@@ -152,7 +153,8 @@ class DeliveryView:
 
 _DELIVERIES = """
     SELECT delivery_id, event_type, job_id, state, attempts, status_code, error,
-        extract(epoch FROM created_at)::bigint AS created_at, extract(epoch FROM next_at)::bigint AS next_at,
+        extract(epoch FROM created_at)::bigint AS created_at,
+        extract(epoch FROM greatest(created_at, next_at))::bigint AS next_at,
         extract(epoch FROM ended_at)::bigint AS ended_at
     FROM webhook_delivery
 """
@@ -163,11 +165,16 @@ DELIVERIES = f"""
     ORDER BY webhook_delivery.created_at DESC, delivery_id DESC LIMIT :limit
 """
 
+_KNOWN = text("SELECT 1 FROM webhook_delivery WHERE webhook_id = :webhook_id AND delivery_id = :after")
+
 
 def deliveries(connection: Connection, webhook_id: UUID, *, after: UUID | None, limit: int) -> list[DeliveryView]:
-    """Return what went, or is to go, to a target, newest first."""
-    parameters = {"webhook_id": webhook_id, "after": after, "limit": limit}
-    return [DeliveryView(**row) for row in connection.execute(text(DELIVERIES), parameters).mappings()]
+    """Return what went, or is to go, to a target, newest first. Raises NotFound when `after` is none of it."""
+    parameters = {"webhook_id": webhook_id, "after": after}
+    if after is not None and connection.execute(_KNOWN, parameters).one_or_none() is None:
+        raise NotFound("No delivery found with this id.", param="after")
+    rows = connection.execute(text(DELIVERIES), parameters | {"limit": limit}).mappings()
+    return [DeliveryView(**row) for row in rows]
 
 
 def delivery(connection: Connection, delivery_id: UUID) -> DeliveryView | None:
@@ -223,7 +230,7 @@ TAKE_DUE = """
 def take_due(
     connection: Connection, *, limit: int, hold_seconds: float, busy: Collection[UUID] = ()
 ) -> list[DueDelivery]:
-    """Return deliveries that nobody else sends for so long: the oldest of each target, and none of `busy` ones."""
+    """Return deliveries that nobody else sends for so long: a target's test, or its oldest, and none of `busy` ones."""
     parameters = {"limit": limit, "hold_seconds": hold_seconds, "busy": list(busy), "sample": SAMPLE_JOB}
     return [DueDelivery(**row) for row in connection.execute(text(TAKE_DUE), parameters).mappings()]
 

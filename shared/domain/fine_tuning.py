@@ -182,7 +182,12 @@ def checkpoint_model_name(model: str, step: int) -> str:
 
 
 def estimated_finish(started_at: datetime, now: datetime, done: int, total: int) -> datetime | None:
-    """Return when a job that has done `done` of `total` steps since `started_at` will be done; None before it moves."""
+    """Return when a job that has done `done` of `total` steps since `started_at` will be done; None before it moves and
+    beyond what a calendar has.
+    """
     if done <= 0 or total <= 0:
         return None
-    return now + (now - started_at) / done * (total - done)
+    try:
+        return now + (now - started_at) / done * (total - done)
+    except OverflowError:
+        return None

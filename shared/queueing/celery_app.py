@@ -4,6 +4,7 @@ from uuid import UUID
 
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import OperationalError
 
 from shared.queueing.names import worker_queue
 
@@ -60,3 +61,12 @@ def create_app(redis_url: str) -> Celery:
 def declare_worker_queue(worker_id: UUID) -> Queue:
     """Return the queue of a worker. It is published to by name, through no binding that a wipe could take away."""
     return Queue(worker_queue(worker_id), durable=True)
+
+
+def is_reachable(app: Celery) -> bool:
+    """Say whether a message could be sent now: connects as a publish does, once, and takes as long at most."""
+    try:
+        with app.connection_for_write() as connection:
+            return connection.default_channel is not None  # it is opened by asking the broker whether it is there
+    except (OperationalError, OSError):
+        return False

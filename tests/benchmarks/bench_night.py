@@ -3,22 +3,25 @@
 The rows of the night shift that are judged yet; seeds are fixed, so that all but times are the same every time.
 """
 
+import contextlib
 import statistics
 import sys
 import time
 from datetime import timedelta
+from unittest import mock
 from uuid import UUID
 
 from services.scheduler.dispatcher import HEAD_OF_QUEUE
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
+from shared.domain.scheduling import forecast, policy, urgency
 from shared.domain.scheduling.estimates import chunks
 from shared.domain.scheduling.forecast import Work, run_forward
 from shared.domain.scheduling.policy import Fairness, plan_releases
+from shared.domain.scheduling.simulation import START, Report, Trace, lanes, missed, outages, simulate, week
 from shared.domain.slice import SliceKind
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
-from shared.domain.scheduling.simulation import Report, outages, simulate, START, lanes, missed, week
 from tests.simulation.fleets import backlogged, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_watched
 
@@ -57,6 +60,32 @@ def bench_deadlines(table: Table) -> None:
     table.add("night-1-deadlines", f"{what}: {name}, highest", most, "%", "≤ 1 %", most <= 1, shares)
 
 
+def bench_urgency(table: Table) -> None:
+    """Said: what the parts of urgency's rule bring, each left out or changed once."""
+    busy = "at 0.9 of 16 GPUs, 3 weeks", [week(seed, load=0.9, deadlines=0.3) for seed in (1, 2, 3)]
+    more = "at 1.1 of 8 GPUs, 3 days", [week(5, gpus=8, tenants=4, days=3, load=1.1, deadlines=0.3)]
+    variants = [
+        (busy, "as it is", contextlib.nullcontext()),
+        (busy, "no time until it runs", mock.patch.object(urgency, "START_SECONDS", 0.0)),
+        (busy, "a least run of a minute", mock.patch.object(urgency, "LEAST_RUN_SECONDS", 60.0)),
+        (more, "as it is", contextlib.nullcontext()),
+        (more, "a slice counts as 131,072 tokens at most", mock.patch.object(policy, "MOST_COUNTED_TOKENS", 131_072)),
+        (more, "a slice counts as 10⁶ tokens at most", mock.patch.object(policy, "MOST_COUNTED_TOKENS", 10**6)),
+        (more, "no urgency", mock.patch.object(forecast, "urgent_jobs", lambda *_: set())),
+    ]
+    for number, ((where, traces), name, variant) in enumerate(variants, 1):
+        with variant:
+            shares = [_share_missed(trace) for trace in traces]
+        what = f"deadlines missed that a clairvoyant scheduler meets, {where}, {name}: highest"
+        table.add(f"night-urgency-{number}", what, max(shares), "%", "said", True, shares)
+
+
+def _share_missed(trace: Trace) -> float:
+    ends, _ = clairvoyant.run(trace, WEEK)
+    met = {work.job_id for work in trace.works if work.deadline is not None and ends[work.job_id] <= work.deadline}
+    return 100 * len(missed(run_watched(trace)[0], trace.works) & met) / len(met)
+
+
 def bench_fairness(table: Table) -> None:
     """Rows 2: shares of backlogged tenants, and what a large one does to another."""
     works = backlogged(5, HOURS)
@@ -91,7 +120,7 @@ def bench_scale(table: Table) -> None:
     works = [Work(UUID(int=n + 1), f"t{n % 8}", f"m{n % 5}", parts, order=n) for n in range(1000)]
     times = [_seconds(lambda: run_forward(works, lanes(16), START)) for _ in range(3)]
     what = f"a forecast over 1,000 open jobs of {len(parts)} chunks on 16 workers"
-    table.add("night-forecast", what, statistics.median(times), "s", "told", None, times)
+    table.add("night-forecast", what, statistics.median(times), "s", "said", True, times)
 
 
 def bench_day(table: Table) -> None:
@@ -113,7 +142,7 @@ def _seconds(act) -> float:
 
 def main() -> int:
     table = Table("night")
-    for part in (bench_work, bench_deadlines, bench_fairness, bench_scale, bench_day):
+    for part in (bench_work, bench_deadlines, bench_urgency, bench_fairness, bench_scale, bench_day):
         part(table)
         table.write()
     table.show()

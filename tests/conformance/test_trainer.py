@@ -243,6 +243,19 @@ def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(bases, data):
     assert all(torch.equal(weight, before[name]) for name, weight in model.trainable.items())
 
 
+def test_a_validation_loss_that_is_no_number_ends_the_run(bases, data, tmp_path):
+    """As one of training does; it was told as if it were one, and the checkpoint kept."""
+    validation = PreparedData(write_prepared(tmp_path / "validation", *random_examples(3, seed=5)))
+    model = load_language_model(bases("llama"), "tiny", asked(full=True), CPU, seed=3)
+    trainer = Trainer(model, data, asked(full=True), seed=3)
+    trainer.train_step()
+    with torch.no_grad():
+        next(iter(model.trainable.values())).fill_(float("nan"))
+    with pytest.raises(LossNotFinite, match="Step 1: the validation loss is nan"):
+        trainer.evaluate(validation)
+    assert trainer.state.evaluated_step is None and "full_valid_loss" not in trainer.state.metrics
+
+
 def test_evaluation_changes_nothing_and_is_the_mean_over_all_targets(bases, data, tmp_path):
     validation = PreparedData(write_prepared(tmp_path / "validation", *random_examples(9, seed=5)))
     hyperparameters = asked(lora_dropout=0.5, micro_batch_tokens=50)

@@ -253,6 +253,7 @@ def test_a_tenants_window_holds_all_its_jobs(native, stack):
     [
         ("tenants/default", {"weight": 0}, "weight"),
         ("tenants/default", {"weight": -1}, "weight"),
+        ("tenants/default", {"weight": 1e-300}, "weight"),  # what it is served, by weight, would be no number
         ("tenants/default", {"window": {"start": "22:00", "end": "06:00", "tz": "Mars/Base"}}, "window.tz"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import openai
 import pytest
@@ -112,6 +113,18 @@ def test_an_estimate_before_anything_is_accepted(sdk, native, batch_file):
     assert later["starts_at"] > time.time() + 7000 and later["on_time"] is True
     assert estimate(native, **body, window=opened())["starts_at"] < time.time() + 60
     assert [job["id"] for job in native.request("GET", "/v1/jobs")["data"]] == jobs
+
+
+def test_an_estimate_is_given_once_under_a_key(sdk, native, batch_file):
+    """Though the file is gone by then, and what is asked would be refused."""
+    file, headers = batch_file(chat_lines(3)), {"Idempotency-Key": uuid4().hex}
+    body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    first = native.request("POST", "/v1/estimate", json=body, headers=headers)
+    sdk.files.delete(file)
+    assert native.request("POST", "/v1/estimate", json=body, headers=headers) == first
+    with pytest.raises(ApiError) as refused:
+        estimate(native, **body)
+    assert refused.value.param == "input_file_id"
 
 
 def test_estimates_of_training(sdk, native):

@@ -91,9 +91,11 @@ def one(database, statement):
 
 
 def test_dispatch_reads_the_heads_of_the_queues_only(seeded):
-    sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64)
+    sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64, passed_by=[])
     assert "slice" not in sequential
     assert read <= 50 * (64 + 4)
+    _, fewer, _ = explain(seeded, slices.CANDIDATES, per_tenant=64, passed_by=["t1", "t2"])
+    assert fewer <= read - 2 * 64
 
 
 def test_urgent_slices_are_found_by_their_jobs_deadlines(seeded):
@@ -106,10 +108,11 @@ def test_urgent_slices_are_found_by_their_jobs_deadlines(seeded):
         connection.execute(text(f"UPDATE slice SET slice_class = 1 WHERE job_id IN ({urgent})"))
     vacuum(seeded, "job, slice")
     try:
-        sequential, read, _ = explain(seeded, slices.URGENT_CANDIDATES, **slices.URGENT_HEADS)
+        sequential, read, _ = explain(seeded, slices.URGENT_CANDIDATES, **slices.URGENT_HEADS, passed_by=[])
         assert not {"job", "slice"} & set(sequential) and read <= 20 * 110 + 1024 + 100
-        sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64)
-        assert "slice" not in sequential and read <= 50 * (64 + 4)
+        sequential, read, _ = explain(seeded, slices.CANDIDATES, per_tenant=64, passed_by=[])
+        # Urgent slices have a head of their own, each with a look at its job's deadline; of so few all are read.
+        assert not {"job", "slice"} & set(sequential) and read <= 50 * (64 + 4) + 20 * (100 + 64)
     finally:
         with seeded.engine("migration").begin() as connection:
             connection.execute(text("UPDATE job SET is_urgent = false, deadline = NULL WHERE is_urgent"))
@@ -183,8 +186,11 @@ def test_budgets_and_caps_are_counted_by_index(seeded):
         for role in ("scheduler", "gateway"):
             sequential, read, _ = explain(seeded, quotas.BUDGETS, role=role)
             assert not {"device_use", "online_usage"} & set(sequential) and read <= 60 * (24 * 100 + 10)
-        for statement in (quotas.OCCUPIED, quotas.AWAITED, slices.OCCUPANTS):
+        for statement in (quotas.OCCUPIED, quotas.AWAITED, quotas.DEVICES, slices.OCCUPANTS):
             sequential, read, _ = explain(seeded, statement)
+            assert "slice" not in sequential and read <= 1000
+        for is_admin in (True, False):
+            sequential, read, _ = explain(seeded, quotas.DEVICES, role="gateway", is_admin=is_admin)
             assert "slice" not in sequential and read <= 1000
     finally:
         with seeded.engine("migration").begin() as connection:

@@ -18,10 +18,14 @@ from shared.db import quotas, slices, workers
 from shared.db.session import tenant_transaction
 from shared.db.workers import WorkerIdentity
 from shared.domain.slice import AttemptOutcome, SliceState
+from tests.integration.test_fine_tuning import examples
 from tests.integration.test_gates import job_of, waits
+from tests.integration.test_training import create
+from tests.integration.test_training import upload as upload_rows
 from tests.support.batches import chat_lines, jsonl, make_job, rows, scalar, submit, wait_for
 from tests.support.fleet import Bells, claim_next, register
 from tests.support.servers import wait_until
+from tests.support.task_rows import digit_rows
 
 
 @pytest.fixture
@@ -86,6 +90,42 @@ def test_a_tenant_that_has_used_its_day_waits_for_the_next(tenant):
     assert job_of(client, batch.id)["progress"]["done"] == 0
     limit(device_seconds_per_day=1e6)
     assert wait_for(sdk, batch.id).status == "completed"
+
+
+def test_a_job_beyond_its_tenants_devices_waits_for_its_quota(tenant):
+    limit, sdk, client = tenant
+    limit(max_devices=1)
+    first = submit(sdk, chat_lines(600, delay_ms=60_000))
+    wait_until(lambda: job_of(client, first.id)["status"] == "running", 20, "it runs")
+    second = submit(sdk, chat_lines(5))
+    job = waits(client, second.id, "quota")
+    assert "at once: 1; occupied: 1; needed: 1" in job["waiting"]["detail"] and job["waiting"]["until"] is None
+    limit(max_devices=None)
+    assert job_of(client, second.id)["waiting"]["reason"] == "capacity"
+    for batch in (first, second):
+        sdk.batches.cancel(batch.id)
+        wait_for(sdk, batch.id)
+
+
+def test_a_training_that_needs_more_devices_than_its_tenant_may_have_is_refused(native, tenant, tiny_llama):
+    """It would wait for ever; so one does whose tenant's quota is lowered later, and says why."""
+    limit, sdk, client = tenant
+    training, validation = (upload_rows(client, rows) for rows in digit_rows())
+    waiting = create(client, (training, validation), parallelism={"data": 2})
+    limit(max_devices=1)
+    assert "at once: 1; occupied: 0; needed: 2" in waits(client, waiting["id"], "quota")["waiting"]["detail"]
+    with pytest.raises(ApiError) as refused:
+        create(client, (training, validation), parallelism={"data": 2})
+    assert (refused.value.status, refused.value.param) == (400, "parallelism") and "may occupy 1" in str(refused.value)
+    native.request("POST", "/v1/models", json={"name": "capped", "source": str(tiny_llama)})
+    file = upload_rows(client, list(examples(8)))
+    with pytest.raises(openai.BadRequestError, match="needs 4 devices") as not_tuned:
+        sdk.fine_tuning.jobs.create(model="capped", training_file=file, extra_body={"parallelism": {"data": 4}})
+    assert not_tuned.value.param == "parallelism"
+    limit(max_devices=2)
+    other = create(client, (training, validation), parallelism={"data": 2})
+    for job in (waiting, other):
+        client.request("POST", f"/v1/jobs/{job['id']}/cancel")
 
 
 # From here on without a stack.

@@ -15,10 +15,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import DataError, OperationalError
 
 from services.local import valkey
-from services.scheduler import troubled
+from services.scheduler import main, troubled
 from services.scheduler.auditor import INVARIANTS, Auditor
 from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
+from services.scheduler.forecaster import Forecaster
 from services.scheduler.main import Scheduler
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
@@ -509,6 +510,22 @@ def test_a_statement_that_takes_too_long_for_one_job_keeps_no_other_from_its_end
     with pytest.raises(OperationalError):
         finalizer.tick()
     assert finalizer._troubled.failures(slow) == 0, "no job is to blame for an outage"
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), refused("57P01")], ids=["fault", "outage"])
+def test_a_loop_that_fails_takes_no_core(database, tmp_path, monkeypatch, error):
+    """The forecaster has no pause but the one after a forecast, and the listener none but the one it listens for."""
+    tries = []
+
+    def fail(what):
+        tries.append(what)
+        raise error
+
+    monkeypatch.setattr(Forecaster, "_foretell", lambda _: fail("foretell"))
+    monkeypatch.setattr(main, "wait_for_wake", lambda *_: fail("listen"))
+    with scheduling(database, str(tmp_path / "store"), "refusing"):
+        time.sleep(1.4)
+    assert tries.count("foretell") == 1 and 2 <= tries.count("listen") <= 4
 
 
 @pytest.mark.parametrize(("sqlstate", "rests"), [("40P01", False), ("55P03", False), ("57P01", True), (None, True)])

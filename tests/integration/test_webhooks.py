@@ -12,6 +12,7 @@ from uuid import uuid4
 import openai
 import psycopg
 import pytest
+from lamplighter.errors import ApiError
 from sqlalchemy import text
 
 from services.scheduler.retention import Retention
@@ -140,6 +141,20 @@ def test_targets_are_managed_as_the_sdk_does(sdk, native, receiver):
             unwrap(rotated.signing_secret, receiver.got[-1])
     with pytest.raises(openai.NotFoundError):
         sdk.webhooks.retrieve(made.id)
+
+
+def test_deliveries_after_one_that_is_not_there_are_none_of_a_page(sdk, native, receiver):
+    with registered(sdk, receiver.url) as made, registered(sdk, receiver.url) as other:
+        for target in (made, other):
+            sdk.webhooks.test(target.id, event_type="batch.failed")
+        (own,), (theirs,) = deliveries(native, made.id), deliveries(native, other.id)
+        assert own["next_attempt_at"] is None
+        listed = f"/v1/webhook_endpoints/{made.id}/deliveries"
+        assert native.request("GET", listed, params={"after": own["id"]})["data"] == []
+        for after in (theirs["id"], f"evt_{uuid4().hex}"):
+            with pytest.raises(ApiError) as refused:
+                native.request("GET", listed, params={"after": after})
+            assert (refused.value.status, refused.value.param) == (404, "after")
 
 
 def test_a_test_of_a_target_that_does_not_answer_says_so(sdk):
@@ -304,6 +319,41 @@ def test_a_target_that_said_that_it_is_gone_can_be_tested(database, store):
             "whether it is used is for an admin to say"
         )
     back.close()
+
+
+def test_a_test_goes_before_all_that_waits_for_its_target(database, store):
+    """Also where that is never sent, as the target said that it is gone: whoever tests waits for the answer."""
+    webhook_id, _ = told(database, store, "https://example.org/", count=3)
+    for is_gone in (False, True):
+        if is_gone:
+            with database.engine("migration").begin() as connection:
+                connection.execute(text("UPDATE webhook SET disabled_at = now()"))
+        with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+            sent = webhooks.add_test(connection, webhook_id, "batch.failed")
+            shown = webhooks.delivery(connection, sent)
+        assert shown.next_at == shown.created_at
+        with database.engine("scheduler").begin() as connection:
+            taken = webhooks.take_due(connection, limit=1, hold_seconds=60)
+        assert [each.delivery_id for each in taken] == [sent]
+
+
+def test_a_target_is_given_up_with_what_is_being_written_for_it(database, store):
+    """It was done past an end that was not committed yet, whose delivery then waited for ever."""
+    webhook_id, _ = add_target(database, "https://example.org/")
+    job_id = make_job(database.engine("gateway"), store, chat_lines(1))
+
+    def give_up():
+        with database.engine("scheduler").begin() as connection:
+            webhooks.disable(connection, webhook_id, "gone")
+
+    thread = threading.Thread(target=give_up)
+    with database.engine("scheduler").connect() as ending:
+        ending.execute(text("UPDATE job SET state = 'failed', ended_at = now() WHERE job_id = :j"), {"j": job_id})
+        thread.start()
+        thread.join(0.5)
+        ending.commit()
+    thread.join()
+    assert [row.state for row in outbox(database)] == ["failed"]
 
 
 @contextmanager

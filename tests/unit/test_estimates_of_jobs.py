@@ -1,10 +1,11 @@
 """What jobs will take, from what others took; and what an estimate is told of everybody's work."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from shared.domain.batch_file import BatchFileChecker
+from shared.domain.fine_tuning import estimated_finish
 from shared.domain.scheduling.estimates import (
     GUESSED_SECONDS_PER_TOKEN,
     MOST_CHUNKS,
@@ -59,6 +60,12 @@ def test_what_an_estimate_is_told_runs_forward_to_the_same_plan_and_names_nobody
     plan = run_forward(again, same_lanes, NOW, weights=weights)
     assert {work.job_id for work in again} == set(plan.spans)
     assert plan.spans[UUID(int=12)].starts_at >= NOW.replace(hour=22)
+
+
+def test_a_finish_that_no_calendar_has_is_not_told():
+    began = NOW - timedelta(days=1)
+    assert estimated_finish(began, NOW, 1, 3) == NOW + timedelta(days=2)
+    assert estimated_finish(began, NOW, 1, 10**7) is None and estimated_finish(began, NOW, 1, 10**12) is None
 
 
 def test_what_the_lines_of_a_file_may_generate():

@@ -5,10 +5,13 @@ from datetime import UTC, datetime, time, timedelta
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.domain.scheduling import forecast
 from shared.domain.scheduling.forecast import Lane, Work, is_on_time, run_forward
+from shared.domain.scheduling.gates import gate
 from shared.domain.scheduling.windows import Window
 from shared.domain.slice import SliceKind
 
@@ -99,6 +102,41 @@ def test_deadlines_say_whether_they_are_kept():
     assert is_on_time(span, None) is None
     assert is_on_time(span, NOW + timedelta(hours=2)) is True
     assert is_on_time(span, NOW + timedelta(hours=1)) is False
+
+
+@pytest.mark.parametrize("seconds", [1e12, 1e15], ids=["beyond all years", "beyond all spans of time"])
+def test_a_training_that_no_calendar_has_the_end_of_stops_no_forecast(seconds):
+    """It raised OverflowError, and nobody's end was foretold any more."""
+    works = [
+        work(1, seconds, kind=SliceKind.TRAIN),
+        work(2, seconds, kind=SliceKind.TRAIN, windows=(NIGHT,), deadline=NOW + timedelta(days=9)),
+        work(3, 3600),
+    ]
+    plan = run_forward(works, lanes(3), NOW)
+    assert [hours(plan.spans[ident(number)])[1] for number in (1, 2, 3)] == [None, None, 1]
+    assert hours(plan.spans[ident(1)])[0] == 0
+
+
+def test_what_stops_at_the_longest_time_without_a_look_goes_on():
+    days = 40
+    plan = run_forward([work(1, days * 86_400.0)], lanes(1), NOW, horizon=timedelta(days=days + 1))
+    assert hours(plan.spans[ident(1)]) == (0, days * 24)
+
+
+def test_jobs_outside_their_windows_are_not_looked_at_by_the_minute(monkeypatch):
+    """Three hundred of them with deadlines were, and their hours counted anew each time: a forecast took minutes."""
+    looks, changes, change = [], [], Window.next_change
+    monkeypatch.setattr(forecast, "gate", lambda *args, **named: looks.append(args) or gate(*args, **named))
+    monkeypatch.setattr(Window, "next_change", lambda *args: changes.append(args) or change(*args))
+    works = [
+        work(number, 3600.0, windows=(NIGHT,), deadline=NOW + timedelta(days=11, minutes=number))
+        for number in range(1, 301)
+    ]
+    plan = run_forward(works, lanes(4), NOW)
+    nights = len({block.starts_at.date() for block in plan.blocks})
+    assert nights > 7 and all(span.ends_at is not None for span in plan.spans.values())
+    assert len(looks) <= 300 * 2 * (nights + 2), "when it opens, and when it closes"
+    assert len(changes) <= 10_000
 
 
 def test_without_workers_nothing_begins():

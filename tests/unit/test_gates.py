@@ -44,6 +44,13 @@ def test_a_deadline_that_its_windows_leave_too_little_time_for_opens_it():
         assert gate(NOON, [NIGHT], deadline, seconds_left=seconds).is_open == is_open
 
 
+def test_it_is_asked_again_as_often_as_the_estimate_may_change():
+    far = NOON + 100 * HOUR
+    assert gate(NOON, [NIGHT], far) == Gate(GateReason.WINDOW, EVENING, NOON + timedelta(minutes=1))
+    assert gate(NOON, [NIGHT], far, review=3 * HOUR).review_at == NOON + 3 * HOUR
+    assert gate(NOON, [NIGHT], far, review=None) == Gate(GateReason.WINDOW, EVENING, EVENING)
+
+
 def test_windows_that_never_meet_say_that_nothing_is_expected():
     day = Window(time(8), time(12), ZoneInfo("UTC"))
     assert gate(NOON, [NIGHT, day]) == Gate(GateReason.WINDOW)

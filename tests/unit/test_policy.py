@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.scheduling.policy import Caps, Fairness, _Room, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, _Room, hurries, plan_releases
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Slice:
     kind: str = "generate"
     devices_needed: int = 1
     deadline: object = None
+    failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ def test_no_amount_of_urgent_work_starves_the_rest():
         for release in plan(backlog, [Worker(slots=2)], fairness):
             counts[1 if release.slice_id < 10 else 2] += 1
     assert 8 < counts[1] / counts[2] < 10
+
+
+def test_a_training_of_any_size_is_its_classes_next():
+    """Counted whole, one of 10⁸ tokens waited for nine times as many urgent ones, and all behind it did, too."""
+    fairness, waiting = Fairness(), [Slice(1, "b", kind="train", estimated_tokens=10**8), Slice(2, "c")]
+    for _ in range(150):
+        urgent = [Slice(100 + i, "a", 1, estimated_tokens=10**6) for i in range(5)]
+        released = {release.slice_id for release in plan([*urgent, *waiting], [Worker(slots=1)], fairness)}
+        waiting = [each for each in waiting if each.slice_id not in released]
+    assert waiting == []
+
+
+def test_others_make_way_for_what_has_not_failed():
+    """A slice that fails at every try would stop them at every try."""
+    assert hurries(Slice(1, slice_class=1), Caps())
+    assert not hurries(Slice(1, slice_class=1, failures=1), Caps()) and not hurries(Slice(1), Caps())
 
 
 def test_a_class_that_was_not_there_is_owed_nothing():

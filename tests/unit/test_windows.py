@@ -67,6 +67,20 @@ def test_an_hour_that_comes_twice():
     assert early.next_change(again) == at("2026-10-25T02:30", fold=1).astimezone(UTC)
 
 
+def test_the_two_hours_are_not_taken_for_each_other():
+    """Nor where what was found is kept, or times are told by the same clock."""
+    early = window("01:00", "02:30")
+    changes = [next_common_change([early], at("2026-10-25T02:15", fold=fold)) for fold in (0, 1)]
+    assert changes == [at("2026-10-25T02:30", fold=fold).astimezone(UTC) for fold in (0, 1)]
+    assert open_seconds([early], at("2026-10-25T02:15"), at("2026-10-25T02:15", fold=1)) == 30 * 60
+    assert open_seconds([NIGHT], at("2026-10-24T22:00"), at("2026-10-25T06:00")) == 9 * 3600
+
+
+def test_no_hours_are_counted_backwards():
+    assert open_seconds([NIGHT], at("2026-07-01T23:00"), at("2026-07-01T22:00")) == 0
+    assert open_seconds([NIGHT], at("2026-07-05T23:00"), at("2026-07-01T22:00")) == 0
+
+
 moments = st.one_of(
     st.datetimes(datetime(2026, 3, 25), datetime(2026, 4, 8)),
     st.datetimes(datetime(2026, 10, 1), datetime(2026, 11, 4)),

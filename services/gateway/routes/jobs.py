@@ -28,7 +28,7 @@ from shared.api_objects import job_object, unix
 from shared.db import events, files, forecasts, gates, jobs, quotas, submissions, workers
 from shared.db.forecasts import ForecastView
 from shared.db.jobs import JobView
-from shared.db.quotas import Budget
+from shared.db.quotas import Budget, DeviceUse
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
@@ -96,12 +96,13 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
     parents = gates.parents_of(connection, [job.job_id for job in found])
     expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
-    budgets = quotas.budgets(connection) if queued else {}
+    budgets, devices = (quotas.budgets(connection), quotas.devices(connection)) if queued else ({}, {})
     return [
         job_object(
             job,
             _gated(job)
             or _over_budget(job, budgets)
+            or _capped(job, places.get(job.job_id), needed.get(job.job_id, 1), devices)
             or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
             parents.get(job.job_id, ()),
             _forecast(expected.get(job.job_id)),
@@ -124,6 +125,15 @@ def _over_budget(job: JobView, budgets: Mapping[str, Budget]) -> dict[str, Any] 
         return None
     detail = f"Its tenant has used its {budget.seconds:.0f} device seconds of today."
     return {"reason": "quota", "detail": detail, "place": None, "until": unix(budget.renewed_at)}
+
+
+def _capped(job: JobView, place: int | None, needed: int, devices: Mapping[str, DeviceUse]) -> dict[str, Any] | None:
+    """Return that a job, of which something waits, would be on more devices than its tenant may occupy, if so."""
+    use = devices.get(job.tenant_id)
+    if use is None or place is None or use.occupied + needed <= use.most or job.state is not JobState.QUEUED:
+        return None
+    detail = f"Devices that its tenant may occupy at once: {use.most}; occupied: {use.occupied}; needed: {needed}."
+    return {"reason": "quota", "detail": detail, "place": place, "until": None}
 
 
 def _gated(job: JobView) -> dict[str, Any] | None:

@@ -4,15 +4,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
-from sqlalchemy import Connection
 from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import IdempotencyKey, PartsDependency, Reader, answer_once
-from services.gateway.estimates import estimate_job
+from services.gateway.estimates import ask
 from services.gateway.schemas import AnyFields
 from shared.api_objects import unix
-from shared.db import forecasts, workers
+from shared.db import forecasts, idempotency, workers
 from shared.db.submissions import body_digest
 from shared.domain.job import public_job_id
 
@@ -59,8 +58,10 @@ def read_plan(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
 @router.post("/estimate")
 def estimate(body: AnyFields, parts: PartsDependency, caller: Reader, key: IdempotencyKey) -> Response:
     """Return what a batch, a fine-tuning or a training job with this body would take, and accept nothing."""
-
-    def make(connection: Connection) -> dict[str, Any]:
-        return estimate_job(connection, parts.settings, caller, body.model_extra or {})
-
-    return answer_once(parts, caller, key, body_digest("estimate", body), make)
+    digest = body_digest("estimate", body)
+    with parts.own_transaction(caller) as connection:
+        first = idempotency.find(connection, caller.tenant_id, key, digest) if key is not None else None
+        question = ask(connection, parts.settings, caller, body.model_extra or {}) if first is None else None
+    # Between two transactions: none is open while some thousand jobs are run forward. A first answer is given again.
+    answer = question.answer() if question is not None else {}
+    return answer_once(parts, caller, key, digest, lambda _: answer)

@@ -23,6 +23,7 @@ from services.worker.trainer.data import (
     micro_batches,
     share,
 )
+from services.worker.trainer.errors import LossNotFinite
 from services.worker.trainer.ranks import Ranks
 from services.worker.trainer.stepper import Stepper, seed_everything
 
@@ -161,7 +162,10 @@ class Trainer:
         return Sums.of(outcomes)
 
     def evaluate(self, data: PreparedData) -> Means:
-        """Return the means over a whole data set, without dropout. Raises OutOfMemory, and what `between` raises."""
+        """Return the means over a whole data set, without dropout.
+
+        Raises LossNotFinite, OutOfMemory, and what `between` raises.
+        """
         self._model.train(False)
         sums = Sums()
         try:
@@ -173,6 +177,8 @@ class Trainer:
         finally:
             self._model.train(True)
         means = self._means(sums)
+        if not np.isfinite(means.loss):
+            raise LossNotFinite(f"Step {self.state.step}: the validation loss is {means.loss}.")
         self.state.evaluated_step = self.state.step
         self.state.metrics |= {"full_valid_loss": means.loss, "full_valid_mean_token_accuracy": means.accuracy}
         return means

@@ -21,6 +21,8 @@ from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
 
 HORIZON = timedelta(days=14)
+MOST_SECONDS = (HORIZON + timedelta(days=1)).total_seconds()
+"""That a chunk runs on without a look at it: no calendar has the end of a training that was asked for by mistake."""
 LOST_SECONDS = 60.0
 """What a worker that fails has not recorded, at most: a flush is half a second, a checkpoint some minutes."""
 _TOKENS_PER_SECOND = 1000
@@ -104,6 +106,7 @@ class _Waiting:
     kind: str
     devices_needed: int
     deadline: datetime | None
+    failures: int = 0
 
 
 @dataclass
@@ -225,7 +228,8 @@ class _Run:
             self._end(job)
             return
         work, seconds_left = job.work, lone_seconds(sum(job.chunks), len(job.chunks), len(self._warm))
-        decided = gate(self._now, work.windows, work.deadline, seconds_left=seconds_left)
+        # While its windows are closed nothing of it runs, so that what is left of it and of them stays as it is.
+        decided = gate(self._now, work.windows, work.deadline, seconds_left=seconds_left, review=None)
         queue = self._queues[work.tenant_id]
         place = bisect_left(queue, job.place, key=lambda each: each.place)
         is_queued = place < len(queue) and queue[place] is job
@@ -414,10 +418,11 @@ class _Run:
         if model is not None and model not in self._warm[lanes[0]]:
             seconds += self._load_seconds.get(model, 0.0)
             self._warm[lanes[0]].add(model)
-        until, left = self._now + timedelta(seconds=seconds), 0.0
+        until = self._now + timedelta(seconds=min(seconds, MOST_SECONDS))
+        left = max(0.0, seconds - MOST_SECONDS)
         closing = self._closing(job.work)
         if closing is not None and closing < until:
-            left, until = (until - closing).total_seconds(), closing
+            left, until = left + (until - closing).total_seconds(), closing
         for lane in lanes:
             del self._free[lane]
             self._add_block(Block(lane, job.work.job_id, self._now, until))

@@ -42,11 +42,13 @@ def gate(
     *,
     has_open_parents: bool = False,
     seconds_left: float = 0.0,
+    review: timedelta | None = URGENCY_REVIEW,
 ) -> Gate:
     """Decide whether a job may run now.
 
     A deadline goes before windows: a job that would not be done by it within their hours runs outside them, too.
-    `seconds_left`: how long what is left of it is estimated to take; 0 where nothing is known.
+    `seconds_left`: how long what is left of it is estimated to take; 0 where nothing is known. `review`: after how long
+    that estimate may be another; None: not before the windows open.
     """
     if has_open_parents:
         return Gate(GateReason.DEPENDENCY)
@@ -60,4 +62,4 @@ def gate(
     if open_seconds(windows, now, deadline) <= SAFETY * seconds_left or change is None or change >= deadline:
         # Once it is open for this it stays so: what is left only shrinks while it runs, and so does the time.
         return Gate()
-    return Gate(GateReason.WINDOW, change, min(change, now + URGENCY_REVIEW))
+    return Gate(GateReason.WINDOW, change, change if review is None else min(change, now + review))

@@ -19,6 +19,10 @@ from shared.domain.slice import SliceClass, SliceKind
 
 CLASS_SHARES: dict[int, float] = {SliceClass.URGENT: 9.0, SliceClass.BATCH: 1.0}
 """Of the tokens that are released while both classes wait."""
+MOST_COUNTED_TOKENS = 10_000_000
+"""Of one slice, where classes take turns: about what a device trains in an hour. A training is one slice for its whole
+run; counted whole, it and all that is behind it would wait for nine times as many urgent tokens. Counted for much less
+than they are, trainings would have far more than a tenth of the devices beside jobs with deadlines."""
 
 
 class Waiting(Protocol):
@@ -40,6 +44,8 @@ class Waiting(Protocol):
     def devices_needed(self) -> int: ...
     @property
     def deadline(self) -> datetime | None: ...
+    @property
+    def failures(self) -> int: ...
 
 
 class Host(Protocol):
@@ -96,8 +102,9 @@ class Fairness:
         self.classes[slice_class] = self.class_after(slice_class, tokens)
 
     def class_after(self, slice_class: int, tokens: int) -> float:
-        """Return what a class will have been served with so many tokens more."""
-        return self.classes[slice_class] + max(1, tokens) / CLASS_SHARES.get(slice_class, 1.0)
+        """Return what a class will have been served with a slice of so many tokens more."""
+        counted = min(max(1, tokens), MOST_COUNTED_TOKENS)
+        return self.classes[slice_class] + counted / CLASS_SHARES.get(slice_class, 1.0)
 
     def admit_classes(self, classes: Collection[int]) -> None:
         """Let classes that come (back) start level with the least served: what nobody claimed is not owed."""
@@ -162,8 +169,12 @@ def plan_releases(
 
 
 def hurries(waiting: Waiting, caps: Caps) -> bool:
-    """Say whether others make way for a slice: it is urgent, and a free slot is all that it lacks."""
-    return waiting.slice_class == SliceClass.URGENT and waiting.devices_needed == 1 and caps.leave_room(waiting)
+    """Say whether others make way for a slice: it is urgent, and a free slot is all that it lacks.
+
+    For one that has failed they would be stopped at every try again, and it may fail for hours.
+    """
+    is_urgent = waiting.slice_class == SliceClass.URGENT and not waiting.failures
+    return is_urgent and waiting.devices_needed == 1 and caps.leave_room(waiting)
 
 
 class _Queues:

@@ -51,6 +51,7 @@ def urgent_jobs(demands: Iterable[Demand], devices: int, now: datetime) -> set[U
         before.append(demand.job_id)
         if asked >= FULL * devices * left:
             found.update(before)
+            before.clear()  # they are found: of a thousand jobs too many each would be added a thousand times
         lone = START_SECONDS + lone_seconds(demand.seconds, demand.parts, devices)
         if lone >= LONE_FULL * left or (demand.windows and lone >= LONE_FULL * _open_seconds(demand, now, left)):
             found.add(demand.job_id)
@@ -69,7 +70,7 @@ def _open_seconds(demand: Demand, now: datetime, left: float) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _open_from(windows: tuple[Window, ...], hour: datetime, deadline: datetime) -> float:
-    """Milliseconds of work for weeks of nights, and a forecast asks for the same hours again and again."""
+    """Kept, as a forecast asks for the same hours again and again."""
     return open_seconds(windows, hour, deadline)
 
 

@@ -116,6 +116,12 @@ def are_open(windows: Iterable[Window], moment: datetime) -> bool:
 
 def next_common_change(windows: Sequence[Window], moment: datetime) -> datetime | None:
     """Return when work that all windows must allow may run next, or must stop next; None when never within a year."""
+    return _next_common_change(tuple(windows), moment.astimezone(UTC))
+
+
+@lru_cache(4096)
+def _next_common_change(windows: tuple[Window, ...], moment: datetime) -> datetime | None:
+    """Kept, as many jobs of one window are looked at in one moment."""
     is_open, at = are_open(windows, moment), moment
     while windows and at - moment < _HORIZON:
         at = min(window.next_change(at) for window in windows)
@@ -128,11 +134,24 @@ def open_seconds(windows: Sequence[Window], start: datetime, end: datetime) -> f
     """Return for how many of the seconds between two moments all windows are open: at most of the next five weeks,
     which is more than any job takes; a moment of the year 9999 would take minutes to count to.
     """
-    total, at, end = 0.0, start, min(end, start + _COUNTED)
+    start = start.astimezone(UTC)
+    end = min(end, start + _COUNTED).astimezone(UTC)
+    days = [start.date() + timedelta(days=number) for number in range((end.date() - start.date()).days + 1)]
+    spans = [span for day in days for span in _open_spans(tuple(windows), day)]
+    return sum(max(0.0, (min(until, end) - max(since, start)).total_seconds()) for since, until in spans)
+
+
+@lru_cache(1 << 14)
+def _open_spans(windows: tuple[Window, ...], day: date) -> tuple[tuple[datetime, datetime], ...]:
+    """Return from when until when all windows are open in a day, by UTC.
+
+    Kept, as it takes a millisecond, and hours are counted over the same weeks for every deadline and at every look.
+    """
+    at = datetime.combine(day, time(), UTC)
+    end, spans = at + timedelta(days=1), []
     while at < end:
-        change = next_common_change(windows, at)
-        until = end if change is None else min(change, end)
+        until = min([end, *(window.next_change(at) for window in windows)])
         if are_open(windows, at):
-            total += (until - at).total_seconds()
+            spans.append((at, until))
         at = until
-    return total
+    return tuple(spans)
