@@ -26,7 +26,7 @@ up: setup ## Run the whole stack in the foreground
 	$(BIN)/lamplighter up
 
 test: setup ## Run every test that needs no GPU and no Docker
-	$(BIN)/python -m pytest tests -q -m 'not gpu'
+	$(BIN)/python -m pytest tests -q -m 'not gpu' --durations=20
 
 check: setup ## Format, lint, types, import contracts, function length
 	$(BIN)/ruff format --check .

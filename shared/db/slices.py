@@ -396,6 +396,7 @@ def lose(
 
 _AFTER_LOSS = text("""
     UPDATE slice SET lo = :lo, hi = :hi, losses = :losses, last_error = :error, run_after = now(),
+        estimated_tokens = ceil(estimated_tokens * (cast(:hi AS float8) - :lo) / greatest(1, hi - lo)),
         state = CASE WHEN stop_reason IN ('cancel', 'expire') THEN 'cancelled'
                      WHEN stop_reason IN ('pause', 'window') THEN 'held' ELSE 'queued' END,
         stop_reason = NULL, lease_token = NULL, lease_until = NULL, worker_id = NULL,
@@ -406,7 +407,8 @@ _AFTER_LOSS = text("""
 _ADD_PART = text("""
     INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, slice_class, priority, model, estimated_tokens,
                        devices_needed, losses, last_error)
-    SELECT tenant_id, job_id, created_on, :lo, :hi, state, slice_class, priority, model, estimated_tokens,
+    SELECT tenant_id, job_id, created_on, :lo, :hi, state, slice_class, priority, model,
+           ceil(estimated_tokens * (cast(:hi AS float8) - :lo) / greatest(1, hi - lo)),
            devices_needed, losses, last_error
     FROM slice WHERE slice_id = :slice_id
 """)

@@ -129,10 +129,12 @@ def test_a_finished_slice_is_not_reaped(database, job_id):
 
 def test_losses_split_a_slice_and_parts_tile_it(database, job_id):
     slice_id = slice_ids(database)[0]
+    whole = scalar(database.engine("scheduler"), "SELECT sum(estimated_tokens) FROM slice")
     for _ in range(2):
         claimed = claim(database, slice_id)
         in_worker(database, slices.lose, slice_id, claimed.lease_token, "engine child died")
-    parts = rows(database.engine("scheduler"), "SELECT lo, hi, losses, state FROM slice ORDER BY lo")
+    parts = rows(database.engine("scheduler"), "SELECT lo, hi, losses, state, estimated_tokens FROM slice ORDER BY lo")
+    assert whole <= sum(part.estimated_tokens for part in parts) <= whole + len(parts)
     assert [part.lo for part in parts] == [0, *(part.hi for part in parts[:-1])] and parts[-1].hi == 100
     assert sum(part.losses == 3 for part in parts) == 8
     assert {part.state for part in parts} == {"queued"}

@@ -15,7 +15,8 @@ from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import CheckpointWritten, Evaluated, Failed, Progress, Started, Stopped
 from services.worker.training import TrainingParts, TrainingRunner, _Work
 from shared.db import files, jobs, model_registry, slices, training
-from shared.db.fine_tuning import FULL_RETRY_SECONDS, accept_fine_tuning
+from shared.db.fine_tuning import accept_fine_tuning
+from shared.db.quotas import FULL_RETRY_SECONDS
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
