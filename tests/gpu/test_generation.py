@@ -2,15 +2,43 @@
 
 import pytest
 import torch
+import transformers
 
+from services.worker.engine.architectures import fused_weights
+from services.worker.engine.decoder import FusedDecoder
+from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Span, plan_layout
 from services.worker.engine.loading import load_model
 from services.worker.protocol import ModelSpec, Request, SamplingParams
-from tests.support.models import make_tiny
+from tests.support.models import make_tiny, make_tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+
+
+@torch.inference_mode()
+def test_a_recorded_step_is_the_plain_one(tmp_path):
+    """Beside one, two and three others, and with a sequence of two parts: bit for bit."""
+    from services.worker.engine.graphs import GraphedDecoder
+    from services.worker.engine.kernels.gpu import PART_KEYS, GpuKernels
+
+    directory = make_tiny_llama(tmp_path, max_position_embeddings=2048)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).cuda()
+    blocks = 4 * (PART_KEYS // BLOCK_TOKENS + 2)
+    plain = FusedDecoder(fused_weights(model, 2048), GpuKernels(), blocks + 1)
+    recorded = GraphedDecoder(plain, 2048, blocks)
+    lengths = [7, PART_KEYS + 5, 90, 33]
+    tables = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).view(4, -1).tolist()
+    tokens = [(number * 31) % 250 + 1 for number in range(max(lengths))]
+    for table, length in zip(tables, lengths, strict=True):
+        plain.forward(tokens[:length], plan_layout([Span(table, 0, 0, length)]), [])
+    for chosen in ([0], [0, 1], [2, 3, 0], [1, 0, 2, 3], [3]):
+        spans = [Span(tables[number], lengths[number], row, 1) for row, number in enumerate(chosen)]
+        rows = list(range(len(chosen)))
+        step = [tokens[number] for number in chosen], plan_layout(spans), rows
+        expected = plain.forward(*step)
+        assert torch.equal(recorded.forward(step[0], plan_layout(spans), rows), expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])

@@ -136,6 +136,9 @@ def test_a_tokens_attention_is_the_same_in_any_company(shape, dtype, parts):
     chunks = [(start, end - start) for start, end in zip(starts, starts[1:], strict=False)]
     assert torch.equal(attend(chunks, company=True), whole)
     few_rows = 50 * gpu.part_bytes(shape)
+    # Within its first part alone, where parts are not joined, and beside a sequence of several, where they are.
+    short = parts - 12
+    assert torch.equal(attend([(0, short)], company=False), whole[:short])
     assert torch.equal(attend([(0, total)], company=True, scratch_bytes=few_rows), whole)
 
 

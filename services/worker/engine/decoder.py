@@ -49,6 +49,10 @@ class Decoder(Protocol):
         """Return an adapter of this model, from PEFT's files; raises ModelRefused. For any thread."""
         ...
 
+    def free_memory(self) -> None:
+        """Give back what only saves time: a step has run out of memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -162,6 +166,15 @@ class FusedDecoder:
 
     def read_adapter(self, directory: Path) -> Adapter:
         return read_adapter(directory, self._products, self._kernels, self._weights.norm.weight)
+
+    def free_memory(self) -> None:
+        """Do nothing: there is nothing but weights and the pool."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: torch's own, the GPU driver's, or (as torch says it) the CPU's."""
+    said = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def numbered(products: Sequence[Linear]) -> Sequence[Linear]:

@@ -52,7 +52,7 @@ def _fused_decoder(weights: Weights, kernels: Kernels, context: int, blocks: int
 def pick_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
     """Return the kernels for attention of all layers' shapes; `like` is a weight of one row's length."""
     if like.device.type == "cuda":
-        return _gpu_kernels(like.device)
+        return _gpu_kernels(shapes, like)
     if like.device.type != "cpu" or not all(CpuKernels.supports(shape, like.shape[-1], like.dtype) for shape in shapes):
         return TorchKernels()
     try:
@@ -62,12 +62,12 @@ def pick_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
         return TorchKernels()
 
 
-def _gpu_kernels(device: torch.device) -> Kernels:
-    """Return the kernels in Triton, which wants a C compiler and knows no GPU that is too old."""
+def _gpu_kernels(shapes: Sequence[HeadShape], like: torch.Tensor) -> Kernels:
+    """Return the kernels in Triton, which wants a C compiler and knows no GPU that is too old or too small."""
     try:
         from services.worker.engine.kernels.gpu import GpuKernels
 
-        GpuKernels().try_out(device)
+        GpuKernels().try_out(shapes, like.dtype, like.device)
     except Exception as error:  # noqa: BLE001  # whatever is missing, slow kernels serve
         log.warning("slow kernels: %s", error)
         return TorchKernels()

@@ -8,7 +8,7 @@ import torch
 
 from services.worker.engine.adapters import Adapter, route
 from services.worker.engine.blocks import BlockPool
-from services.worker.engine.decoder import Decoder
+from services.worker.engine.decoder import Decoder, is_out_of_memory
 from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
 from services.worker.engine.grammar import Constraint, SchemaRefused
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, Span, plan_layout
@@ -192,6 +192,7 @@ class GenerationEngine:
                 raise
             log.warning("out of memory: smaller steps from now on", extra={"step_tokens": smaller.step_tokens})
             self.scheduler.config = smaller
+            self._decoder.free_memory()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return None
@@ -280,8 +281,3 @@ def plan_step(chunks: list[Chunk]) -> tuple[Layout, list[int], list[int]]:
         if chunk.is_last:
             rows.append(len(tokens) - 1)
     return plan_layout(spans), tokens, rows
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, on a GPU or (as torch says it there) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

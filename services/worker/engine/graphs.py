@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from services.worker.engine.adapters import Adapter
-from services.worker.engine.decoder import FusedDecoder
+from services.worker.engine.decoder import FusedDecoder, is_out_of_memory
 from services.worker.engine.kernels.gpu import PART_KEYS, SCRATCH_BYTES, Tiles, part_bytes, tiles_key
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, device_key
 
@@ -25,7 +25,7 @@ SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 
 @dataclass
 class _Recording:
-    """A graph, with the memory that it reads and the logits that it writes."""
+    """A graph, with the memory that it reads and the logits that it writes, which all graphs share."""
 
     graph: torch.cuda.CUDAGraph
     tokens: torch.Tensor
@@ -46,7 +46,9 @@ class _Recording:
         numbers = np.arange(count, dtype=np.int32)
         tiles = np.stack([numbers, np.ones_like(numbers), layout.positions, numbers], axis=1)
         self.tiles[:count].copy_(torch.from_numpy(tiles))
-        self.tiles[count:, 1] = 0  # the others have no token
+        # The others have no token and see no key.
+        self.tiles[count:] = 0
+        places[device_key("positions")][count:] = 0
         places[device_key("slots")][count:] = self.nowhere
         self.graph.replay()
         return self.logits[:count]
@@ -66,6 +68,8 @@ class GraphedDecoder:
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._memory: Any = None
         self._is_short_of_memory = False
+        # One for all: what a graph leaves alive of its own memory no other one can use.
+        self._logits = torch.empty(SEQUENCES[-1], decoder.vocabulary, dtype=torch.float32, device=decoder.device)
 
     @property
     def vocabulary(self) -> int:
@@ -77,7 +81,12 @@ class GraphedDecoder:
 
     @property
     def pool_bytes(self) -> int:
-        return self._decoder.pool_bytes
+        return self._decoder.pool_bytes + self._logits.numel() * self._logits.element_size()
+
+    def free_memory(self) -> None:
+        """Forget all graphs, whose memory is theirs alone, and record no more."""
+        self._recordings.clear()
+        self._memory, self._is_short_of_memory = None, True
 
     def read_adapter(self, directory: Path) -> Adapter:
         return self._decoder.read_adapter(directory)
@@ -100,8 +109,10 @@ class GraphedDecoder:
         if (count, parts) not in self._recordings:
             try:
                 self._recordings[count, parts] = self._record(count, parts)
-            except torch.OutOfMemoryError:
-                self._is_short_of_memory = True
+            except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                self.free_memory()
                 log.warning("too little memory to record steps: each is started anew from now on")
                 return None
         return self._recordings[count, parts]
@@ -125,7 +136,8 @@ class GraphedDecoder:
         self._decoder.compute(tokens, layout, None)  # kernels are compiled at their first use, which cannot be recorded
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._decoder.compute(tokens, layout, None)
+        # What another thread does on the GPU meanwhile, which loads a model or an adapter, is none of this graph's.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._logits[:count].copy_(self._decoder.compute(tokens, layout, None))
         self._memory = graph.pool()  # one graph's memory serves all, as they are played one after another
-        return _Recording(graph, tokens, layout, tiles, logits, self._nowhere)
+        return _Recording(graph, tokens, layout, tiles, self._logits, self._nowhere)

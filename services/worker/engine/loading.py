@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from services.worker.engine.adapters import adapter_bytes
+from services.worker.engine.decoder import is_out_of_memory
 from services.worker.engine.decoding import build_decoder, kv_bytes_per_token
 from services.worker.engine.encoder import EncoderEngine, EncoderSettings
 from services.worker.engine.engine import Engine
-from services.worker.engine.generation import GenerationEngine, is_out_of_memory
+from services.worker.engine.generation import GenerationEngine
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS
 from services.worker.engine.prediction import PredictionEngine
 from services.worker.engine.prompts import Prompts, eos_tokens

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.stable import running_sums
 from services.worker.protocol import SamplingParams
 
 NO_TOKEN = float("-inf")
@@ -102,7 +103,7 @@ def keep_likely(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         values, order = torch.sort(logits, descending=True, stable=True)
         probabilities = torch.softmax(values, dim=-1)
         # A token stays when those before it do not reach top_p yet: the first one always does.
-        drop = probabilities.cumsum(-1) - probabilities >= params.top_p
+        drop = running_sums(probabilities) - probabilities >= params.top_p
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(0, order, drop), NO_TOKEN)
     if params.min_p > 0.0:
         probabilities = torch.softmax(logits, dim=-1)
@@ -113,7 +114,7 @@ def keep_likely(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def _pick(scaled: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """Return the token at which each row's cumulative probability passes the row's own random number."""
     weights = torch.exp((scaled - scaled.max(-1, keepdim=True).values).double())
-    cumulative = weights.cumsum(-1)
+    cumulative = running_sums(weights)
     numbers = torch.tensor(
         [[uniform(s.seed, s.generated)] for s in sequences], dtype=torch.float64, device=scaled.device
     )

@@ -16,6 +16,7 @@ from services.worker.engine.linear import multiply_in_known_numbers, row_counts_
 
 WHOLE = 32
 """Numbers that torch computes at once on any CPU: two of the widest vectors."""
+SUMMED_AT_ONCE = 256
 UNDIVIDED = 32_767
 """Numbers up to which torch leaves an array to one thread."""
 
@@ -37,6 +38,56 @@ def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
     padded = functional.pad(x.reshape(-1, size), (0, -size % WHOLE))
     parts = [function(part) for part in torch.split(padded, max(1, UNDIVIDED // padded.shape[-1]))]
     return torch.cat(parts)[:, :size].reshape(x.shape)
+
+
+def mean(
+    x: torch.Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the mean over the last dimension; over others it is torch's own.
+
+    On a GPU torch has as many threads add up a row as the number of rows leaves over.
+    """
+    if x.device.type == "cpu" or dim not in (-1, x.dim() - 1):
+        return torch.mean(x, dtype=dtype) if dim is None else torch.mean(x, dim, keepdim, dtype=dtype)
+    result = sum_of_halves(x.float()) / x.shape[-1]
+    return (result if keepdim else result.squeeze(-1)).to(dtype or x.dtype)
+
+
+def sum_of_halves(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the last dimension [..., 1]: one half is added to the other until one number is left."""
+    x = functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    while (half := x.shape[-1] // 2) > 0:
+        x = x[..., :half] + x[..., half:]
+    return x
+
+
+def running_sums(x: torch.Tensor) -> torch.Tensor:
+    """Return sums over all numbers up to each one of a row [..., size].
+
+    On a GPU torch's own look back at whichever part is done first, and differ from run to run.
+    """
+    return x.cumsum(-1) if x.device.type == "cpu" else running_sums_in_blocks(x)
+
+
+def running_sums_in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """Return running sums that are added in one order: within blocks, then over them."""
+    size = x.shape[-1]
+    blocks = functional.pad(x, (0, -size % SUMMED_AT_ONCE)).reshape(*x.shape[:-1], -1, SUMMED_AT_ONCE)
+    within = _shifted_sums(blocks)
+    before = functional.pad(_shifted_sums(within[..., -1])[..., :-1], (1, 0))
+    return (within + before[..., None]).flatten(-2)[..., :size]
+
+
+def _shifted_sums(x: torch.Tensor) -> torch.Tensor:
+    shift = 1
+    while shift < x.shape[-1]:
+        x = torch.cat([x[..., :shift], x[..., shift:] + x[..., :-shift]], dim=-1)
+        shift *= 2
+    return x
 
 
 def softmax(x: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -67,6 +118,8 @@ _ELEMENTWISE = frozenset({
     torch.cos, torch.Tensor.cos, torch.sin, torch.Tensor.sin,
 })  # fmt: skip
 _REPLACED: dict[Any, Callable[..., torch.Tensor]] = {functional.linear: linear, functional.softmax: softmax}
+_REPLACED_ON_GPUS: dict[Any, Callable[..., torch.Tensor]] = {torch.mean: mean, torch.Tensor.mean: mean}
+_MEANS_KEYWORDS = {"dim", "keepdim", "dtype"}
 
 
 class SameInAnyCompany(TorchFunctionMode):
@@ -76,4 +129,6 @@ class SameInAnyCompany(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _ELEMENTWISE and "out" not in kwargs and not kwargs.get("inplace"):
             return elementwise(lambda x: func(x, *args[1:], **kwargs), args[0])
+        if func in _REPLACED_ON_GPUS and args and args[0].is_cuda and kwargs.keys() <= _MEANS_KEYWORDS:
+            return _REPLACED_ON_GPUS[func](*args, **kwargs)
         return _REPLACED.get(func, func)(*args, **kwargs)

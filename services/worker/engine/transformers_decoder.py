@@ -175,6 +175,9 @@ class TransformersDecoder:
     def read_adapter(self, directory: Path) -> Adapter:
         return read_adapter(directory, self._products, self._kernels, self._model.get_input_embeddings().weight)
 
+    def free_memory(self) -> None:
+        """Do nothing: there is nothing but weights and the pool."""
+
 
 def _pack_products(model: Any) -> dict[str, _PackedLinear]:
     """Put our products in the place of the model's; return them by name."""

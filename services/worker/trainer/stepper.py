@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from services.worker.protocol import Hyperparameters
 from services.worker.trainer.data import Indices, plan
-from services.worker.trainer.errors import LossNotFinite, OutOfMemory
+from services.worker.trainer.errors import BaseRefused, LossNotFinite, OutOfMemory
 from services.worker.trainer.memory import free_cached, is_out_of_memory
 from services.worker.trainer.ranks import Ranks, RanksLost
 from services.worker.trainer.schedule import Schedule, build_optimizer
@@ -161,6 +161,8 @@ class Stepper:
                 if self._ranks.is_in_step and isinstance(error, RuntimeError):
                     raise RanksLost(str(error)) from error  # what a collective within a layer says
                 raise
+            if self._ranks.is_in_step:  # the others are in the midst of it, and may not meet it at all
+                raise BaseRefused(f"Divided among devices it cannot be repeated: {error}") from error
             torch.use_deterministic_algorithms(True, warn_only=True)
             log.warning("the same steps would not give the same bits again: %s", error)
         self.zero()
@@ -214,7 +216,8 @@ _NOT_REPEATABLE = "does not have a deterministic implementation"
 def repeat_bits() -> None:
     """Have a GPU compute the same bits whenever it computes the same: many of its sums are in no order by default.
 
-    Called before anything is computed. An operation that cannot do so is let through, with a warning.
+    Called before anything is computed. An operation that cannot do so is let through, with a warning; from then on the
+    job's attention may have other bits, too.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

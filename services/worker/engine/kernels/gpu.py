@@ -1,5 +1,6 @@
 """The kernels of GPUs, in Triton: one launch for each thing between two products, attention straight from the pool."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,10 @@ from services.worker.engine.kernels.kernels import (
     Layout,
     Norm,
     Rotary,
+    Span,
     cached,
     on_device,
+    plan_layout,
 )
 from services.worker.engine.kernels.reference import TorchKernels
 
@@ -49,10 +52,15 @@ class Tiles:
 class GpuKernels(TorchKernels):
     """`Kernels` in Triton, for every shape of head."""
 
-    def try_out(self, device: torch.device) -> None:
-        """Raise whatever Triton raises on a machine that it cannot serve."""
-        row = torch.ones(1, FEWEST_TILE_ROWS, device=device)
-        self.add_norm(row, None, Norm(row[0]))
+    def try_out(self, shapes: Sequence[HeadShape], dtype: torch.dtype, device: torch.device) -> None:
+        """Raise whatever Triton raises on a device that cannot serve these shapes; attends to one part, and to two."""
+        blocks = PART_KEYS // BLOCK_TOKENS + 1
+        for shape in set(shapes):
+            pool = self.new_pool(blocks, shape, dtype, device)
+            for position in (0, PART_KEYS):
+                layout = plan_layout([Span(list(range(blocks)), position, 0, 1)])
+                qkv = torch.zeros(1, shape.qkv_width, dtype=dtype, device=device)
+                self.attend(self.prepare_heads(qkv, shape, None, None, pool, layout), shape, pool, layout)
 
     def new_pool(self, blocks: int, shape: HeadShape, dtype: torch.dtype, device: torch.device) -> LayerPool:
         """Return keys and values [blocks, K, B, D]."""

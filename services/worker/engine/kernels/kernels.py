@@ -1,4 +1,4 @@
-"""What a decoder does between its matrix products: one interface, in C for CPUs and in torch for everything else.
+"""What a decoder does between its matrix products: one interface, in C, in Triton and in torch.
 
 Legend of shapes: T tokens of one step, S sequences, H heads, K kv heads, D head size, B tokens of a block.
 """

@@ -1,4 +1,4 @@
-"""The kernels in torch: for GPUs, for machines without a C compiler, and for what the C kernels are compared with."""
+"""The kernels in torch: for machines without a compiler, and what the others are compared with."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from services.worker.engine.kernels.kernels import (
     new_pool,
 )
 from services.worker.engine.linear import Linear
-from services.worker.engine.stable import elementwise
+from services.worker.engine.stable import elementwise, mean
 
 
 class TorchKernels:
@@ -77,7 +77,7 @@ class TorchKernels:
         if norm.bias is not None:
             out = functional.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.epsilon)
         else:
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+            x = x * torch.rsqrt(mean(x.pow(2), -1, keepdim=True) + norm.epsilon)
             out = x * (norm.weight.float() + norm.offset)
         return out.to(residual.dtype)
 
@@ -157,7 +157,7 @@ class _Factors:
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + epsilon)
+    normed = x.float() * torch.rsqrt(mean(x.float().pow(2), -1, keepdim=True) + epsilon)
     return normed.to(x.dtype) * weight
 
 
