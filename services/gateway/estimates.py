@@ -15,7 +15,7 @@ from shared.db.fine_tuning import accept_fine_tuning
 from shared.db.multi_task import accept_training
 from shared.db.tenants import Caller
 from shared.domain.errors import NotFound
-from shared.domain.fine_tuning import FineTuningCreate
+from shared.domain.fine_tuning import USUAL_EPOCHS, FineTuningCreate
 from shared.domain.job import JobKind, parse_file_id
 from shared.domain.multi_task import TrainingCreate
 from shared.domain.payloads import invalid_request
@@ -34,7 +34,6 @@ from shared.domain.slice import estimated_tokens
 from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
 
-USUAL_EPOCHS = 3
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 NOTHING_KNOWN: dict[str, Any] = {"lanes": [], "works": [], "weights": {}, "speeds": []}
 _Body = TypeVar("_Body", bound=BaseModel)

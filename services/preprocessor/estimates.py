@@ -17,13 +17,13 @@ import orjson
 
 from shared.domain.balancing import is_on_gradients
 from shared.domain.errors import ModelRefused, SpecificationRefused
-from shared.domain.fine_tuning import Hyperparameters, Parallelism
+from shared.domain.fine_tuning import USUAL_EPOCHS, Hyperparameters, Parallelism
 from shared.domain.multi_task import DEFAULT_LAST_LAYERS, TrainingCreate
 from shared.domain.prepared_data import Manifest
 from shared.domain.prepared_tasks import RowsManifest, vector_shape
 
 # OpenAI's rules, as its cookbook gives them: three epochs, more for few examples, fewer for very many.
-USUAL_EPOCHS, MOST_EPOCHS = 3, 25
+MOST_EPOCHS = 25
 LEAST_EXAMPLES_SEEN, MOST_EXAMPLES_SEEN = 100, 25_000
 BATCH_SHARE, MOST_IN_BATCH = 0.002, 256
 AUTO_MULTIPLIER = 1.0

@@ -50,12 +50,13 @@ class Forecaster:
 
     def tick(self) -> None:
         """Make a new forecast in place of the last one."""
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             self._foretell()
         finally:
-            # With a thousand jobs it takes a second or so, and must not take a core; least of all where it fails.
-            self.pause_seconds = max(self._settings.forecast_seconds, REST * (time.monotonic() - started))
+            # With a thousand jobs it takes a second or so, and must not take a core; least of all where it fails. To
+            # wait for Postgres takes none: jobs become urgent here, and would wait with it.
+            self.pause_seconds = max(self._settings.forecast_seconds, REST * (time.thread_time() - started))
 
     def _foretell(self) -> None:
         """Read, run forward and write, in this order: no transaction is open while the future is computed."""
@@ -71,10 +72,10 @@ class Forecaster:
         basis = basis_of(works, specs, lanes, seen.weights, self._speeds)
         expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
         with self._engine.begin() as connection:
-            # Another scheduler that is writing has seen the same.
+            # Another scheduler that is writing looked a moment ago, too.
             if forecasts.try_lock(connection):
                 forecasts.replace(connection, expected, _blocks(found, plan), basis)
-        self._said_anything = bool(seen.jobs)
+                self._said_anything = bool(seen.jobs)
 
     def _look(self, connection: Connection) -> _Seen | None:
         """Read what a forecast is made of, and now and then how fast jobs were; None when there is nothing to say."""

@@ -26,6 +26,7 @@ class JobView:
     kind: str
     state: JobState
     created_at: datetime
+    created_on: date
     started_at: datetime | None
     in_progress_at: datetime | None
     finalizing_at: datetime | None
@@ -56,8 +57,9 @@ class JobView:
 
 
 _VIEW = """
-    SELECT job.tenant_id, job.job_id, job.kind, job.state, job.created_at, job.started_at, job.in_progress_at,
-        job.finalizing_at, job.cancelling_at, job.ended_at, job.expires_at, job.deadline, job.model, job.endpoint,
+    SELECT job.tenant_id, job.job_id, job.kind, job.state, job.created_at, job.created_on, job.started_at,
+        job.in_progress_at, job.finalizing_at, job.cancelling_at, job.ended_at, job.expires_at, job.deadline,
+        job.model, job.endpoint,
         job.priority, job.spec, job.metadata, job.idempotency_key, job.input_file_id, job.output_file_id,
         job.error_file_id, job.errors, job.error, job.outcome, job.gate_reason, job.gate_until,
         CASE WHEN job.state = 'validating' THEN 0 ELSE job.total END AS total,

@@ -13,12 +13,11 @@ from sqlalchemy import Connection, text
 
 from shared.db.slices import SHARE_LEFT
 from shared.domain.errors import InvalidRequest, QueueFull
+from shared.domain.fine_tuning import USUAL_EPOCHS
 from shared.domain.scheduling.policy import Caps
 from shared.domain.slice import BYTES_PER_TOKEN
 
 FULL_RETRY_SECONDS = 60
-USUAL_EPOCHS = 3
-"""Of training that leaves them to us."""
 
 # Of what is not planned yet its files count, as often as it will read them; one that is only kept for a batch that is
 # taken over is not its own.
@@ -108,30 +107,6 @@ AWAITED = """
 """
 
 
-@dataclass(frozen=True)
-class DeviceUse:
-    """How many devices a tenant may occupy at once, and how many its jobs occupy, or were promised."""
-
-    most: int
-    occupied: int
-
-
-DEVICES = """
-    SELECT tenant_id, max_devices AS most, coalesce(used.occupied, 0) AS occupied FROM tenant LEFT JOIN (
-        SELECT tenant_id, count(DISTINCT worker_id) + sum(devices_needed - 1) AS occupied FROM slice
-        WHERE state IN ('dispatched', 'running') AND worker_id IS NOT NULL GROUP BY tenant_id
-    ) AS used USING (tenant_id) WHERE max_devices IS NOT NULL
-"""
-
-
-def devices(connection: Connection) -> dict[str, DeviceUse]:
-    """Return, of tenants that may not have all devices, how many they use, as far as the transaction sees them."""
-    return {
-        row["tenant_id"]: DeviceUse(row["most"], int(row["occupied"]))
-        for row in connection.execute(text(DEVICES)).mappings()
-    }
-
-
 def check_devices(connection: Connection, tenant_id: str, needed: int) -> None:
     """Raise InvalidRequest for a job that needs more devices at once than its tenant may occupy: it would never run."""
     statement = text("SELECT max_devices FROM tenant WHERE tenant_id = :tenant_id")
@@ -142,7 +117,11 @@ def check_devices(connection: Connection, tenant_id: str, needed: int) -> None:
 
 
 def caps(connection: Connection, most: Mapping[str, int]) -> Caps:
-    """Return, of tenants that may occupy so many devices, which they do now and how many more they were given."""
+    """Return, of tenants that may occupy so many devices, which they do now and how many more they were given.
+
+    A tenant's own transaction sees no device leases, which are the hosts': there a training counts as what it needs,
+    also where other slices of the tenant are on the same devices.
+    """
     held: dict[str, set[UUID]] = defaultdict(set)
     if most:
         for row in connection.execute(text(OCCUPIED)):

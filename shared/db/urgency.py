@@ -34,6 +34,7 @@ def promote(connection: Connection, deadlines: Mapping[UUID, datetime]) -> int:
 
 
 def calm(connection: Connection, job_id: UUID) -> None:
-    """Have a job, whose row is locked, go in its turn again."""
-    connection.execute(text("UPDATE job SET is_urgent = false WHERE job_id = :job_id"), {"job_id": job_id})
-    slices.set_class(connection, [job_id], SliceClass.BATCH)
+    """Have a job, whose row is locked, go in its turn again; one that does so anyway is left alone."""
+    statement = text("UPDATE job SET is_urgent = false WHERE job_id = :job_id AND is_urgent")
+    if connection.execute(statement, {"job_id": job_id}).rowcount:
+        slices.set_class(connection, [job_id], SliceClass.BATCH)

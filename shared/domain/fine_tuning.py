@@ -12,6 +12,8 @@ from shared.domain.sharding import Sharding
 from shared.domain.submission import Metadata, Scheduled
 
 AUTO: Literal["auto"] = "auto"
+USUAL_EPOCHS = 3
+"""Of training that leaves them to us."""
 MAX_SEED = 2**31 - 1
 
 Auto = Literal["auto"]

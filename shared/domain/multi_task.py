@@ -12,12 +12,11 @@ from shared.domain.balancing import (
     TORCHJD_PREFIX,
     is_on_gradients,
 )
-from shared.domain.fine_tuning import MAX_SEED, Parallelism
+from shared.domain.fine_tuning import MAX_SEED, USUAL_EPOCHS, Parallelism
 from shared.domain.prepared_tasks import Mode, Sharing, Strategy, TaskKind, vector_shape
 from shared.domain.submission import Metadata, Scheduled
 
 MAX_TASKS = 64
-DEFAULT_EPOCHS = 3
 DEFAULT_LAST_LAYERS = 2
 LEARNING_RATE = {"lora": 2e-4, "full": 2e-5, "last_layers": 2e-5}
 VECTOR_LEARNING_RATE = 1e-3
@@ -251,7 +250,7 @@ class TrainingCreate(Scheduled):
 
     @property
     def n_epochs(self) -> int:
-        return self.hyperparameters.n_epochs or DEFAULT_EPOCHS
+        return self.hyperparameters.n_epochs or USUAL_EPOCHS
 
     @property
     def learning_rate(self) -> float:

@@ -25,6 +25,8 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="there is no CUDA device"),
+    # The interpreter computes both sides of a choice, and asks numpy for what it is about to give up.
+    *([pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")] if INTERPRETED else []),
 ]
 DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]  # it has bfloat16 as integers
 SHAPES = [

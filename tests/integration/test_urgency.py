@@ -139,6 +139,16 @@ def test_a_job_with_time_enough_stops_nobody_and_a_later_deadline_takes_its_hast
     assert scalar(database.engine("scheduler"), "SELECT slice_class FROM slice WHERE job_id = :j", j=job_id) == 2
 
 
+def test_another_deadline_of_a_job_without_haste_takes_nothing_back(database, busy):
+    """What waits in Redis would be sent, and charged to its tenant and class, once more."""
+    large, _ = busy
+    before = states(database, large)
+    assert ("dispatched", None) in before
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        jobs.set_deadline(connection, large, in_seconds(86_400))
+    assert states(database, large) == before
+
+
 def change(database, statement, **parameters):
     with database.engine("migration").begin() as connection:
         connection.execute(text(statement), parameters)

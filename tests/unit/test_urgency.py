@@ -124,6 +124,18 @@ def test_an_urgent_training_takes_a_slot_where_nothing_trains_or_has_a_training_
     assert preempt([Slice("train")], trainings, training=[1, 2, 3, 4]) == [4]
 
 
+@pytest.mark.parametrize("line", [{"slice_class": 1}, {"seconds": 5.0}], ids=["urgent", "young"])
+def test_a_training_ends_for_an_urgent_one_where_no_line_may(line):
+    """The other device trains nothing, and all its slots are taken by what stays."""
+    occupants = [running(1, "train", worker=1), running(2, worker=2, **line)]
+    assert preempt([Slice("train")], occupants, training=[1], workers=2) == [1]
+
+
+def test_two_urgent_trainings_take_a_lines_place_and_a_trainings():
+    occupants = [running(1, "train", worker=1), running(2, worker=2), running(3, worker=2, seconds=700)]
+    assert preempt([Slice("train")] * 2, occupants, training=[1], workers=2) == [2, 1]
+
+
 def test_lines_on_a_device_that_trains_make_no_way_for_a_training():
     """It could not go there."""
     occupants = [running(1, worker=1, seconds=100), running(2, worker=2, seconds=900)]

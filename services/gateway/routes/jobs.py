@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from datetime import UTC
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -25,16 +24,17 @@ from services.gateway.dependencies import (
 from services.gateway.lines import rendered
 from services.gateway.schemas import JobPatch, NoFields, list_page
 from shared.api_objects import job_object, unix
-from shared.db import events, files, forecasts, gates, jobs, quotas, submissions, workers
+from shared.db import events, files, forecasts, gates, jobs, quotas, submissions, tenants, workers
 from shared.db.forecasts import ForecastView
 from shared.db.jobs import JobView
-from shared.db.quotas import Budget, DeviceUse
+from shared.db.quotas import Budget
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
 from shared.domain.fine_tuning import parallelism_of
 from shared.domain.job import JobKind, JobState, parse_job_id
 from shared.domain.scheduling.gates import GateReason
+from shared.domain.scheduling.policy import Caps
 
 router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 
@@ -96,13 +96,13 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
     parents = gates.parents_of(connection, [job.job_id for job in found])
     expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
-    budgets, devices = (quotas.budgets(connection), quotas.devices(connection)) if queued else ({}, {})
+    budgets, caps = (quotas.budgets(connection), _caps(connection)) if queued else ({}, Caps())
     return [
         job_object(
             job,
             _gated(job)
             or _over_budget(job, budgets)
-            or _capped(job, places.get(job.job_id), needed.get(job.job_id, 1), devices)
+            or _capped(job, places.get(job.job_id), needed.get(job.job_id, 1), caps)
             or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
             parents.get(job.job_id, ()),
             _forecast(expected.get(job.job_id)),
@@ -127,12 +127,16 @@ def _over_budget(job: JobView, budgets: Mapping[str, Budget]) -> dict[str, Any] 
     return {"reason": "quota", "detail": detail, "place": None, "until": unix(budget.renewed_at)}
 
 
-def _capped(job: JobView, place: int | None, needed: int, devices: Mapping[str, DeviceUse]) -> dict[str, Any] | None:
+def _caps(connection: Connection) -> Caps:
+    return quotas.caps(connection, tenants.device_caps(tenants.list_tenants(connection)))
+
+
+def _capped(job: JobView, place: int | None, needed: int, caps: Caps) -> dict[str, Any] | None:
     """Return that a job, of which something waits, would be on more devices than its tenant may occupy, if so."""
-    use = devices.get(job.tenant_id)
-    if use is None or place is None or use.occupied + needed <= use.most or job.state is not JobState.QUEUED:
+    if place is None or caps.has_room(job.tenant_id, needed) or job.state is not JobState.QUEUED:
         return None
-    detail = f"Devices that its tenant may occupy at once: {use.most}; occupied: {use.occupied}; needed: {needed}."
+    most, occupied = caps.most[job.tenant_id], caps.occupied(job.tenant_id)
+    detail = f"Devices that its tenant may occupy at once: {most}; occupied: {occupied}; needed: {needed}."
     return {"reason": "quota", "detail": detail, "place": place, "until": None}
 
 
@@ -268,7 +272,7 @@ def finished_lines(job_id: str, parts: PartsDependency, caller: Reader, failed: 
         file_id = job.error_file_id if failed else job.output_file_id
         if file_id is not None:
             files.get(connection, file_id)  # once there is a file, its end is theirs
-    lines = rendered(parts, caller, job.created_at.astimezone(UTC).date(), row_id, failed=failed)
+    lines = rendered(parts, caller, job.created_on, row_id, failed=failed)
     return StreamingResponse(lines, media_type=JSON_LINES, headers={"X-Content-Type-Options": "nosniff"})
 
 

@@ -80,11 +80,17 @@ class Caps:
     promised: Mapping[str, int] = field(default_factory=dict)
     """Devices that a tenant's trainings need and have not taken yet."""
 
+    def occupied(self, tenant_id: str) -> int:
+        """Return how many devices a tenant occupies, or was promised."""
+        return len(self.held.get(tenant_id, ())) + self.promised.get(tenant_id, 0)
+
+    def has_room(self, tenant_id: str, devices: int) -> bool:
+        """Say whether a tenant may occupy so many devices more."""
+        return tenant_id not in self.most or self.occupied(tenant_id) + devices <= self.most[tenant_id]
+
     def leave_room(self, waiting: Waiting) -> bool:
-        """Say whether a slice's tenant may occupy a device more."""
-        tenant_id = waiting.tenant_id
-        occupied = len(self.held.get(tenant_id, ())) + self.promised.get(tenant_id, 0)
-        return tenant_id not in self.most or occupied + waiting.devices_needed <= self.most[tenant_id]
+        """Say whether a slice's tenant may occupy what it needs."""
+        return self.has_room(waiting.tenant_id, waiting.devices_needed)
 
 
 @dataclass

@@ -119,12 +119,15 @@ def plan_preemptions(
         if slice_.kind == SliceKind.GENERATE:
             helping: list[_Fits] = [_generates, _trains]
         elif free:
-            helping, free = [lambda each: _generates(each) and each.worker_id not in training], free - 1
+            helping = [lambda each: _generates(each) and each.worker_id not in training, _trains]
         else:
             helping = [_trains]
         # What is stopping already is counted on.
-        if _take(stopping, helping) is None and (victim := _take(victims, helping)) is not None:
-            chosen.append(victim.slice_id)
+        leaving = _take(stopping, helping)
+        if leaving is None and (leaving := _take(victims, helping)) is not None:
+            chosen.append(leaving.slice_id)
+        if leaving is not None and slice_.kind == SliceKind.TRAIN and _generates(leaving):
+            free -= 1
     return chosen
 
 
