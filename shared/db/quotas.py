@@ -90,19 +90,19 @@ def budgets(connection: Connection) -> dict[str, Budget]:
 
 
 OCCUPIED = """
-    SELECT slice.tenant_id, slice.worker_id FROM slice JOIN tenant USING (tenant_id)
-    WHERE slice.state IN ('dispatched', 'running') AND slice.worker_id IS NOT NULL AND tenant.max_devices IS NOT NULL
+    SELECT tenant_id, worker_id FROM slice
+    WHERE state IN ('dispatched', 'running') AND worker_id IS NOT NULL AND tenant_id = ANY (cast(:tenants AS text[]))
     UNION
     SELECT slice.tenant_id, device_lease.worker_id FROM device_lease JOIN slice USING (slice_id)
-    JOIN tenant ON tenant.tenant_id = slice.tenant_id WHERE tenant.max_devices IS NOT NULL
+    WHERE slice.tenant_id = ANY (cast(:tenants AS text[]))
 """
 
 
 AWAITED = """
     SELECT slice.tenant_id, sum(slice.devices_needed - 1 - (
         SELECT count(*) FROM device_lease WHERE device_lease.slice_id = slice.slice_id)) AS devices
-    FROM slice JOIN tenant USING (tenant_id)
-    WHERE slice.state IN ('dispatched', 'running') AND slice.devices_needed > 1 AND tenant.max_devices IS NOT NULL
+    FROM slice WHERE slice.state IN ('dispatched', 'running') AND slice.devices_needed > 1
+        AND slice.tenant_id = ANY (cast(:tenants AS text[]))
     GROUP BY slice.tenant_id
 """
 
@@ -124,9 +124,10 @@ def caps(connection: Connection, most: Mapping[str, int]) -> Caps:
     """
     held: dict[str, set[UUID]] = defaultdict(set)
     if most:
-        for row in connection.execute(text(OCCUPIED)):
+        theirs = {"tenants": list(most)}
+        for row in connection.execute(text(OCCUPIED), theirs):
             held[row.tenant_id].add(row.worker_id)
-        promised = {row.tenant_id: max(0, int(row.devices)) for row in connection.execute(text(AWAITED))}
+        promised = {row.tenant_id: max(0, int(row.devices)) for row in connection.execute(text(AWAITED), theirs)}
         return Caps(most, held, promised)
     return Caps()
 
