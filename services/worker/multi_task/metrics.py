@@ -11,7 +11,7 @@ Sums = npt.NDArray[np.float64]
 
 
 def task_metrics(head: HeadDescription, loss: float, targets: int, counts: Sums) -> dict[str, float]:
-    """Return a task's metrics: `loss` is the mean over `targets`, `counts` as `heads.Outcome` has them."""
+    """Return a task's metrics: `loss` is the sum over `targets`, `counts` as `heads.Outcome` has them."""
     mean = loss / max(1, targets)
     known = {"loss": mean}
     match head.kind:
