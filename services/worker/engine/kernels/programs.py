@@ -147,6 +147,51 @@ def masked_scores(
 
 
 @triton.jit
+def attend_keys(
+    q,
+    keys,
+    values,
+    table,
+    own_position,
+    start,
+    end,
+    kv_head,
+    scale,
+    kv_heads: tl.constexpr,
+    size: tl.constexpr,
+    window: tl.constexpr,
+    softcap: tl.constexpr,
+    B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Return each row's largest score, sum of weights, and weighted sum of values over the keys from start to end."""
+    columns = tl.arange(0, BLOCK_D)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        key = first + tl.arange(0, BLOCK_N)
+        inside = key < end
+        block = tl.load(table + key // B, mask=inside, other=0).to(tl.int64)
+        offset = ((block * kv_heads + kv_head) * B + key % B) * size
+        read = inside[:, None] & (columns < size)[None, :]
+        k = tl.load(keys + offset[:, None] + columns[None, :], mask=read, other=0.0)
+        v = tl.load(values + offset[:, None] + columns[None, :], mask=read, other=0.0)
+        score = masked_scores(q, k, key, inside, own_position, scale, window, softcap, precision)
+        now = tl.maximum(highest, tl.max(score, 1))
+        finite = tl.where(now == float("-inf"), 0.0, now)
+        kept = tl.exp2(highest - finite)
+        weight = tl.exp2(score - finite[:, None])
+        total = total * kept + tl.sum(weight, 1)
+        mixed = mixed * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
+        highest = now
+    return highest, total, mixed
+
+
+@triton.jit
 def attend_part(
     queries,
     keys,
@@ -200,26 +245,10 @@ def attend_part(
     wanted = is_real[:, None] & (columns < size)[None, :]
     place = (row + token) * heads + head
     q = tl.load(queries + place[:, None] * size + columns[None, :], mask=wanted, other=0.0)
-    own_position = position + token
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(start, end, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        inside = key < end
-        block = tl.load(table + key // B, mask=inside, other=0).to(tl.int64)
-        offset = ((block * kv_heads + kv_head) * B + key % B) * size
-        read = inside[:, None] & (columns < size)[None, :]
-        k = tl.load(keys + offset[:, None] + columns[None, :], mask=read, other=0.0)
-        v = tl.load(values + offset[:, None] + columns[None, :], mask=read, other=0.0)
-        score = masked_scores(q, k, key, inside, own_position, scale, window, softcap, precision)
-        now = tl.maximum(highest, tl.max(score, 1))
-        finite = tl.where(now == float("-inf"), 0.0, now)
-        kept = tl.exp2(highest - finite)
-        weight = tl.exp2(score - finite[:, None])
-        total = total * kept + tl.sum(weight, 1)
-        mixed = mixed * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
-        highest = now
+    highest, total, mixed = attend_keys(
+        q, keys, values, table, position + token, start, end, kv_head, scale,
+        kv_heads, size, window, softcap, B, BLOCK_M, BLOCK_N, BLOCK_D, precision,
+    )  # fmt: skip
     if is_whole:
         tl.store(out + place[:, None] * size + columns[None, :], (mixed / total[:, None]).to(q.dtype), mask=wanted)
     else:
