@@ -1,5 +1,7 @@
 """Our generation engine against transformers' `generate()` and a plainly written sampler."""
 
+from itertools import count, islice
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ import transformers
 from services.worker.engine.decoding import build_decoder, pick_kernels
 from services.worker.engine.kernels.cpu import CpuKernels
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS
-from services.worker.engine.sampling import keep_likely, sample, uniform
+from services.worker.engine.sampling import draw, keep_likely, uniform
 from services.worker.engine.sequence import Sequence
 from services.worker.protocol import Request, SamplingParams
 from shared.domain.errors import ModelRefused
@@ -136,7 +138,7 @@ def test_rows_of_other_parameters_do_not_touch_each_other():
         sequences.append(sequence)
         number = uniform(row, sequence.generated)
         expected.append(next_tokens(logits[row].tolist(), params, context[:6], context[6:], EOS, number))
-    found = sample(logits.clone(), sequences)
+    found = draw(logits.clone(), sequences).read()
     assert [token in tokens for token, tokens in zip(found, expected, strict=True)] == [True] * 600
     assert len(set(found)) > 30
 
@@ -265,7 +267,7 @@ def test_draws_follow_the_filtered_softmax():
     sequences = [
         Sequence(i, 0, [0], 1, 9, i, SamplingParams(temperature=0.7, top_k=3), frozenset()) for i in range(6000)
     ]
-    found = torch.bincount(torch.tensor(sample(logits.repeat(6000, 1), sequences)), minlength=4) / 6000
+    found = torch.bincount(draw(logits.repeat(6000, 1), sequences).tokens, minlength=4) / 6000
     expected = torch.softmax(keep_likely(logits / 0.7, SamplingParams(top_k=3)), 0)
     assert expected[3] == 0 == found[3] and torch.allclose(found, expected, atol=0.03)
     numbers = torch.tensor([[uniform(seed, position) for position in range(200)] for seed in range(100)])
@@ -349,3 +351,85 @@ def test_a_longrope_model_is_served_as_far_as_places_are_all_that_counts():
     assert context_of(config) == 64
     assert context_of({"max_position_embeddings": 256}) == 256
     assert context_of({"n_positions": 1024, "rope_scaling": None}) == 1024
+
+
+MIXED = [
+    *({}, {"temperature": 0.9}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.7, "logprobs": 3}),
+    *({"presence_penalty": 1.5}, {"min_tokens": 7, "ignore_eos": False}, {"ignore_eos": False}, {"max_tokens": 1}),
+    *({"stop": ("1", "77")}, {"n": 3, "temperature": 1.2}, {"max_tokens": 31}, {"logprobs": 0}),
+]
+"""Kinds of requests that need to know their tokens before the next is drawn, that end by themselves, and others."""
+
+
+def mixed_requests(count):
+    texts = [text * 2 for text in prompts(count, seed=8)]
+    made = []
+    for number, text in enumerate(texts):
+        params = SamplingParams(
+            **{"max_tokens": 24, "temperature": 0.0, "ignore_eos": True, "seed": number} | MIXED[number % len(MIXED)]
+        )
+        online = number % 5 == 0
+        made.append(
+            Request(number, "complete", prompts=[text], params=params, is_online=online, is_streamed=number % 3 == 0)
+        )
+    return made
+
+
+def run_arriving(engine, wanted, given_up=None):
+    """Answer requests of which three come at each step; return answers and streamed texts.
+
+    given_up: Requests that are aborted so many steps after they came.
+    """
+    answers, streamed, doomed = {}, {}, {}
+    waiting = iter(wanted)
+    for step in count():
+        arrived = list(islice(waiting, 3))
+        if not arrived and engine.wait_seconds() is None:
+            break
+        for request in arrived:
+            engine.add(request)
+            if request.id in (given_up or {}):
+                doomed[request.id] = step + given_up[request.id]
+        output = engine.step()
+        for delta in output.deltas:
+            streamed.setdefault((delta.id, delta.index), []).append(delta.text)
+        for response in output.responses:
+            answers[response.id] = (response.choices, response.logprobs, response.completion_tokens)
+        for number in [number for number, end in doomed.items() if end == step]:
+            engine.abort(number)
+        engine.check_integrity()
+    assert engine.pool.in_use == 0
+    return answers, {key: "".join(pieces) for key, pieces in streamed.items()}
+
+
+@pytest.mark.parametrize("blocks", [400, 26])
+def test_planning_ahead_changes_no_answer(blocks):
+    """Also where sequences are put back for want of blocks, end by themselves, and need to know their tokens."""
+    wanted = mixed_requests(60)
+    plain = make_engine(make_model("llama"), eos=frozenset({5, 9, 100}), blocks=blocks, most_sequences=12)
+    ahead = make_engine(
+        make_model("llama"), eos=frozenset({5, 9, 100}), blocks=blocks, most_sequences=12, plans_ahead=True
+    )
+    expected = run_arriving(plain, wanted)
+    assert run_arriving(ahead, wanted) == expected
+    assert len(expected[0]) == 60 and {"stop", "length"} == {c[1] for a in expected[0].values() for c in a[0]}
+    assert (ahead.scheduler.preemptions > 20) == (blocks == 26)
+    # Again, and some are given up at every point of their lives: the others' answers stay as they are.
+    given_up = {number: number // 5 for number in range(0, 60, 5)}
+    answers, _ = run_arriving(ahead, wanted, given_up)
+    assert len(answers) < 60
+    for number, answer in expected[0].items():
+        assert number in given_up or answers[number] == answer
+
+
+def test_planning_ahead_reads_a_step_when_the_next_is_under_way():
+    """Sequences that go on are a step ahead of what is known of them; nothing is computed for those at their limit."""
+    engine = make_engine(make_model("llama"), plans_ahead=True)
+    for request in requests(prompts(4), max_tokens=5):
+        engine.add(request)
+    known = []
+    while engine.wait_seconds() is not None:
+        engine.step()
+        known.append(engine.tokens)
+    assert known == [0, 4, 8, 12, 16, 20]
+    assert engine.scheduler.sequences == 4 * 5 and engine.scheduler.steps == 5

@@ -32,13 +32,13 @@ def test_a_recorded_step_is_the_plain_one(tmp_path):
     tables = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).view(4, -1).tolist()
     tokens = [(number * 31) % 250 + 1 for number in range(max(lengths))]
     for table, length in zip(tables, lengths, strict=True):
-        plain.forward(tokens[:length], plan_layout([Span(table, 0, 0, length)]), [])
+        plain.forward(torch.tensor(tokens[:length]).cuda(), plan_layout([Span(table, 0, 0, length)]), [])
     for chosen in ([0], [0, 1], [2, 3, 0], [1, 0, 2, 3], [3]):
         spans = [Span(tables[number], lengths[number], row, 1) for row, number in enumerate(chosen)]
         rows = list(range(len(chosen)))
-        step = [tokens[number] for number in chosen], plan_layout(spans), rows
-        expected = plain.forward(*step)
-        assert torch.equal(recorded.forward(step[0], plan_layout(spans), rows), expected)
+        own = torch.tensor([tokens[number] for number in chosen]).cuda()
+        expected = plain.forward(own, plan_layout(spans), rows)
+        assert torch.equal(recorded.forward(own, plan_layout(spans), rows), expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])
@@ -58,4 +58,5 @@ def test_tokens_do_not_depend_on_the_batch(tmp_path, kind):
     together = run(range(48))
     alone = {number: run([number])[number] for number in range(0, 48, 7)}
     engine.check_integrity()
+    assert engine.plans_ahead
     assert {number: together[number] for number in alone} == alone

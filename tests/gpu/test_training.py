@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-EVERY_STEP = CheckpointPolicy(every_steps=1)
+EVERY_STEP = CheckpointPolicy(every_steps=1, keep_last=99)
 WIDE = {
     "vocab_size": 4096,
     "hidden_size": 256,

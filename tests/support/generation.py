@@ -75,11 +75,14 @@ def make_model(name: str, dtype: torch.dtype = torch.float32):
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
-def make_engine(model, *, blocks: int = 400, eos: frozenset[int] = frozenset(), **config) -> GenerationEngine:
+def make_engine(
+    model, *, blocks: int = 400, eos: frozenset[int] = frozenset(), plans_ahead: bool = False, **config
+) -> GenerationEngine:
     """Return an engine that takes the model apart; `config` are fields of its scheduler's."""
     decoder = build_decoder(model, CONTEXT, blocks)
     prompts = Prompts(NumberTokenizer(), VOCABULARY, CONTEXT, eos)
-    return GenerationEngine(decoder, prompts, blocks, SchedulerConfig(**config) if config else None)
+    scheduling = SchedulerConfig(**config) if config else None
+    return GenerationEngine(decoder, prompts, blocks, scheduling, plans_ahead=plans_ahead)
 
 
 def prompts(count: int, seed: int = 1) -> list[list[int]]:

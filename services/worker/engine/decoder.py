@@ -24,6 +24,7 @@ from services.worker.engine.kernels.kernels import (
     Rotary,
     on_device,
 )
+from services.worker.engine.kernels.transfer import to_device
 from services.worker.engine.linear import Linear
 
 
@@ -41,8 +42,14 @@ class Decoder(Protocol):
     @property
     def pool_bytes(self) -> int: ...
 
-    def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
-        """Compute `tokens` [T] where `layout` says they belong; return float32 logits [len(rows), vocabulary]."""
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, tokens: torch.Tensor, layout: Layout, rows: list[int]) -> torch.Tensor:
+        """Compute `tokens` int64 [T] where `layout` says they belong; return float32 logits [len(rows), vocabulary].
+
+        A GPU is not waited for, and the logits are overwritten by the next step's.
+        """
         ...
 
     def read_adapter(self, directory: Path) -> Adapter:
@@ -125,8 +132,8 @@ class FusedDecoder:
         return self._weights.norm.weight.device
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
-        return self.compute(torch.tensor(tokens, device=self.device), layout, torch.tensor(rows, device=self.device))
+    def forward(self, tokens: torch.Tensor, layout: Layout, rows: list[int]) -> torch.Tensor:
+        return self.compute(tokens, layout, to_device(rows, self.device, torch.long))
 
     def compute(self, tokens: torch.Tensor, layout: Layout, chosen: torch.Tensor | None) -> torch.Tensor:
         """Do what `forward` does with tensors on the device; None chooses all rows."""

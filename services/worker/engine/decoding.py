@@ -90,7 +90,9 @@ def _compare(decoder: Decoder, probe: list[int], expected: torch.Tensor, dtype: 
     parts = []
     for start, end in ((0, half), (half, len(probe))):
         layout = plan_layout([Span(table, start, 0, end - start)])
-        parts.append(decoder.forward(probe[start:end], layout, list(range(end - start))))
+        # Its own copy: the next step writes its logits into the same memory.
+        tokens = torch.tensor(probe[start:end], device=decoder.device)
+        parts.append(decoder.forward(tokens, layout, list(range(end - start))).clone())
     distance = float((torch.cat(parts) - expected).norm() / expected.norm())
     if not distance <= TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
         raise ModelRefused(f"Its architecture is not supported: results are {distance:.2g} from transformers'.")

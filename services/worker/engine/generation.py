@@ -12,8 +12,9 @@ from services.worker.engine.decoder import Decoder, is_out_of_memory
 from services.worker.engine.engine import DEFAULT_COMPLETION_TOKENS
 from services.worker.engine.grammar import Constraint, SchemaRefused
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, Span, plan_layout
+from services.worker.engine.kernels.transfer import to_device
 from services.worker.engine.prompts import Prompts
-from services.worker.engine.sampling import sample
+from services.worker.engine.sampling import Draw, draw, needs_tokens
 from services.worker.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.statistics import StepClock
@@ -36,15 +37,30 @@ class _Running:
 
 
 class GenerationEngine:
-    """Serves one causal language model."""
+    """Serves one causal language model.
 
-    def __init__(self, decoder: Decoder, prompts: Prompts, blocks: int, config: SchedulerConfig | None = None) -> None:
-        self._decoder, self._prompts = decoder, prompts
+    plans_ahead: Tell the device a step before the tokens of the one before it are known here, so that a GPU has
+        something to do meanwhile. Answers are the same; a sequence that ends otherwise than by its length is computed
+        once in vain.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Prompts,
+        blocks: int,
+        config: SchedulerConfig | None = None,
+        *,
+        plans_ahead: bool = False,
+    ) -> None:
+        self._decoder, self._prompts, self.plans_ahead = decoder, prompts, plans_ahead
         self.pool = BlockPool(blocks, BLOCK_TOKENS)
         self.scheduler = Scheduler(self.pool, config or SchedulerConfig())
         self._running: dict[int, _Running] = {}
         self._adapters: dict[str, Adapter] = {}
         self._refused: list[Response] = []
+        self._draw: Draw | None = None
+        """What was drawn and not read."""
         self._steps = 0
         self._tokens = 0
         self._aborts = 0
@@ -156,36 +172,41 @@ class GenerationEngine:
         return Response(request_id, prompt_tokens=running.prompt_tokens, completion_tokens=generated, is_aborted=True)
 
     def step(self) -> Output:
-        """Compute one pass over whatever the scheduler chose, and draw the tokens that it brings."""
+        """Have computed what the scheduler chose; take in the tokens of the step before, or already its own."""
         output, self._refused = Output(self._refused), []
         self._steps += 1
         self._clock.start()
         chunks = self.scheduler.schedule()
         self._clock.charge("schedule")
-        if not chunks or (logits := self._compute(chunks)) is None:
+        drawn = self._launch(chunks) if chunks else None
+        self._deliver(output)
+        if drawn is None:
             return output
         self.scheduler.computed(chunks)
+        for row, sequence in enumerate(drawn.sequences):
+            sequence.pending = row if sequence.is_running else None  # what was delivered just now may have ended it
+        self._draw = drawn
         self._clock.charge("schedule")
-        sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
-        tokens = sample(logits, sequences) if sequences else []
-        self._clock.charge("sample")
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if sequence.request_id in self._running:  # another choice of it may just have given it up
-                self._take(sequence, token, output)
-        self._clock.charge("deliver")
+        if not self.plans_ahead or any(needs_tokens(sequence) for sequence in drawn.sequences):
+            self._deliver(output)
         return output
 
-    def _compute(self, chunks: list[Chunk]) -> torch.Tensor | None:
-        """Return the logits of the chunks that end their sequences; None when memory ran out, and less is tried next.
+    @torch.inference_mode()
+    def _launch(self, chunks: list[Chunk]) -> Draw | None:
+        """Tell the device to compute the chunks and to draw what follows those that end their sequences.
 
-        A CUDA error poisons the whole process: it ends, and its requests are tried again in a fresh one.
+        None when memory ran out, and less is tried next. A CUDA error poisons the whole process: it ends, and its
+        requests are tried again in a fresh one.
         """
-        layout, tokens, rows = plan_step(chunks)
+        layout, known, rows = plan_step(chunks)
         if self._adapters:
             layout.adapters = route((self._running[chunk.sequence.request_id].adapter, chunk.count) for chunk in chunks)
-        self._clock.charge("prepare")
         try:
-            return self._decoder.forward(tokens, layout, rows)
+            tokens = self._with_pending(known, chunks)
+            self._clock.charge("prepare")
+            logits = self._decoder.forward(tokens, layout, rows)
+            self._clock.charge("forward")
+            return draw(logits, [chunk.sequence for chunk in chunks if chunk.is_last])
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             smaller = self.scheduler.config.smaller()
             if not is_out_of_memory(error) or smaller.step_tokens < FEWEST_STEP_TOKENS:
@@ -197,7 +218,39 @@ class GenerationEngine:
                 torch.cuda.empty_cache()
             return None
         finally:
-            self._clock.charge("forward")
+            self._clock.charge("sample")
+
+    def _with_pending(self, known: list[int], chunks: list[Chunk]) -> torch.Tensor:
+        """Return a step's tokens on the device, those that only the device knows taken from where it drew them."""
+        device = self._decoder.device
+        tokens = to_device(known, device, torch.long)
+        places: list[int] = []
+        sources: list[int] = []
+        row = -1
+        for chunk in chunks:
+            row += chunk.count
+            if chunk.sequence.pending is not None:
+                places.append(row)
+                sources.append(chunk.sequence.pending)
+        if self._draw is not None and places:
+            tokens[to_device(places, device)] = self._draw.tokens[to_device(sources, device)]
+        return tokens
+
+    def _deliver(self, output: Output) -> None:
+        """Give what was drawn to the sequences that still want it."""
+        if self._draw is None:
+            return
+        drawn, self._draw = self._draw, None
+        tokens = drawn.read()
+        self._clock.charge("sample")
+        for row, (sequence, token) in enumerate(zip(drawn.sequences, tokens, strict=True)):
+            if sequence.pending is None:  # its request was given up meanwhile, or just now with another choice
+                continue
+            sequence.pending = None
+            if (logprob := drawn.logprob(row, token)) is not None:
+                sequence.logprobs.append(logprob)
+            self._take(sequence, token, output)
+        self._clock.charge("deliver")
 
     def _take(self, sequence: Sequence, token: int, output: Output) -> None:
         """Give a sequence its next token; answer its request when that was the last one of all."""
@@ -265,19 +318,20 @@ class GenerationEngine:
 
     def close(self) -> None:
         self._adapters.clear()
+        self._draw = None
         del self._decoder
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def plan_step(chunks: list[Chunk]) -> tuple[Layout, list[int], list[int]]:
-    """Return the layout of a step, its tokens, and the rows from which a token is drawn."""
+    """Return the layout of a step, its tokens (0 for pending ones), and the rows from which a token is drawn."""
     spans: list[Span] = []
     tokens: list[int] = []
     rows: list[int] = []
     for chunk in chunks:
         spans.append(Span(chunk.sequence.blocks, chunk.start, len(tokens), chunk.count))
-        tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+        tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count] or [0]
         if chunk.is_last:
             rows.append(len(tokens) - 1)
     return plan_layout(spans), tokens, rows

@@ -17,6 +17,7 @@ from services.worker.engine.adapters import Adapter
 from services.worker.engine.decoder import FusedDecoder, is_out_of_memory
 from services.worker.engine.kernels.gpu import PART_KEYS, SCRATCH_BYTES, Tiles, part_bytes, tiles_key
 from services.worker.engine.kernels.kernels import BLOCK_TOKENS, Layout, device_key
+from services.worker.engine.kernels.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +36,17 @@ class _Recording:
     nowhere: int
     """The first slot of the block that is nobody's."""
 
-    def play(self, tokens: list[int], layout: Layout) -> torch.Tensor:
+    def play(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Compute a step; the result is overwritten by the next."""
         count, width = layout.tables.shape
         places: dict[str, torch.Tensor] = self.layout.cache
-        self.tokens[:count].copy_(torch.tensor(tokens))
-        places[device_key("positions")][:count].copy_(torch.from_numpy(layout.positions))
-        places[device_key("slots")][:count].copy_(torch.from_numpy(layout.slots))
-        places[device_key("tables")][:count, :width].copy_(torch.from_numpy(layout.tables))
+        self.tokens[:count] = tokens
+        places[device_key("positions")][:count] = to_device(layout.positions, tokens.device)
+        places[device_key("slots")][:count] = to_device(layout.slots, tokens.device)
+        places[device_key("tables")][:count, :width] = to_device(layout.tables, tokens.device)
         numbers = np.arange(count, dtype=np.int32)
         tiles = np.stack([numbers, np.ones_like(numbers), layout.positions, numbers], axis=1)
-        self.tiles[:count].copy_(torch.from_numpy(tiles))
+        self.tiles[:count] = to_device(tiles, tokens.device)
         # The others have no token and see no key.
         self.tiles[count:] = 0
         places[device_key("positions")][count:] = 0
@@ -80,6 +81,10 @@ class GraphedDecoder:
         return self._decoder.weight_bytes
 
     @property
+    def device(self) -> torch.device:
+        return self._decoder.device
+
+    @property
     def pool_bytes(self) -> int:
         return self._decoder.pool_bytes + self._logits.numel() * self._logits.element_size()
 
@@ -92,7 +97,7 @@ class GraphedDecoder:
         return self._decoder.read_adapter(directory)
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, layout: Layout, rows: list[int]) -> torch.Tensor:
         recording = self._recording(layout, rows)
         if recording is None:
             return self._decoder.forward(tokens, layout, rows)

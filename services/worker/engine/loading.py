@@ -172,8 +172,9 @@ def _generation_engine(model: Any, tokenizer: Any, spec: ModelSpec, kv_tokens: i
     context = _context(spec, config.to_dict())
     prompts = Prompts(tokenizer, config.vocab_size, context, eos_tokens(model, tokenizer))
     blocks = kv_blocks(context, kv_tokens)
-    steps = GPU_STEPS if model.device.type == "cuda" else SchedulerConfig()
-    return GenerationEngine(build_decoder(model, context, blocks), prompts, blocks, steps)
+    is_gpu = model.device.type == "cuda"
+    steps = GPU_STEPS if is_gpu else SchedulerConfig()
+    return GenerationEngine(build_decoder(model, context, blocks), prompts, blocks, steps, plans_ahead=is_gpu)
 
 
 def _encoder_settings(spec: ModelSpec) -> EncoderSettings:

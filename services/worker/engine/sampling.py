@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.worker.engine.kernels.transfer import to_device
 from services.worker.engine.sequence import Sequence
 from services.worker.engine.stable import running_sums
 from services.worker.protocol import SamplingParams
@@ -26,21 +27,54 @@ class TokenLogprob:
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
+class Draw:
+    """A token for each of `sequences`, in their order, as soon as the device has drawn it.
+
+    tokens: [n] on the device.
+    """
+
+    def __init__(self, sequences: list[Sequence], tokens: torch.Tensor, logprobs: dict[int, torch.Tensor]) -> None:
+        self.sequences, self.tokens = sequences, tokens
+        self._logprobs = logprobs
+        self._copy = tokens
+        self._is_copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._copy.copy_(tokens, non_blocking=True)
+            self._is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_copied.record()
+
+    def read(self) -> list[int]:
+        """Return the tokens; waits for the device to have drawn them, and for nothing that it was told later."""
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        tokens: list[int] = self._copy.tolist()
+        return tokens
+
+    def logprob(self, row: int, token: int) -> TokenLogprob | None:
+        """Return what a row's request asked to know of its token; None when that is nothing."""
+        if row not in self._logprobs:
+            return None
+        return _logprob(self._logprobs[row], token, self.sequences[row].params.logprobs or 0)
+
+
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """Return the next token of each sequence; `logits` [rows, vocabulary] float32 are theirs and are changed."""
-    wanted = [(row, s) for row, s in enumerate(sequences) if s.params.logprobs is not None]
-    model_logprobs = {row: logits[row].log_softmax(-1) for row, _ in wanted}
+def draw(logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
+    """Draw the next token of each sequence; `logits` [rows, vocabulary] float32 are theirs and are changed."""
+    wanted = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
+    model_logprobs = {row: logits[row].log_softmax(-1) for row in wanted}
     for row, sequence in enumerate(sequences):
         if is_adjusted(sequence):
             adjust(logits[row], sequence)
         if sequence.constraint is not None:
             allowed = torch.from_numpy(sequence.constraint.allowed()).to(logits.device)
             logits[row].masked_fill_(~allowed, NO_TOKEN)
-    tokens = _draw(logits, sequences)
-    for row, sequence in wanted:
-        sequence.logprobs.append(_logprob(model_logprobs[row], tokens[row], sequence.params.logprobs or 0))
-    return tokens
+    return Draw(sequences, _draw(logits, sequences), model_logprobs)
+
+
+def needs_tokens(sequence: Sequence) -> bool:
+    """Whether nothing more can be drawn for a sequence before its tokens so far are known here."""
+    return sequence.constraint is not None or is_adjusted(sequence)
 
 
 def is_adjusted(sequence: Sequence) -> bool:
@@ -74,20 +108,20 @@ def adjust(row: torch.Tensor, sequence: Sequence) -> None:
         row[sorted(sequence.eos)] = NO_TOKEN
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """Return the likeliest token of greedy rows, and one drawn from the filtered distribution of the others."""
-    tokens: list[int] = logits.argmax(-1).tolist()
+    tokens = logits.argmax(-1)
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature >= COLDEST]
     if drawn:
         theirs = [sequences[row] for row in drawn]
-        chosen = logits if len(drawn) == len(sequences) else logits[drawn]
-        temperatures = torch.tensor([s.params.temperature for s in theirs], device=logits.device)
+        rows = to_device(drawn, logits.device)
+        chosen = logits if len(drawn) == len(sequences) else logits[rows]
+        temperatures = to_device([s.params.temperature for s in theirs], logits.device, torch.float32)
         scaled = chosen / temperatures[:, None]
         for index, sequence in enumerate(theirs):
             if is_filtered(sequence.params):
                 scaled[index] = keep_likely(scaled[index], sequence.params)
-        for row, token in zip(drawn, _pick(scaled, theirs), strict=True):
-            tokens[row] = token
+        tokens[rows] = _pick(scaled, theirs)
     return tokens
 
 
@@ -111,17 +145,15 @@ def keep_likely(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return logits
 
 
-def _pick(scaled: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _pick(scaled: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """Return the token at which each row's cumulative probability passes the row's own random number."""
     weights = torch.exp((scaled - scaled.max(-1, keepdim=True).values).double())
     cumulative = running_sums(weights)
-    numbers = torch.tensor(
-        [[uniform(s.seed, s.generated)] for s in sequences], dtype=torch.float64, device=scaled.device
-    )
+    numbers = to_device([uniform(s.seed, s.drawn) for s in sequences], scaled.device, torch.float64)[:, None]
     # Right of a threshold below the sum: so a token of no probability is never picked, not even at the ends.
     total = cumulative[:, -1:]
     threshold = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-    return [int(token) for token in torch.searchsorted(cumulative, threshold, right=True)[:, 0].tolist()]
+    return torch.searchsorted(cumulative.contiguous(), threshold, right=True)[:, 0]
 
 
 def uniform(seed: int, position: int) -> float:

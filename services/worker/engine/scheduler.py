@@ -65,29 +65,37 @@ class Scheduler:
         return len(self._waiting) + len(self._waiting_online)
 
     def add(self, sequence: Sequence) -> None:
-        (self._waiting_online if sequence.is_online else self._waiting).append(sequence)
+        self._queue_of(sequence).append(sequence)
 
     def remove(self, request_id: int) -> None:
         """Forget a request's sequences, wherever they are; their blocks are free at once."""
-        for sequence in [s for s in self.running if s.request_id == request_id]:
-            self.finish(sequence)
-        for queue in (self._waiting, self._waiting_online):
-            kept = [s for s in queue if s.request_id != request_id]
-            queue.clear()
-            queue.extend(kept)
+        for queue in (self.running, self._waiting, self._waiting_online):
+            for sequence in [s for s in queue if s.request_id == request_id]:
+                self.finish(sequence)
 
     def finish(self, sequence: Sequence) -> None:
+        """Forget a sequence, also one that was put back and then turned out to have its last token."""
+        sequence.pending = None
+        if sequence.is_running:
+            self._let_go(sequence)
+        else:
+            self._queue_of(sequence).remove(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.is_running = False
         self._pool.release(sequence.blocks)
         sequence.blocks = []
 
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        return self._waiting_online if sequence.is_online else self._waiting
+
     def schedule(self) -> list[Chunk]:
         """Return what the next step computes: a token for all that generate, then as much of prompts as fits."""
         chunks: list[Chunk] = []
         preemptions = self.preemptions
-        # generate
-        for sequence in [s for s in self.running if s.missing == 1]:
+        # generate, but for those of whose pending token is known that it is the last
+        for sequence in [s for s in self.running if s.missing == 1 and s.drawn < s.limit]:
             if sequence.is_running and self._grow(sequence, 1):
                 chunks.append(self._chunk(sequence, 1))  # noqa: PERF401  # both conditions change as others give way
         # prompts, those that somebody waits for first
@@ -198,21 +206,26 @@ class Scheduler:
         return same[-1] if same else None
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.finish(sequence)
+        self._let_go(sequence)
         sequence.computed = 0
         self.preemptions += 1
-        (self._waiting_online if sequence.is_online else self._waiting).appendleft(sequence)
+        self._queue_of(sequence).appendleft(sequence)
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         return Chunk(sequence, sequence.computed, count, is_last=count == sequence.missing)
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """Note that these were computed: their full blocks can be found by others from now on."""
+        """Note that these were computed: their full blocks can be found by others from now on.
+
+        Not those of sequences that ended meanwhile: they hold no blocks any more.
+        """
         size = self._pool.block_tokens
         self.steps += 1
         self.sequences += len(chunks)
         for chunk in chunks:
             sequence = chunk.sequence
+            if not sequence.is_running:
+                continue
             sequence.computed = chunk.start + chunk.count
             self.prompt_tokens_computed += max(0, min(sequence.computed, sequence.prompt_tokens) - chunk.start)
             first, last = chunk.start // size, sequence.computed // size

@@ -37,6 +37,8 @@ class Sequence:
     """Prompt tokens that others had computed, at its first admission."""
     is_admitted: bool = False
     is_running: bool = False
+    pending: int | None = None
+    """The row of its newest token in a draw that nobody has read yet: it is on the device alone."""
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated."""
     logprobs: list[Any] = field(default_factory=list)
@@ -47,6 +49,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def drawn(self) -> int:
+        """How many of its tokens are drawn, one that is pending among them."""
+        return self.generated + (self.pending is not None)
 
     @property
     def may_stop(self) -> bool:
@@ -66,7 +73,7 @@ class Sequence:
     @property
     def missing(self) -> int:
         """Tokens whose keys and values are still to be computed; the last one brings the next token."""
-        return len(self.tokens) - self.computed
+        return self.prompt_tokens + self.drawn - self.computed
 
     def append(self, token: int) -> None:
         """Take the next token in, and note why it was the last one if it was."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from services.worker.engine.adapters import Adapter, read_adapter
 from services.worker.engine.decoder import numbered
 from services.worker.engine.kernels.kernels import HeadShape, Kernels, LayerPool, Layout
+from services.worker.engine.kernels.transfer import to_device
 from services.worker.engine.linear import FEWEST_ROWS, Linear, Part
 from services.worker.engine.stable import SameInAnyCompany
 from shared.domain.errors import ModelRefused
@@ -154,23 +156,27 @@ class TransformersDecoder:
         return sum(t.numel() * t.element_size() for pool in self._pools.values() for t in (pool.keys, pool.values))
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], layout: Layout, rows: list[int]) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, layout: Layout, rows: list[int]) -> torch.Tensor:
         # To a multiple, and not only up to the fewest: torch computes what is left over of an array after its last
         # whole vectors by other instructions, whose last bits differ, and that would be in the last token's row.
         padding = -len(tokens) % FEWEST_ROWS
-        device = self._model.device
-        ids = torch.tensor([tokens + [0] * padding], device=device)
-        positions = torch.tensor([layout.positions.tolist() + [0] * padding], device=device)
+        ids = functional.pad(tokens, (0, padding))[None]
+        positions = to_device([layout.positions.tolist() + [0] * padding], self.device)
         with _as_current(_Pass(self._kernels, layout, self._pools, self._shapes)), SameInAnyCompany():
             out = self._model(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,
                 # In the middle of a long prompt no token is drawn; the head is then given one row for nothing.
-                logits_to_keep=torch.tensor(rows or [0], device=device),
+                logits_to_keep=to_device(rows or [0], self.device),
             )
         logits: torch.Tensor = out.logits[0][: len(rows)]
         return logits.float()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
 
     def read_adapter(self, directory: Path) -> Adapter:
         return read_adapter(directory, self._products, self._kernels, self._model.get_input_embeddings().weight)

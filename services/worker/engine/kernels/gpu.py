@@ -22,18 +22,20 @@ from services.worker.engine.kernels.kernels import (
     plan_layout,
 )
 from services.worker.engine.kernels.reference import TorchKernels
+from services.worker.engine.kernels.transfer import to_device
 
 PART_KEYS = 512
 """Keys of a sequence that one program attends to; fixed, so that a row's sums have the order of its position."""
 FEWEST_TILE_ROWS = 16
 """The least that a GPU's matrix units multiply: query heads times tokens, of one kv head."""
 BLOCK_KEYS = 64
-ATTENTION_WARPS = 4
+ATTENTION_WARPS = 2
 WIDE_HEAD = 128
 """Heads beyond this size have half as many keys at a time, for shared memory's sake."""
 SCRATCH_BYTES = 512 << 20
 """For parts that wait to be joined; more rows than that are attended one group after another."""
 ACTIVATED_AT_ONCE = 1024
+HEADS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class GpuKernels(TorchKernels):
         """As `Kernels` says, but the queries have the type of `qkv`: they were rounded to it anyway."""
         qkv = qkv.contiguous()
         queries = qkv.new_empty(layout.tokens, shape.heads, shape.size)
-        programs.prepare_heads[(layout.tokens, shape.heads + 2 * shape.kv_heads)](
+        programs.prepare_heads[(layout.tokens, -(-(shape.heads + 2 * shape.kv_heads) // HEADS_AT_ONCE))](
             qkv,
             *((qkv, qkv) if norms is None else (norms.query, norms.key)),
             *((qkv, qkv) if rotary is None else (rotary.cosines, rotary.sines)),
@@ -96,6 +98,7 @@ class GpuKernels(TorchKernels):
             has_norms=norms is not None,
             B=BLOCK_TOKENS,
             BLOCK=_power_of_two(shape.size),
+            AT_ONCE=HEADS_AT_ONCE,
             num_warps=1,
         )
         return queries
@@ -206,7 +209,7 @@ def plan_tiles(
         last = max(first + 1, int(np.searchsorted(rows + tiles[:, 1], rows[first] + most, side="right")))
         groups.append((slice(first, last), slice(int(rows[first]), int(rows[last - 1] + tiles[last - 1, 1]))))
         first = last
-    return Tiles(torch.from_numpy(tiles).to(device), groups, parts)
+    return Tiles(to_device(tiles, device), groups, parts)
 
 
 def tile_size(shape: HeadShape) -> tuple[int, int]:

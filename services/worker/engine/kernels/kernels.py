@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
+from services.worker.engine.kernels.transfer import to_device
+
 BLOCK_TOKENS = 16
 """Tokens of one KV block: as many as one vector of a CPU holds."""
 
@@ -181,7 +183,7 @@ def cached(layout: Layout, name: str, make: Callable[[], Made]) -> Made:
 def on_device(layout: Layout, name: Literal["positions", "slots", "tables"], device: torch.device) -> torch.Tensor:
     """Return an array of a layout as a tensor on a device, which it is copied to once a step."""
     array: np.ndarray[Any, Any] = getattr(layout, name)
-    return cached(layout, device_key(name), lambda: torch.from_numpy(array).to(device))
+    return cached(layout, device_key(name), lambda: to_device(array, device))
 
 
 def device_key(name: str) -> str:

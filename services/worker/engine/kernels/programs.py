@@ -85,43 +85,47 @@ def prepare_heads(
     has_norms: tl.constexpr,
     B: tl.constexpr,
     BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
-    """A program for one head of one token: normalised, rotated, and put where it belongs."""
+    """A program for a few heads of one token: normalised, rotated, and put where they belong."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
-    own = qkv + (token * (heads + 2 * kv_heads) + head) * size
-    x = tl.load(own + columns, mask=inside, other=0.0)
-    dtype = x.dtype
-    if head < heads + kv_heads:
-        half: tl.constexpr = rotated // 2
-        other_column = tl.where(columns < half, columns + half, columns - half)
-        other = tl.load(own + other_column, mask=columns < rotated, other=0.0)
-        if has_norms:
-            wide = x.to(tl.float32)
-            factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / size + epsilon)
-            weight = query_norm if head < heads else key_norm
-            own_weight = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-            other_weight = tl.load(weight + other_column, mask=columns < rotated, other=0.0).to(tl.float32)
-            # Rounded twice, as models do it.
-            x = ((wide * factor).to(dtype).to(tl.float32) * own_weight).to(dtype)
-            other = ((other.to(tl.float32) * factor).to(dtype).to(tl.float32) * other_weight).to(dtype)
-        if rotated > 0:
-            turning = columns < rotated
-            place = tl.load(positions + token).to(tl.int64) * rotated + columns
-            cosine = tl.load(cosines + place, mask=turning, other=1.0)
-            sine = tl.load(sines + place, mask=turning, other=0.0)
-            signed = tl.where(columns < half, -other.to(tl.float32), other.to(tl.float32))
-            x = (x.to(tl.float32) * cosine + signed * sine).to(dtype)
-    if head < heads:
-        tl.store(queries + (token * heads + head) * size + columns, x, mask=inside)
-    else:
-        slot = tl.load(slots + token)
-        is_key = head < heads + kv_heads
-        kv_head = head - heads if is_key else head - heads - kv_heads
-        place = ((slot // B * kv_heads + kv_head) * B + slot % B) * size + columns
-        tl.store((keys if is_key else values) + place, x, mask=inside)
+    half: tl.constexpr = rotated // 2
+    other_column = tl.where(columns < half, columns + half, columns - half)
+    turning = columns < rotated
+    if rotated > 0:
+        turn = tl.load(positions + token).to(tl.int64) * rotated + columns
+        cosine = tl.load(cosines + turn, mask=turning, other=1.0)
+        sine = tl.load(sines + turn, mask=turning, other=0.0)
+    slot = tl.load(slots + token)
+    for number in tl.static_range(AT_ONCE):
+        head = tl.program_id(1) * AT_ONCE + number
+        if head < heads + 2 * kv_heads:
+            own = qkv + (token * (heads + 2 * kv_heads) + head) * size
+            x = tl.load(own + columns, mask=inside, other=0.0)
+            dtype = x.dtype
+            if head < heads + kv_heads:
+                other = tl.load(own + other_column, mask=turning, other=0.0)
+                if has_norms:
+                    wide = x.to(tl.float32)
+                    factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / size + epsilon)
+                    weight = query_norm if head < heads else key_norm
+                    own_weight = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+                    other_weight = tl.load(weight + other_column, mask=turning, other=0.0).to(tl.float32)
+                    # Rounded twice, as models do it.
+                    x = ((wide * factor).to(dtype).to(tl.float32) * own_weight).to(dtype)
+                    other = ((other.to(tl.float32) * factor).to(dtype).to(tl.float32) * other_weight).to(dtype)
+                if rotated > 0:
+                    signed = tl.where(columns < half, -other.to(tl.float32), other.to(tl.float32))
+                    x = (x.to(tl.float32) * cosine + signed * sine).to(dtype)
+            if head < heads:
+                tl.store(queries + (token * heads + head) * size + columns, x, mask=inside)
+            else:
+                is_key = head < heads + kv_heads
+                kv_head = head - heads if is_key else head - heads - kv_heads
+                place = ((slot // B * kv_heads + kv_head) * B + slot % B) * size + columns
+                tl.store((keys if is_key else values) + place, x, mask=inside)
 
 
 @triton.jit
