@@ -10,6 +10,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,18 @@ from shared.durable import sync
 
 OFFSET_BYTES = 8
 BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    path: str
+    bytes: int
+    modified: datetime
+
+    @property
+    def version(self) -> str:
+        """What another content under the same path does not have."""
+        return f"{self.bytes} bytes of {self.modified.isoformat()}"
 
 
 class Store:
@@ -43,6 +56,24 @@ class Store:
         """Open an object and return its bytes in blocks. Raises FileNotFoundError, OSError at once, not on the way."""
         file = self._filesystem.open(self._full(path), "rb", block_size=BLOCK_BYTES)
         return _blocks(file)
+
+    def listing(self, directory: str) -> list["StoredObject"]:
+        """Return what lies directly in a directory, by name; nothing when it is not there."""
+        root = f"{self._root.rstrip('/')}/"
+        try:
+            entries = self._filesystem.ls(self._full(directory), detail=True, refresh=True)
+        except FileNotFoundError:
+            return []
+        found = [
+            StoredObject(entry["name"].removeprefix(root), int(entry["size"] or 0), self._modified(entry["name"]))
+            for entry in entries
+            if entry["type"] == "file"
+        ]
+        return sorted(found, key=lambda each: each.path)
+
+    def _modified(self, name: str) -> datetime:
+        modified: datetime = self._filesystem.modified(name)
+        return modified if modified.tzinfo is not None else modified.replace(tzinfo=UTC)
 
     def older_than(self, directory: str, seconds: float) -> Iterator[str]:
         """Yield the paths of objects below a directory, unfinished ones included, that were written so long ago."""
@@ -132,6 +163,11 @@ def file_path(tenant_id: str, file_id: UUID) -> str:
 
 def index_path(tenant_id: str, file_id: UUID) -> str:
     return f"files/{tenant_id}/{file_id.hex}.lines"
+
+
+def incoming_path(tenant_id: str, directory: str) -> str:
+    """Return where others lay files for a tenant's schedules; nothing else is read or written there."""
+    return f"incoming/{tenant_id}/{directory}"
 
 
 def prepared_path(tenant_id: str) -> str:

@@ -572,6 +572,55 @@ class DeletedWebhook(Answer):
     deleted: bool
 
 
+class Schedule(Answer):
+    """A job that begins again and again."""
+
+    id: str
+    object: Literal["schedule"]
+    name: str
+    tenant: str
+    cron: str
+    tz: str
+    kind: Literal["batch", "fine_tuning", "training"]
+    spec: dict[str, Any]
+    overlap: Literal["allow", "skip"]
+    deadline_after_seconds: float | None
+    is_active: bool
+    next_at: Annotated[Time | None, Field(description="Its next slot; null while it is not active.")]
+    created_at: Time
+    updated_at: Time
+
+
+class ScheduleList(Page):
+    data: list[Schedule]
+
+
+class DeletedSchedule(Answer):
+    id: str
+    object: Literal["schedule.deleted"]
+    deleted: bool
+
+
+class ScheduleRun(Answer):
+    """One slot of a schedule, and what became of it."""
+
+    id: str
+    object: Literal["schedule.run"]
+    schedule: str
+    slot: Time
+    missed: Annotated[Count, Field(description="Slots before it that nobody was there for: it makes up for them.")]
+    status: Literal["due", "submitted", "skipped", "failed"]
+    job: str | None
+    job_status: str | None
+    error: Annotated[dict[str, Any] | None, Field(description="Why there is no job.")]
+    created_at: Time
+    ended_at: Time | None
+
+
+class ScheduleRunList(Page):
+    data: list[ScheduleRun]
+
+
 class WebhookTested(Answer):
     """What a target answered to a sample event."""
 
@@ -935,6 +984,13 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/v1/keys"): KeyList,
     ("post", "/v1/keys"): NewKey,
     ("delete", "/v1/keys/{key_id}"): Deleted,
+    ("get", "/v1/schedules"): ScheduleList,
+    ("post", "/v1/schedules"): Schedule,
+    ("get", "/v1/schedules/{schedule_id}"): Schedule,
+    ("post", "/v1/schedules/{schedule_id}"): Schedule,
+    ("delete", "/v1/schedules/{schedule_id}"): DeletedSchedule,
+    ("post", "/v1/schedules/{schedule_id}/run"): ScheduleRun,
+    ("get", "/v1/schedules/{schedule_id}/runs"): ScheduleRunList,
     ("get", "/v1/webhook_event_types"): EventTypeList,
     ("get", "/v1/webhook_endpoints"): WebhookList,
     ("post", "/v1/webhook_endpoints"): WebhookWithSecret,

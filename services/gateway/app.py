@@ -26,6 +26,7 @@ from services.gateway.routes import (
     jobs,
     models,
     plan,
+    schedules,
     training,
     usage,
     webhooks,
@@ -51,6 +52,7 @@ ROUTES = (
     usage,
     plan,
     webhooks,
+    schedules,
 )
 POOL_SIZE = 16
 WAKE_SECONDS = 0.25

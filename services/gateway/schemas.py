@@ -11,7 +11,7 @@ from shared.db.model_registry import ModelView
 from shared.domain.errors import InvalidRequest
 from shared.domain.job import public_file_id
 from shared.domain.remote import KEY_VARIABLE, MOST_CONCURRENCY
-from shared.domain.scheduling.windows import WindowSpec
+from shared.domain.scheduling.windows import WindowSpec, require_zone
 from shared.domain.submission import Deadline
 from shared.domain.webhooks import EVENT_TYPES
 
@@ -23,6 +23,11 @@ TENANT_ID = r"^[a-z0-9][a-z0-9-]{0,62}$"
 def _known_event(name: str) -> str:
     if name not in EVENT_TYPES:
         raise ValueError(f"there is no event {name[:60]!r} here; known: {', '.join(EVENT_TYPES)}")
+    return name
+
+
+def _known_zone(name: str) -> str:
+    require_zone(name)
     return name
 
 
@@ -108,6 +113,40 @@ class WebhookRotation(NativeBody):
 
 class WebhookTest(NativeBody):
     event_type: EventType
+
+
+Cron = Annotated[
+    str, Field(min_length=1, max_length=200, description="Minute, hour, day of the month, month, day of the week.")
+]
+Zone = Annotated[str, AfterValidator(_known_zone), Field(min_length=1, max_length=64)]
+Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}[mhd]$")]
+
+
+class ScheduleCreate(NativeBody):
+    """A job that begins again and again. `spec` is what a single one is made with, save for what names its input."""
+
+    name: str = Field(min_length=1, max_length=200)
+    cron: Cron
+    tz: Zone = "UTC"
+    kind: Literal["batch", "fine_tuning", "training"]
+    spec: dict[str, Any]
+    overlap: Literal["allow", "skip"] = Field(
+        "allow", description="`skip`: a slot passes while the job of an earlier one is open."
+    )
+    deadline_after: Duration | None = Field(None, description="Each job's deadline, counted from its beginning.")
+    is_active: bool = True
+
+
+class SchedulePatch(NativeBody):
+    """What may be changed of a schedule; what is left out stays, null takes `deadline_after` away."""
+
+    name: str | None = Field(None, min_length=1, max_length=200)
+    cron: Cron | None = None
+    tz: Zone | None = None
+    spec: dict[str, Any] | None = None
+    overlap: Literal["allow", "skip"] | None = None
+    deadline_after: Duration | None = None
+    is_active: bool | None = None
 
 
 class ModelCreate(NativeBody):

@@ -2,17 +2,15 @@
 
 import json
 import logging
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError
 
-from shared.api_objects import batch_object
-from shared.db import files, idempotency, jobs, submissions, tenants
-from shared.db.fine_tuning import accept_fine_tuning, fine_tuning_job_object
-from shared.db.multi_task import accept_training, training_job_object
+from shared.db import acceptance, files, idempotency, jobs, tenants
+from shared.db.acceptance import is_storable, read_body, refuse_unknown, require_spec
 from shared.db.session import tenant_transaction
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
@@ -28,8 +26,6 @@ from shared.domain.errors import (
 from shared.domain.fine_tuning import FineTuningCreate, Hyperparameters
 from shared.domain.job import JobKind, public_file_id
 from shared.domain.multi_task import TrainingCreate
-from shared.domain.nesting import MAX_DEPTH, is_too_deep
-from shared.domain.payloads import invalid_request
 from shared.domain.submission import BatchCreate
 from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
 from shared.settings import Settings
@@ -39,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_KEY_CHARACTERS = 255
 SUBMIT_ONLY = frozenset({"submit"})
+INLINE = frozenset({"requests"})
+"""The field of a batch that holds its lines, in place of a file."""
 
 
 class Submissions:
@@ -61,7 +59,7 @@ class Submissions:
             return
         submission = dict(arguments)
         key = submission.pop("idempotency_key", None)
-        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS or not _is_storable(key):
+        if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_CHARACTERS or not is_storable(key):
             log.warning("submission without an idempotency key", extra={"tenant": caller.tenant_id})
             return
         try:
@@ -94,45 +92,23 @@ class Submissions:
         return caller
 
     def _accept(self, caller: Caller, submission: dict[str, Any], key: str) -> None:
-        spec = _spec(submission)
+        kind, spec = _spec(submission)
         digest = _digest(submission)
         with tenant_transaction(self._engine, caller.tenant_id) as connection:
             if idempotency.begin(connection, caller.tenant_id, key, digest) is not None:
                 return
             columns = self._add_requests(connection, caller, spec) if "requests" in spec else None
             try:
-                answer = self._add_job(connection, caller, JobKind(submission["kind"]), spec, columns, key)
+                if columns is not None:
+                    given = {name: value for name, value in spec.items() if name not in INLINE}
+                    spec = given | {"input_file_id": public_file_id(columns["file_id"])}
+                _, answer = acceptance.accept(connection, self._settings, caller, read_body(kind, spec), key)
             except BaseException:
                 if columns is not None:
                     remove_file(self._store, columns)
                 raise
             idempotency.complete(connection, caller.tenant_id, key, digest, 200, answer)
         log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": answer["id"]})
-
-    def _add_job(
-        self,
-        connection: Connection,
-        caller: Caller,
-        kind: JobKind,
-        spec: dict[str, Any],
-        columns: dict[str, Any] | None,
-        key: str,
-    ) -> dict[str, Any]:
-        """Write the job and return its object, as HTTP would answer; raises InvalidRequest, QueueFull."""
-        if kind is JobKind.FINE_TUNING:
-            body = _checked(FineTuningCreate, spec)
-            return fine_tuning_job_object(
-                jobs.get(connection, accept_fine_tuning(connection, self._settings, caller, body, key))
-            )
-        if kind is JobKind.TRAINING:
-            tasks = _checked(TrainingCreate, spec)
-            return training_job_object(
-                jobs.get(connection, accept_training(connection, self._settings, caller, tasks, key))
-            )
-        batch = _batch(spec, columns)
-        return batch_object(
-            jobs.get(connection, submissions.accept_batch(connection, self._settings, caller, batch, key))
-        )
 
     def _add_requests(self, connection: Connection, caller: Caller, spec: dict[str, Any]) -> dict[str, Any]:
         """Write the requests of a message as an input file, as if it had been uploaded; return its columns."""
@@ -186,42 +162,12 @@ _SHOWN_WHEN_REFUSED: dict[JobKind, dict[str, Any]] = {
     JobKind.FINE_TUNING: {"seed": 0, "hyperparameters": Hyperparameters().model_dump()},
     JobKind.TRAINING: {"tasks": []},
 }
-_FIELDS = {
-    JobKind.BATCH: {"requests", *BatchCreate.model_fields},
-    JobKind.FINE_TUNING: {*FineTuningCreate.model_fields},
-    JobKind.TRAINING: {*TrainingCreate.model_fields},
-}
 
 
-def _is_storable(text: str) -> bool:
-    """Return whether Postgres can hold a text: no NUL, and no half of a surrogate pair."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _spec(submission: dict[str, Any]) -> dict[str, Any]:
-    """Return the spec of a job; raises InvalidRequest, also for anything that nobody here knows.
-
-    Over HTTP unknown fields are ignored with a warning, as OpenAI does it. A message has no answer that could warn.
-    """
-    kind, spec = submission.get("kind"), submission.get("spec")
-    _refuse_unknown(submission, {"kind", "spec"})
-    if kind not in tuple(_FIELDS):
-        message = f"kind must be one of {', '.join(_FIELDS)} in this version."
-        raise InvalidRequest(message, param="kind", code="invalid_value")
-    if not isinstance(spec, dict):
-        raise InvalidRequest("spec must be an object.", param="spec", code="invalid_value")
-    if is_too_deep(spec):
-        message = f"spec is nested more than {MAX_DEPTH} levels deep."
-        raise InvalidRequest(message, param="spec", code="invalid_value")
-    _refuse_unknown(spec, _FIELDS[JobKind(kind)])
-    return spec
-
-
-def _refuse_unknown(fields: dict[str, Any], known: set[str]) -> None:
-    name = next((name for name in fields if name not in known), None)
-    if name is not None:
-        shown = name[:80] if _is_storable(name[:80]) else repr(name[:80])
-        raise InvalidRequest(f"{shown}: is not known here.", param=shown, code="unknown_parameter")
+def _spec(submission: dict[str, Any]) -> tuple[JobKind, dict[str, Any]]:
+    """Return what a message asks for; raises InvalidRequest, also for anything that nobody here knows."""
+    refuse_unknown(submission, {"kind", "spec"})
+    return require_spec(submission.get("kind"), submission.get("spec"), INLINE)
 
 
 def _digest(submission: dict[str, Any]) -> str:
@@ -238,25 +184,6 @@ def _digest(submission: dict[str, Any]) -> str:
         except ValidationError:
             pass  # it will be refused; until then it is what it says
     return body_digest("submit", submission)
-
-
-def _batch(spec: dict[str, Any], columns: dict[str, Any] | None) -> BatchCreate:
-    """Return the checked body of a batch; raises InvalidRequest."""
-    body = {"completion_window": "24h"} | {name: value for name, value in spec.items() if name != "requests"}
-    if columns is not None:
-        body["input_file_id"] = public_file_id(columns["file_id"])
-    return _checked(BatchCreate, body)
-
-
-_Body = TypeVar("_Body", bound=BaseModel)
-
-
-def _checked(model: type[_Body], body: dict[str, Any]) -> _Body:
-    """Return a checked body; raises InvalidRequest."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise invalid_request(error) from None
 
 
 def _line(request: Any, number: int, endpoint: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The Celery tasks of the preprocessor: a job handed in by any Celery client, and data to be prepared for training."""
+"""The Celery tasks of the preprocessor: jobs handed in by any Celery client, data to be prepared for training, and
+slots of schedules.
+"""
 
 import logging
 import time
@@ -9,10 +11,11 @@ from uuid import UUID
 from celery import Celery
 from sqlalchemy.exc import OperationalError
 
+from services.preprocessor.slots import Slots
 from services.preprocessor.submissions import Submissions
 from services.preprocessor.training import Preparations
 from shared.domain.errors import Conflict, QueueFull
-from shared.queueing.names import PREPROCESS_TASK, SUBMIT_QUEUE, SUBMIT_TASK, TOKEN_HEADER
+from shared.queueing.names import PREPROCESS_TASK, SLOT_TASK, SUBMIT_QUEUE, SUBMIT_TASK, TOKEN_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +23,9 @@ PAUSE_SECONDS = 0.5
 MAX_WAIT_SECONDS = 10.0
 
 
-def register_tasks(app: Celery, submissions: Submissions, preparations: Preparations, wake: Callable[[], None]) -> None:
+def register_tasks(
+    app: Celery, submissions: Submissions, preparations: Preparations, slots: Slots, wake: Callable[[], None]
+) -> None:
     """Give `app` its tasks; `wake` tells the scheduler that there is something to plan or to dispatch."""
 
     # Acknowledged only when done, so that a message outlives the process that reads it; and without events, which would
@@ -48,6 +53,11 @@ def register_tasks(app: Celery, submissions: Submissions, preparations: Preparat
     def preprocess(tenant_id: str, job_id: str) -> None:
         # What fails for a reason that may pass fails here: the scheduler names the job again soon.
         if preparations.prepare(tenant_id, UUID(hex=job_id)):
+            wake()
+
+    @app.task(name=SLOT_TASK, ignore_result=True)
+    def slot(tenant_id: str, schedule_id: str, run_id: str) -> None:
+        if slots.make(tenant_id, UUID(hex=schedule_id), UUID(hex=run_id)):
             wake()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery
 from kombu import Queue
 
+from services.preprocessor.slots import Slots
 from services.preprocessor.submissions import Submissions
 from services.preprocessor.tasks import register_tasks
 from services.preprocessor.training import Preparations
@@ -33,8 +34,8 @@ def build_app(settings: Settings) -> Celery:
     app.conf.task_queues = [Queue(SUBMIT_QUEUE, durable=True), Queue(PREPROCESS_QUEUE, durable=True)]
     redis_client = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
     submissions = Submissions(engine, Store(settings.store_url), settings)
-    preparations = Preparations(engine, settings)
-    register_tasks(app, submissions, preparations, lambda: wake_dispatcher(redis_client))
+    preparations, slots = Preparations(engine, settings), Slots(engine, Store(settings.store_url), settings)
+    register_tasks(app, submissions, preparations, slots, lambda: wake_dispatcher(redis_client))
     return app
 
 

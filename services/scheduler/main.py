@@ -18,6 +18,7 @@ from services.scheduler.preparer import Preparer
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
 from services.scheduler.ticks import run_each
+from services.scheduler.timekeeper import Timekeeper
 from services.scheduler.webhooks import Deliverer
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
@@ -49,6 +50,7 @@ class Scheduler:
         self._finalizer, self._gatekeeper = Finalizer(engine, store), Gatekeeper(engine)
         app = create_app(settings.redis_url.get_secret_value())
         self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)
+        self._timekeeper = Timekeeper(engine, app)
         self._reaper = Reaper(engine, settings)
         self._epoch = RedisEpoch(engine, self._redis)
         self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings)
@@ -65,7 +67,7 @@ class Scheduler:
 
     def plan(self) -> None:
         """Begin and end jobs: what needs Postgres alone, and so never waits for Redis."""
-        run_each([self._plan_jobs, self._finalizer.tick, self._tend_gates])
+        run_each([self._plan_jobs, self._finalizer.tick, self._tend_gates, self._timekeeper.note])
 
     def _plan_jobs(self) -> None:
         if self._planner.tick():
@@ -78,7 +80,7 @@ class Scheduler:
 
     def dispatch(self) -> None:
         """Ring workers and preprocessors: what needs Redis."""
-        run_each([self._dispatcher.tick, self._preparer.tick])
+        run_each([self._dispatcher.tick, self._preparer.tick, self._timekeeper.ring])
 
     def reap(self) -> None:
         if self._reaper.tick():

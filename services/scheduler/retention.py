@@ -7,7 +7,7 @@ from itertools import islice
 from sqlalchemy import Engine, text
 
 from services.scheduler.ticks import run_each
-from shared.db import files, history, online, quotas, webhooks
+from shared.db import files, history, online, quotas, schedules, webhooks
 from shared.settings import Settings
 from shared.store import Store, is_file_path
 
@@ -86,6 +86,7 @@ class Retention:
             (history.forget_answers, self._settings.result_retention_days),
             (webhooks.purge, self._settings.result_retention_days),
             (history.forget_details, self._settings.metadata_retention_days),
+            (schedules.purge, self._settings.metadata_retention_days),
         )
         for forget, days in purges:
             forgotten = 1

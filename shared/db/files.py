@@ -1,6 +1,7 @@
 """File rows. Contents lie in the store, or are rendered from results."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
 from shared.domain.errors import NotFound
+from shared.domain.job import parse_file_id
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,20 @@ def delete(connection: Connection, file_id: UUID) -> FileView:
     file = get(connection, file_id)
     connection.execute(text("UPDATE file SET deleted_at = now() WHERE file_id = :f"), {"f": file_id})
     return file
+
+
+def keep(connection: Connection, public_ids: Iterable[str], until: datetime) -> None:
+    """Let files that are named by what recurs expire no earlier than that; what is no file's id is nobody's."""
+    ids = []
+    for public in public_ids:
+        with suppress(NotFound):
+            ids.append(parse_file_id(public))
+    statement = text("""
+        UPDATE file SET expires_at = :until
+        WHERE file_id = ANY(:ids) AND deleted_at IS NULL AND expires_at BETWEEN now() AND :until
+    """)
+    if ids:
+        connection.execute(statement, {"ids": ids, "until": until})
 
 
 def expire_due(connection: Connection) -> int:

@@ -656,6 +656,80 @@ class WebhookDelivery(Base):
     )
 
 
+class Schedule(Base):
+    """A job that begins again and again. `next_at`: its next slot that nobody has looked at."""
+
+    __tablename__ = "schedule"
+
+    tenant_id: Mapped[str] = tenant_column()
+    schedule_id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    cron: Mapped[str]
+    tz: Mapped[str]
+    kind: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    overlap: Mapped[str]
+    deadline_seconds: Mapped[float | None]
+    key_id: Mapped[str]
+    """Whose key made it, or last changed it: its jobs are accounted to that."""
+    is_active: Mapped[bool] = mapped_column(server_default="true")
+    next_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    updated_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        UniqueConstraint("schedule_id"),
+        CheckConstraint("kind IN ('batch', 'fine_tuning', 'training')", name="kind"),
+        CheckConstraint("overlap IN ('allow', 'skip')", name="overlap"),
+        Index("schedule_due_idx", "next_at", postgresql_where=text("is_active")),
+    )
+
+
+def _of_schedule() -> ForeignKeyConstraint:
+    columns = ["tenant_id", "schedule_id"], ["schedule.tenant_id", "schedule.schedule_id"]
+    return ForeignKeyConstraint(*columns, ondelete="CASCADE")
+
+
+class ScheduleRun(Base):
+    """One slot, once. `missed`: slots before it that nobody was there for, and that it makes up for."""
+
+    __tablename__ = "schedule_run"
+
+    tenant_id: Mapped[str] = tenant_column()
+    schedule_id: Mapped[UUID] = mapped_column(primary_key=True)
+    slot: Mapped[datetime] = mapped_column(primary_key=True)
+    run_id: Mapped[UUID] = mapped_column(server_default=text("gen_random_uuid()"))
+    missed: Mapped[int] = mapped_column(Integer, server_default="0")
+    state: Mapped[str] = mapped_column(server_default="due")
+    job_id: Mapped[UUID | None]
+    error: Mapped[dict[str, Any] | None]
+    """Why there is no job."""
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    ended_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        _of_schedule(),
+        UniqueConstraint("run_id"),
+        CheckConstraint("state IN ('due', 'submitted', 'skipped', 'failed')", name="state"),
+        CheckConstraint("(state = 'submitted') = (job_id IS NOT NULL)", name="job"),
+        Index("schedule_run_due_idx", "created_at", postgresql_where=text("state = 'due'")),
+        Index("schedule_run_old_idx", "ended_at", postgresql_where=text("state <> 'due'")),
+    )
+
+
+class ScheduleTaken(Base):
+    """What a schedule's jobs have had as their input: `source`, a file of the store or a job, in one version."""
+
+    __tablename__ = "schedule_taken"
+
+    tenant_id: Mapped[str] = tenant_column()
+    schedule_id: Mapped[UUID] = mapped_column(primary_key=True)
+    source: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
+
+    __table_args__ = (_of_schedule(),)
+
+
 class AuditFinding(Base):
     """An invariant that did not hold when the auditor looked; there should be none."""
 

@@ -120,6 +120,21 @@ def answered(connection: Connection, earlier: Earlier) -> dict[int, tuple[str, i
     return {row.line_no: (row.custom_id, row.body_bytes) for row in rows}
 
 
+_ANSWERS = text("""
+    SELECT line_no, custom_id, body FROM result
+    WHERE created_on = :created_on AND job_id = :job_id AND status_code = 200 AND body IS NOT NULL AND line_no > :after
+    ORDER BY line_no LIMIT :limit
+""")
+
+
+def answers(
+    connection: Connection, created_on: date, job_id: UUID, *, after: int, limit: int
+) -> list[tuple[int, str, str]]:
+    """Return (line number, custom_id, body) of answered lines beyond line `after`."""
+    parameters = {"created_on": created_on, "job_id": job_id, "after": after, "limit": limit}
+    return [(row.line_no, row.custom_id, row.body) for row in connection.execute(_ANSWERS, parameters)]
+
+
 @dataclass(frozen=True)
 class TakenLine:
     """A line whose answer is that of an earlier batch's line; `rendered_bytes` is its length in the output file."""

@@ -377,12 +377,15 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
-def invalid_request(error: ValidationError) -> RequestError:
-    """Translate pydantic's first complaint into OpenAI's words: what, and which field."""
+def invalid_request(error: ValidationError, under: str = "") -> RequestError:
+    """Translate pydantic's first complaint into OpenAI's words: what, and which field.
+
+    under: Where in the body the model stands, if not at its top.
+    """
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     # pydantic names the tried type of a union in the path, e.g. ('stop', 'str'); clients know only the field.
     path = [str(part) for part in first["loc"] if not (isinstance(part, str) and _is_type_tag(part))]
-    param = ".".join(path) or None
+    param = ".".join([*([under] if under else []), *path]) or None
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     message = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param, code=code)

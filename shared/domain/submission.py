@@ -26,6 +26,11 @@ def parse_deadline(deadline: str) -> datetime | None:
     return moment
 
 
+def parse_duration(duration: str) -> float:
+    """Return the seconds of a duration such as `90m`, `24h` or `7d`."""
+    return float(int(duration[:-1]) * {"m": 60, "h": 3600, "d": 86_400}[duration[-1]])
+
+
 def _as_written(deadline: str) -> str:
     parse_deadline(deadline)
     return deadline
@@ -88,5 +93,4 @@ class BatchCreate(Scheduled):
         """Seconds until the batch expires; None when it never does: a window has nights enough."""
         if self.deadline == "none" or self.window is not None:
             return None
-        unit = {"m": 60, "h": 3600, "d": 86_400}[self.completion_window[-1]]
-        return float(int(self.completion_window[:-1]) * unit)
+        return parse_duration(self.completion_window)

@@ -52,6 +52,31 @@ def test_a_path_that_cannot_be_written_is_found_out_before_anything_is_sent(cli,
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_schedule_from_a_file(cli, tmp_path):
+    """Added once under a key with the file that it names, run, paused, resumed and removed."""
+    (tmp_path / "in.jsonl").write_bytes(jsonl(chat_lines(3)))
+    (tmp_path / "nightly.yaml").write_text(
+        "name: nightly\ncron: 0 22 * * 1-5\ntz: Europe/Berlin\nkind: batch\n"
+        "spec: {input_file_id: in.jsonl, endpoint: /v1/chat/completions}\n"
+    )
+    command = ["schedule", "add", "nightly.yaml", "--idempotency-key", f"cli-{uuid4().hex}", "--json"]
+    made = json.loads(cli(*command))
+    assert json.loads(cli(*command)) == made and made["spec"]["input_file_id"].startswith("file-")
+    assert "nightly" in cli("schedule") and "22 * * 1-5" in cli("schedule")
+    run = json.loads(cli("schedule", "run", made["id"], "--json"))
+
+    def ended():
+        (found,) = json.loads(cli("schedule", "show", made["id"], "--json"))
+        return found if found["job_status"] == "succeeded" else None
+
+    assert wait_until(ended, 30)["id"] == run["id"] and "submitted" in cli("schedule", "show", made["id"])
+    assert "paused" in cli("schedule", "pause", made["id"]) and "next" in cli("schedule", "resume", made["id"])
+    cli("schedule", "remove", made["id"])
+    cli("schedule", "show", made["id"], code=1)
+    (tmp_path / "wrong.yaml").write_text("spec: {input_file_id: nowhere.jsonl}")
+    cli("schedule", "add", "wrong.yaml", code=2)
+
+
 def test_up_on_a_port_that_is_taken_says_so_and_leaves_nothing(scratch):
     """It said `ready` for whoever answered there, with a key that this one did not know."""
     data = scratch / "taken"

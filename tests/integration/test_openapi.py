@@ -49,6 +49,8 @@ OPERATOR = {
     *(("POST", f"{WEBHOOK}/rotate_secret"), ("POST", f"{WEBHOOK}/test")),
 }
 """What only an admin's key opens."""
+SCHEDULE = "/v1/schedules/{schedule_id}"
+RUNS = f"{SCHEDULE}/runs"
 TUNING = "/v1/fine_tuning/jobs"
 TRAINING = "/v1/training/jobs"
 TUNING_ACTIONS = {
@@ -61,7 +63,7 @@ TENANTS = {
     *(("GET", "/v1/jobs"), ("GET", "/v1/models"), ("GET", "/v1/workers"), ("GET", "/v1/models/{name:path}")),
     *(("POST", TUNING), ("GET", TUNING), ("POST", TRAINING), ("GET", TRAINING), ("GET", "/v1/training/schema")),
     *(("POST", "/v1/predictions"), ("GET", "/v1/usage"), ("GET", "/v1/plan"), ("POST", "/v1/estimate")),
-    ("GET", "/v1/webhook_event_types"),
+    *(("GET", "/v1/webhook_event_types"), ("GET", "/v1/schedules"), ("POST", "/v1/schedules")),
 }
 """What every tenant's key opens: it makes or lists the tenant's own things, or shows what all tenants share."""
 OWNED = {
@@ -71,6 +73,7 @@ OWNED = {
     *(("POST", f"/v1/jobs/{{job_id}}/{action}") for action in ("pause", "resume", "retry_failed")),
     *(("GET", f"/v1/jobs/{{job_id}}/{page}") for page in ("attempts", "events", "results")),
     *((method, f"{kind}/{{job_id}}{action}") for kind in (TUNING, TRAINING) for method, action in TUNING_ACTIONS),
+    *(("GET", SCHEDULE), ("POST", SCHEDULE), ("DELETE", SCHEDULE), ("POST", f"{SCHEDULE}/run"), ("GET", RUNS)),
 }
 """What names one object of a tenant in its path: for everybody else there is none."""
 OBJECT_PAGES = {"/v1/files", "/v1/batches", "/v1/jobs", TUNING, TRAINING}
@@ -79,15 +82,15 @@ ROW_PAGES = {"/v1/jobs/{job_id}/attempts", "/v1/jobs/{job_id}/events"}
 """Lists within one object, whose `after` is a number."""
 OBJECTS = (
     *("/v1/files/{file_id}", "/v1/batches/{batch_id}", "/v1/jobs/{job_id}"),
-    *(f"{TUNING}/{{job_id}}", f"{TRAINING}/{{job_id}}"),
+    *(f"{TUNING}/{{job_id}}", f"{TRAINING}/{{job_id}}", SCHEDULE),
 )
 """Where objects are shown."""
 TUNING_ROW_PAGES = {f"{kind}/{{job_id}}/{page}" for kind in (TUNING, TRAINING) for page in ("events", "checkpoints")}
 """Lists within one object, whose `after` is an id of theirs that ends in a number."""
-SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers", "/v1/webhook_endpoints"}
+SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers", "/v1/webhook_endpoints", "/v1/schedules"}
 """Lists that are read whole and shown in pages."""
-OPERATOR_PAGES = {f"{WEBHOOK}/deliveries"}
-"""Lists within one object of the operator's."""
+INNER_PAGES = {f"{WEBHOOK}/deliveries", RUNS}
+"""Lists within one object, whose `after` is the id of a row."""
 
 
 CONFORMANCE = [
@@ -168,8 +171,15 @@ def owned(sdk, native, tunable):
         "output_id": batch.output_file_id,
         "tuning_id": tuning.id,
         "training_id": native.wait(train_two_tasks(native)["id"])["id"],
+        "schedule_id": native.request("POST", "/v1/schedules", json=yearly(batch.input_file_id))["id"],
         "tenant_id": "default",
     }
+
+
+def yearly(file_id, **more):
+    """A schedule that does not become due while tests run."""
+    spec = {"input_file_id": file_id, "endpoint": "/v1/chat/completions"}
+    return {"name": "yearly", "cron": "0 5 29 2 *", "kind": "batch", "spec": spec} | more
 
 
 def train_two_tasks(native, **more):
@@ -214,6 +224,8 @@ def ask(http, method, path, ids, **more):
     """Ask with a body that the route would take, so that what refuses is the key or the id."""
     if method == "PATCH":
         more["json"] = {"priority": 1} if "jobs" in path else {"weight": 1.0}
+    elif (method, path) == ("POST", SCHEDULE):
+        more["json"] = {"name": "another"}
     return http.request(method, path_of(path, ids), **more)
 
 
@@ -242,7 +254,7 @@ def test_every_route_is_in_one_category(routes):
     with_id = {route for route in routes if "{" in route[1]} - {("GET", "/v1/models/{name:path}")}
     assert with_id == OWNED | {route for route in OPERATOR if "{" in route[1]}
     pages = {path for (_, path), route in routes.items() if "after" in query_parameters(route)}
-    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES | SHORT_LISTS | OPERATOR_PAGES
+    assert pages == OBJECT_PAGES | ROW_PAGES | TUNING_ROW_PAGES | SHORT_LISTS | INNER_PAGES
 
 
 @pytest.mark.parametrize("path", sorted(SHORT_LISTS))
@@ -320,6 +332,8 @@ def swaps(owned, wanted):
         training_hex = owned["training_id"].removeprefix("train_")
         yield from (owned["batch_id"], owned["tuning_id"], f"train_{batch_hex}", f"train_{tuning_hex}", training_hex)
         yield from (f"ftjob-{training_hex}", f"batch_{training_hex}")
+    elif wanted == "schedule_id":
+        yield from (owned["batch_id"], f"sched_{batch_hex}", owned["schedule_id"].removeprefix("sched_"))
     else:
         yield from (owned["file_id"], owned["output_id"], f"batch_{file_hex}", f"file-{batch_hex}", batch_hex)
         # The id of a job of another kind, which nobody was ever given.
@@ -495,6 +509,7 @@ def test_every_route_answers_as_it_is_described(conforming, document, tiny_llama
         round_of_tuning,
         round_of_training,
         round_of_the_night,
+        round_of_schedules,
         round_of_an_operator,
     ):
         step(http, tiny_llama)
@@ -684,6 +699,20 @@ def round_of_the_night(http, _):
     assert http.get("/v1/usage", headers={"Accept": "text/csv"}).text.startswith("start,end")
     assert http.get("/v1/usage", params={"start": 5, "end": 4}).status_code == 400
     http.post(f"/v1/jobs/{waiting}/cancel")
+
+
+def round_of_schedules(http, _):
+    file_id = upload(http, jsonl(chat_lines(2)))
+    made = http.post(
+        "/v1/schedules", json=yearly(file_id, deadline_after="8h"), headers={"Idempotency-Key": uuid4().hex}
+    )
+    one = f"/v1/schedules/{made.json()['id']}"
+    assert http.get("/v1/schedules").json()["data"][0] == http.get(one).json() == made.json()
+    assert http.post(one, json={"tz": "Europe/Berlin", "deadline_after": None}).json()["deadline_after_seconds"] is None
+    assert http.post(one, json={"cron": "never"}).status_code == 400
+    assert http.post(f"{one}/run").json()["status"] == "due"
+    wait_until(lambda: http.get(f"{one}/runs").json()["data"][0]["job_status"] == "succeeded", 30)
+    assert http.delete(one).json()["deleted"] and http.get(one).status_code == 404
 
 
 def round_of_an_operator(http, _):

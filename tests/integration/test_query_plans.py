@@ -9,7 +9,20 @@ import pytest
 from sqlalchemy import text
 
 from services.scheduler.auditor import INVARIANTS, RECENT
-from shared.db import events, files, forecasts, gates, jobs, quotas, results, slices, usage, webhooks, workers
+from shared.db import (
+    events,
+    files,
+    forecasts,
+    gates,
+    jobs,
+    quotas,
+    results,
+    schedules,
+    slices,
+    usage,
+    webhooks,
+    workers,
+)
 from shared.domain.webhooks import SAMPLE_JOB
 from tests.support.batches import rows
 from tests.support.servers import Database
@@ -344,3 +357,28 @@ def test_a_page_of_files_reads_a_page(seeded, is_first):
     statement = files.PAGE.format(columns="file_id", order="DESC", compare="<")
     sequential, read, _ = explain(seeded, statement, "gateway", tenant_id="t1", purpose=None, limit=10, **after)
     assert "file" not in sequential and read <= 25
+
+
+def test_slots_are_found_by_index(seeded):
+    """Of 20,000 schedules ten are due; of 450,000 slots, five wait; one schedule, of every minute, has had 50,000."""
+    with seeded.engine("migration").begin() as connection:
+        for statement in (
+            "INSERT INTO schedule (tenant_id, schedule_id, name, cron, tz, kind, spec, overlap, key_id, next_at)"
+            " SELECT 't' || (i % 50 + 1), gen_random_uuid(), i, '0 22 * * *', 'UTC', 'batch', '{}', 'allow', 'k',"
+            " now() + CASE WHEN i <= 10 THEN interval '-1 minute' ELSE i * interval '1 second' END FROM generate_series(1, 20000) i",
+            "INSERT INTO schedule_run (tenant_id, schedule_id, slot, state, error, ended_at) SELECT tenant_id, schedule_id,"
+            " now() - n * interval '1 hour', CASE WHEN name::int <= 5 AND n = 1 THEN 'due' ELSE 'skipped' END, '{}',"
+            " now() - n * interval '1 hour' FROM schedule, LATERAL generate_series(1, CASE WHEN name = '1' THEN 50000 ELSE 20 END) n",
+        ):
+            connection.execute(text(statement))
+    vacuum(seeded, "schedule, schedule_run")
+    sequential, read, _ = explain(seeded, schedules.DUE, limit=100)
+    assert sequential == [] and read <= 2 * 10
+    sequential, read, _ = explain(seeded, schedules.WAITING, limit=100)
+    assert sequential == [] and read <= 2 * 5
+    busy = one(seeded, "SELECT tenant_id, schedule_id FROM schedule WHERE name = '1'")
+    page = {"tenant_id": busy.tenant_id, "schedule_id": busy.schedule_id, "until": None, "limit": 21}
+    sequential, read, _ = explain(seeded, schedules.RUNS, role="gateway", **page)
+    assert sequential == [] and read <= 4 * 21
+    sequential, read, _ = explain(seeded, schedules.PURGE, days=60, limit=100)
+    assert "schedule_run" not in sequential and read <= 4 * 100

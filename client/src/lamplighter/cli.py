@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done; 1 the job failed or was refused; 2 bad usage; 3 no server; 4 not authorised."""
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from lamplighter.doctor import findings
 from lamplighter.errors import ApiError, LamplighterError, NotAuthorized, ServerUnreachable
 from lamplighter.night import clock, draw_plan, show_night, show_report
 from lamplighter.policy import TERMINAL, file_key
+from lamplighter.schedule_file import read_schedule, with_uploads
 from lamplighter.training_spec import SpecificationWrong, read_specification, show_plan, show_tasks
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_AUTHORISED = 1, 2, 3, 4
@@ -30,7 +32,9 @@ READY_SECONDS = 120.0
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 keys_app = typer.Typer(no_args_is_help=True, help="API keys (admin).")
 models_app = typer.Typer(invoke_without_command=True, help="Models that may be served by name.")
+schedules_app = typer.Typer(invoke_without_command=True, help="Jobs that begin again and again.")
 app.add_typer(keys_app, name="keys")
+app.add_typer(schedules_app, name="schedule")
 app.add_typer(models_app, name="models")
 console = Console()
 errors = Console(stderr=True)
@@ -435,6 +439,85 @@ def _change(job_id: str, action: str, as_json: bool) -> None:
     with client() as api:
         job = api.change_job(job_id, action)
     print(json.dumps(job) if as_json else _summary(job))
+
+
+@schedules_app.callback()
+def list_schedules(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List schedules, each with its next slot."""
+    if context.invoked_subcommand is not None:
+        return
+    with client() as api:
+        data = api.request("GET", "/v1/schedules", params={"limit": 100})["data"]
+    rows = [each | {"next": clock(each["next_at"])} for each in data]
+    columns = {"id": "id", "name": "name", "kind": "kind", "cron": "cron", "zone": "tz", "next": "next"}
+    show(data if as_json else rows, as_json, columns)
+
+
+@schedules_app.command("add")
+def add_schedule(
+    specification: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="YAML or JSON; files that it names are uploaded.")
+    ],
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="However often it is added under this key, it is one schedule.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have a job begin again and again."""
+    body = read_schedule(specification)
+    headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+    numbers = itertools.count()
+    with client() as api:
+
+        def upload(path: Path, purpose: str) -> str:
+            key = file_key(idempotency_key, next(numbers))
+            return str(api.upload(path, purpose=purpose, idempotency_key=key)["id"])
+
+        made = api.request("POST", "/v1/schedules", json=with_uploads(body, upload), headers=headers)
+    print(json.dumps(made) if as_json else f"{made['id']} next {clock(made['next_at'])}")
+
+
+@schedules_app.command("show")
+def show_schedule(schedule_id: str, as_json: JsonOption = False) -> None:
+    """Show the last slots of a schedule and what became of them."""
+    with client() as api:
+        data = api.request("GET", f"/v1/schedules/{schedule_id}/runs")["data"]
+    rows = [each | {"at": clock(each["slot"])} for each in data]
+    columns = {"slot": "at", "status": "status", "job": "job", "its status": "job_status", "missed": "missed"}
+    show(data if as_json else rows, as_json, columns | {"why": "error.message"})
+
+
+@schedules_app.command("run")
+def run_schedule(schedule_id: str, as_json: JsonOption = False) -> None:
+    """Have a schedule's job made now, beside its slots."""
+    with client() as api:
+        run = api.request("POST", f"/v1/schedules/{schedule_id}/run")
+    print(json.dumps(run) if as_json else run["id"])
+
+
+@schedules_app.command("pause")
+def pause_schedule(schedule_id: str) -> None:
+    """Let slots pass; they are not made up for."""
+    _activate(schedule_id, active=False)
+
+
+@schedules_app.command("resume")
+def resume_schedule(schedule_id: str) -> None:
+    """Wait for the next slot again."""
+    _activate(schedule_id, active=True)
+
+
+def _activate(schedule_id: str, *, active: bool) -> None:
+    with client() as api:
+        changed = api.request("POST", f"/v1/schedules/{schedule_id}", json={"is_active": active})
+    print(f"next {clock(changed['next_at'])}" if active else "paused")
+
+
+@schedules_app.command("remove")
+def remove_schedule(schedule_id: str) -> None:
+    """Forget a schedule; its jobs stay."""
+    with client() as api:
+        api.request("DELETE", f"/v1/schedules/{schedule_id}")
 
 
 @models_app.callback()

@@ -1,6 +1,7 @@
 """Specifications of multi-task jobs as files, and their jobs as tables."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +43,43 @@ def read_specification(path: Path) -> dict[str, Any]:
 
     Raises SpecificationWrong.
     """
+    found = read_fields(path, "model and tasks")
+    with_tasks_paths(found, path)
+    return found
+
+
+def read_fields(path: Path, examples: str) -> dict[str, Any]:
+    """Return the fields of a YAML or JSON file; raises SpecificationWrong."""
     try:
         found = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecificationWrong(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise SpecificationWrong(f"{path}: a specification has fields, such as model and tasks.")
-    tasks = found.get("tasks")
-    if isinstance(tasks, list):
-        found["tasks"] = [_with_paths(task, path) for task in tasks]
+        raise SpecificationWrong(f"{path}: a specification has fields, such as {examples}.")
     return found
 
 
-def _with_paths(task: Any, specification: Path) -> Any:
-    if not isinstance(task, dict):
-        return task  # the server says what is wrong with it
-    changed = dict(task)
-    for field in FILE_FIELDS:
-        name = task.get(field)
+def with_tasks_paths(found: dict[str, Any], specification: Path) -> None:
+    """Make paths of the files that tasks name, where these are not on the server yet; raises SpecificationWrong."""
+    tasks = found.get("tasks")
+    if isinstance(tasks, list):
+        found["tasks"] = [
+            with_paths(task, FILE_FIELDS, specification, f" of task {task.get('name')!r}")
+            if isinstance(task, dict)
+            else task  # the server says what is wrong with it
+            for task in tasks
+        ]
+
+
+def with_paths(fields: dict[str, Any], names: Iterable[str], specification: Path, whose: str = "") -> dict[str, Any]:
+    """Return fields whose files, which lie beside the specification, are paths; raises SpecificationWrong."""
+    changed = dict(fields)
+    for field in names:
+        name = fields.get(field)
         if isinstance(name, str) and not name.startswith("file-"):
             file = (specification.parent / name).resolve()
             if not file.is_file():
-                raise SpecificationWrong(f"{specification}: {field} of task {task.get('name')!r}: no file {file}.")
+                raise SpecificationWrong(f"{specification}: {field}{whose}: no file {file}.")
             changed[field] = file
     return changed
 

@@ -20,6 +20,14 @@ _COUNTED = timedelta(days=35)
 """How far open hours are counted."""
 
 
+def require_zone(name: str) -> None:
+    """Raise ValueError when there is no time zone of this name."""
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # the last two: what is no name at all, such as a path
+        raise ValueError(f"{name!r} is no time zone; one is called as 'Europe/Berlin' or 'UTC'") from None
+
+
 class WindowSpec(BaseModel):
     """A window as it is asked for: `{"start": "22:00", "end": "06:00", "tz": "Europe/Berlin"}`."""
 
@@ -39,10 +47,7 @@ class WindowSpec(BaseModel):
     @field_validator("tz")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        try:
-            ZoneInfo(value)
-        except (KeyError, ValueError, OSError):  # the last two: what is no name at all, such as a path
-            raise ValueError(f"{value!r} is no time zone; one is called as 'Europe/Berlin' or 'UTC'") from None
+        require_zone(value)
         return value
 
     @property

@@ -1,0 +1,340 @@
+"""Schedules: rows of what recurs, of its slots, and of what their jobs have taken as input.
+
+The gateway writes schedules, the scheduler notes slots as they come, and the preprocessor makes a job of each.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, bindparam, text
+from sqlalchemy.dialects.postgresql import JSONB
+
+from shared.domain.errors import InvalidRequest, NotFound
+from shared.domain.job import JobKind
+from shared.domain.recurrence import Due, due, read_recurrence
+
+ID_PREFIX = "sched_"
+RUN_PREFIX = "run_"
+MOST_SCHEDULES = 500
+"""Of a tenant: each is looked at whenever it is due."""
+
+
+def public_id(schedule_id: UUID) -> str:
+    return f"{ID_PREFIX}{schedule_id.hex}"
+
+
+def parse_id(shown: str, param: str = "schedule_id") -> UUID:
+    """Return the row's id; raises NotFound for what is none."""
+    return _parse(shown, ID_PREFIX, "schedule", param)
+
+
+def public_run_id(run_id: UUID) -> str:
+    return f"{RUN_PREFIX}{run_id.hex}"
+
+
+def parse_run_id(shown: str, param: str) -> UUID:
+    """Return the row's id; raises NotFound for what is none."""
+    return _parse(shown, RUN_PREFIX, "run", param)
+
+
+def _parse(shown: str, prefix: str, what: str, param: str) -> UUID:
+    if shown.startswith(prefix):
+        with suppress(ValueError):
+            return UUID(hex=shown.removeprefix(prefix))
+    raise _not_found(what, param)
+
+
+def _not_found(what: str, param: str) -> NotFound:
+    return NotFound(f"No {what} found with this id.", param=param)
+
+
+@dataclass(frozen=True)
+class ScheduleView:
+    tenant_id: str
+    schedule_id: UUID
+    name: str
+    cron: str
+    tz: str
+    kind: JobKind
+    spec: dict[str, Any]
+    overlap: str
+    deadline_seconds: float | None
+    key_id: str
+    is_active: bool
+    next_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+_COLUMNS = ", ".join(ScheduleView.__dataclass_fields__)
+
+
+def _view(row: Any) -> ScheduleView:
+    return ScheduleView(**{**row, "kind": JobKind(row["kind"])})
+
+
+_ADD = text("""
+    INSERT INTO schedule (tenant_id, schedule_id, name, cron, tz, kind, spec, overlap, deadline_seconds, key_id,
+                          is_active, next_at)
+    VALUES (:tenant_id, :schedule_id, :name, :cron, :tz, :kind, :spec, :overlap, :deadline_seconds, :key_id,
+            :is_active, NULL)
+""").bindparams(bindparam("spec", type_=JSONB))
+
+
+def create(connection: Connection, **columns: Any) -> ScheduleView:
+    """Add a schedule, which waits for its first slot from now on; raises InvalidRequest when a tenant has too many."""
+    count = text("SELECT count(*) FROM schedule WHERE tenant_id = :tenant_id")
+    if connection.execute(count, {"tenant_id": columns["tenant_id"]}).scalar_one() >= MOST_SCHEDULES:
+        raise InvalidRequest(f"A tenant has {MOST_SCHEDULES} schedules at most.", code="too_many_schedules")
+    schedule_id = uuid4()
+    connection.execute(_ADD, columns | {"schedule_id": schedule_id})
+    return _aim(connection, schedule_id)
+
+
+_CHANGEABLE = ("name", "cron", "tz", "spec", "overlap", "deadline_seconds", "is_active")
+_AIMING = {"cron", "tz", "is_active"}
+_CHANGE = text(f"""
+    UPDATE schedule SET {", ".join(f"{name} = :{name}" for name in _CHANGEABLE)}, key_id = :key_id, updated_at = now()
+    WHERE schedule_id = :schedule_id
+""").bindparams(bindparam("spec", type_=JSONB))
+
+
+def change(connection: Connection, schedule_id: UUID, key_id: str, changes: dict[str, Any]) -> ScheduleView:
+    """Set some columns; where these say when it recurs, it waits for its next slot from now on. Raises NotFound."""
+    known = get(connection, schedule_id, for_update=True)
+    values = {name: changes.get(name, getattr(known, name)) for name in _CHANGEABLE}
+    connection.execute(_CHANGE, values | {"key_id": key_id, "schedule_id": schedule_id})
+    return _aim(connection, schedule_id) if _AIMING & changes.keys() else get(connection, schedule_id)
+
+
+def _aim(connection: Connection, schedule_id: UUID) -> ScheduleView:
+    """Set the next slot, by the database's clock; a pause, or another rhythm, is not made up for."""
+    schedule = get(connection, schedule_id)
+    now = connection.execute(text("SELECT now()")).scalar_one()
+    next_at = read_recurrence(schedule.cron, schedule.tz).after(now) if schedule.is_active else None
+    _set_next(connection, schedule_id, next_at)
+    return get(connection, schedule_id)
+
+
+def _set_next(connection: Connection, schedule_id: UUID, next_at: datetime | None) -> None:
+    """Set the next slot; a schedule without any is over."""
+    statement = text("""
+        UPDATE schedule SET next_at = :next_at, is_active = cast(:next_at AS timestamptz) IS NOT NULL
+        WHERE schedule_id = :schedule_id
+    """)
+    connection.execute(statement, {"schedule_id": schedule_id, "next_at": next_at})
+
+
+def get(connection: Connection, schedule_id: UUID, *, for_update: bool = False) -> ScheduleView:
+    """Return a schedule of the transaction's tenant; raises NotFound."""
+    lock = "FOR NO KEY UPDATE" if for_update else ""
+    statement = text(f"SELECT {_COLUMNS} FROM schedule WHERE schedule_id = :schedule_id {lock}")
+    row = connection.execute(statement, {"schedule_id": schedule_id}).mappings().one_or_none()
+    if row is None:
+        raise _not_found("schedule", "schedule_id")
+    return _view(row)
+
+
+def listing(connection: Connection) -> list[ScheduleView]:
+    """Return all schedules that the transaction sees, newest first."""
+    statement = text(f"SELECT {_COLUMNS} FROM schedule ORDER BY created_at DESC, schedule_id")
+    return [_view(row) for row in connection.execute(statement).mappings()]
+
+
+def delete(connection: Connection, schedule_id: UUID) -> None:
+    """Forget a schedule and its slots; its jobs stay. Raises NotFound."""
+    statement = text("DELETE FROM schedule WHERE schedule_id = :schedule_id")
+    if connection.execute(statement, {"schedule_id": schedule_id}).rowcount == 0:
+        raise _not_found("schedule", "schedule_id")
+
+
+DUE = """
+    SELECT tenant_id, schedule_id, cron, tz, next_at, now() AS now FROM schedule
+    WHERE is_active AND next_at <= now() ORDER BY next_at LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+"""
+_ADD_RUN = text("""
+    INSERT INTO schedule_run (tenant_id, schedule_id, slot, missed, state, error)
+    VALUES (:tenant_id, :schedule_id, :slot, :missed, :state, :error) ON CONFLICT DO NOTHING
+""").bindparams(bindparam("error", type_=JSONB(none_as_null=True)))
+
+
+def note_due(connection: Connection, limit: int) -> int:
+    """Note up to `limit` slots that have come, each with what it makes up for; return how many.
+
+    A slot's row is what makes it one run: whoever notes it again finds it there.
+    """
+    rows = connection.execute(text(DUE), {"limit": limit}).all()
+    for row in rows:
+        parameters = {"tenant_id": row.tenant_id, "schedule_id": row.schedule_id, "state": "due", "error": None}
+        try:
+            found = due(read_recurrence(row.cron, row.tz), row.next_at, row.now)
+        except (ValueError, KeyError) as error:  # a zone that another release of its data has no more
+            message = f"The schedule cannot be read any more, and is not active now: {error}"
+            found = Due(row.next_at, 0, None)
+            parameters |= {"state": "failed", "error": {"message": message, "code": "schedule_unreadable"}}
+        connection.execute(_ADD_RUN, parameters | {"slot": found.slot, "missed": found.missed})
+        _set_next(connection, row.schedule_id, found.next_at)
+    return len(rows)
+
+
+def run_now(connection: Connection, schedule: ScheduleView) -> UUID:
+    """Note a slot at this moment, whatever the schedule says; return its run's id."""
+    statement = text("""
+        INSERT INTO schedule_run (tenant_id, schedule_id, slot) VALUES (:tenant_id, :schedule_id, now())
+        RETURNING run_id
+    """)
+    parameters = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id}
+    run_id: UUID = connection.execute(statement, parameters).scalar_one()
+    return run_id
+
+
+WAITING = """
+    SELECT tenant_id, schedule_id, run_id FROM schedule_run WHERE state = 'due' ORDER BY created_at LIMIT :limit
+"""
+
+
+def waiting(connection: Connection, limit: int) -> list[tuple[str, UUID, UUID]]:
+    """Return (tenant, schedule, run) of the oldest slots of which nothing has become yet."""
+    rows = connection.execute(text(WAITING), {"limit": limit})
+    return [(row.tenant_id, row.schedule_id, row.run_id) for row in rows]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """`job_kind` and `job_state` are those of the job as it stands now; None when there is none, or none any more."""
+
+    schedule_id: UUID
+    run_id: UUID
+    slot: datetime
+    missed: int
+    state: str
+    job_id: UUID | None
+    error: dict[str, Any] | None
+    created_at: datetime
+    ended_at: datetime | None
+    job_kind: str
+    job_state: str | None
+
+
+_RUN = """
+    SELECT run.schedule_id, run.run_id, run.slot, run.missed, run.state, run.job_id, run.error, run.created_at,
+        run.ended_at, schedule.kind AS job_kind, job.state AS job_state
+    FROM {runs} AS run
+    JOIN schedule ON schedule.tenant_id = run.tenant_id AND schedule.schedule_id = run.schedule_id
+    LEFT JOIN job ON job.tenant_id = run.tenant_id AND job.job_id = run.job_id
+"""
+_PAGE = """(
+    SELECT * FROM schedule_run WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id
+        AND slot < coalesce(:until, cast('infinity' AS timestamptz))
+    ORDER BY slot DESC LIMIT :limit
+)"""
+RUNS = f"{_RUN.format(runs=_PAGE)} ORDER BY run.slot DESC"
+
+
+def runs(connection: Connection, schedule: ScheduleView, *, limit: int, after: UUID | None = None) -> list[RunView]:
+    """Return up to `limit` slots before run `after`, the latest first. Raises NotFound when `after` is unknown."""
+    before = run(connection, after, schedule.schedule_id).slot if after is not None else None
+    parameters = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id, "until": before}
+    return [RunView(**row) for row in connection.execute(text(RUNS), parameters | {"limit": limit}).mappings()]
+
+
+def run(connection: Connection, run_id: UUID, schedule_id: UUID) -> RunView:
+    """Return a slot of a schedule; raises NotFound."""
+    found = _RUN.format(runs="schedule_run")
+    statement = text(f"{found} WHERE run.run_id = :run_id AND run.schedule_id = :schedule_id")
+    row = connection.execute(statement, {"run_id": run_id, "schedule_id": schedule_id}).mappings().one_or_none()
+    if row is None:
+        raise _not_found("run", "after")
+    return RunView(**row)
+
+
+def take_run(connection: Connection, run_id: UUID) -> bool:
+    """Lock a slot until the transaction ends; False when something has become of it, or its schedule was deleted."""
+    statement = text("SELECT true FROM schedule_run WHERE run_id = :run_id AND state = 'due' FOR UPDATE")
+    return connection.execute(statement, {"run_id": run_id}).scalar_one_or_none() is not None
+
+
+_END_RUN = text("""
+    UPDATE schedule_run SET state = :state, job_id = :job_id, error = :error, ended_at = now()
+    WHERE run_id = :run_id AND state = 'due'
+""").bindparams(bindparam("error", type_=JSONB(none_as_null=True)))
+
+
+def end_run(
+    connection: Connection, run_id: UUID, state: str, *, job_id: UUID | None = None, error: dict[str, Any] | None = None
+) -> None:
+    """Say what became of a slot: a job, or why there is none."""
+    connection.execute(_END_RUN, {"run_id": run_id, "state": state, "job_id": job_id, "error": error})
+
+
+_OPEN_JOB = text("""
+    SELECT job.job_id FROM schedule_run AS run
+    JOIN job ON job.tenant_id = run.tenant_id AND job.job_id = run.job_id
+    WHERE run.tenant_id = :tenant_id AND run.schedule_id = :schedule_id
+        AND job.state NOT IN ('succeeded', 'failed', 'cancelled', 'expired')
+    ORDER BY run.slot DESC LIMIT 1
+""")
+
+
+def open_job(connection: Connection, schedule: ScheduleView) -> UUID | None:
+    """Return a job of an earlier slot that has not ended; None when there is none."""
+    parameters = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id}
+    found: UUID | None = connection.execute(_OPEN_JOB, parameters).scalar_one_or_none()
+    return found
+
+
+LAST_RESULT = """
+    SELECT job.job_id FROM schedule_run AS run
+    JOIN job ON job.tenant_id = run.tenant_id AND job.job_id = run.job_id
+    WHERE run.tenant_id = :tenant_id AND run.schedule_id = :schedule_id AND job.state = 'succeeded'
+    ORDER BY run.slot DESC LIMIT 1
+"""
+
+
+def last_result(connection: Connection, tenant_id: str, schedule_id: UUID) -> UUID | None:
+    """Return the job of the latest slot whose job succeeded; None when there is none yet."""
+    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id}
+    found: UUID | None = connection.execute(text(LAST_RESULT), parameters).scalar_one_or_none()
+    return found
+
+
+_TAKEN = text("""
+    SELECT source, version FROM schedule_taken WHERE schedule_id = :schedule_id AND source = ANY(:sources)
+""")
+_TAKE = text("""
+    INSERT INTO schedule_taken (tenant_id, schedule_id, source, version)
+    VALUES (:tenant_id, :schedule_id, :source, :version)
+""")
+
+
+def taken(connection: Connection, schedule_id: UUID, sources: Iterable[str]) -> set[tuple[str, str]]:
+    """Return those of some sources that earlier slots have had, as (source, version)."""
+    rows = connection.execute(_TAKEN, {"schedule_id": schedule_id, "sources": list(sources)})
+    return {(row.source, row.version) for row in rows}
+
+
+def take(connection: Connection, schedule: ScheduleView, sources: Iterable[tuple[str, str]]) -> None:
+    """Note sources, in their versions, as taken by the slot of this transaction: no later one has them again."""
+    rows = [
+        {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id, "source": source, "version": version}
+        for source, version in sources
+    ]
+    if rows:
+        connection.execute(_TAKE, rows)
+
+
+PURGE = """
+    DELETE FROM schedule_run WHERE run_id IN (
+        SELECT run_id FROM schedule_run WHERE state <> 'due'
+            AND ended_at < now() - make_interval(days => :days) ORDER BY ended_at LIMIT :limit
+    )
+"""
+
+
+def purge(connection: Connection, days: int, limit: int) -> int:
+    """Forget slots that ended so long ago; return how many. What they took stays known, as it may still lie there."""
+    return connection.execute(text(PURGE), {"days": days, "limit": limit}).rowcount

@@ -1,0 +1,411 @@
+"""Schedules from a slot to its job: once, whoever is killed; with input from files, directories and other schedules."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from celery import Celery
+
+from services.preprocessor.gathering import SETTLED
+from services.preprocessor.slots import Slots
+from services.scheduler.timekeeper import Timekeeper
+from shared.db import schedules
+from shared.db.session import connect_engine, tenant_transaction
+from shared.store import incoming_path
+from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, make_job, read_lines, rows, scalar
+from tests.support.servers import ROOT, wait_until
+
+NIGHTLY = {"name": "nightly", "cron": "0 22 * * *", "tz": "Europe/Berlin", "kind": "batch"}
+
+
+@pytest.fixture
+def slots(database, store):
+    return Slots(database.engine("preprocessor"), store, database.settings("preprocessor"))
+
+
+@pytest.fixture
+def timekeeper(database):
+    """One whose Redis is not there: what is noted is what the database says."""
+    nowhere = Celery(broker="redis://127.0.0.1:1/0")
+    nowhere.conf.broker_transport_options = {"max_retries": 0, "socket_connect_timeout": 0.1}
+    return Timekeeper(database.engine("scheduler"), nowhere)
+
+
+def add_schedule(database, spec, *, tenant="default", **columns):
+    """Write a schedule as the gateway does, and return its view."""
+    values = {"overlap": "allow", "deadline_seconds": None, "is_active": True, "key_id": "k"} | NIGHTLY | columns
+    with tenant_transaction(database.engine("gateway"), tenant) as connection:
+        return schedules.create(connection, tenant_id=tenant, spec=spec, **values)
+
+
+def batch_spec(database, store, count=3, **more):
+    """Return a batch over a file that is there."""
+    job_id = make_job(database.engine("migration"), store, chat_lines(count))
+    file_id = scalar(database.engine("migration"), "SELECT input_file_id FROM job WHERE job_id = :j", j=job_id)
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE job SET state = 'cancelled', ended_at = now()")
+    return {"input_file_id": f"file-{file_id.hex}", "endpoint": CHAT} | more
+
+
+def come_due(database, schedule, days=0.0):
+    """Have the next slot of a schedule lie so long ago."""
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE schedule SET next_at = next_at - make_interval(days => ceil(extract(epoch FROM next_at - now())"
+            " / 86400)::int + %s) WHERE schedule_id = %s",
+            (int(days), schedule.schedule_id),
+        )
+
+
+def runs_of(database, schedule):
+    with tenant_transaction(database.engine("gateway"), schedule.tenant_id) as connection:
+        return schedules.runs(connection, schedule, limit=100)
+
+
+def make_all(database, slots):
+    """Make what waits; return how many jobs that made."""
+    with database.engine("scheduler").begin() as connection:
+        waiting = schedules.waiting(connection, 100)
+    return sum(slots.make(*each) for each in waiting)
+
+
+def jobs_of(database, schedule):
+    prefix = f"{schedules.public_id(schedule.schedule_id)}:%"
+    statement = (
+        "SELECT job_id, input_file_id, deadline, key_id FROM job WHERE idempotency_key LIKE :p ORDER BY created_at"
+    )
+    return rows(database.engine("migration"), statement, p=prefix)
+
+
+def lay(store, tenant, directory, name, lines, age=SETTLED + timedelta(seconds=5)):
+    """Lay a file where others lay theirs, as if it had been written a while ago."""
+    path = f"{incoming_path(tenant, directory)}/{name}"
+    writer = store.writer(path)
+    writer.write(lines if isinstance(lines, bytes) else jsonl(lines))
+    writer.commit()
+    moment = (datetime.now(UTC) - age).timestamp()
+    os.utime(store._full(path), (moment, moment))
+
+
+def lines_of(database, store, file_id):
+    path = scalar(database.engine("migration"), "SELECT store_path FROM file WHERE file_id = :f", f=file_id)
+    return [json.loads(line) for line in b"".join(store.read(path)).splitlines()]
+
+
+def test_a_slot_is_one_job_however_many_look_at_it(database, store, slots, timekeeper):
+    schedule = add_schedule(database, batch_spec(database, store), deadline_seconds=3600.0)
+    come_due(database, schedule)
+    others = [Timekeeper(database.engine("scheduler"), Celery()) for _ in range(3)]
+    noted = [threading.Thread(target=each.note) for each in (timekeeper, *others) * 3]
+    for thread in noted:
+        thread.start()
+    for thread in noted:
+        thread.join()
+    (run,) = runs_of(database, schedule)
+    assert (run.state, run.missed) == ("due", 0) and run.slot.astimezone(UTC) <= datetime.now(UTC)
+    made = [threading.Thread(target=make_all, args=(database, slots)) for _ in range(6)]
+    for thread in made:
+        thread.start()
+    for thread in made:
+        thread.join()
+    (job,) = jobs_of(database, schedule)
+    (run,) = runs_of(database, schedule)
+    assert (run.state, run.job_id, run.job_state) == ("submitted", job.job_id, "validating")
+    assert job.key_id == "k" and abs(job.deadline - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=1)
+    assert make_all(database, slots) == timekeeper.note() == 0
+
+
+def test_slots_that_nobody_was_there_for_are_made_up_for_once(database, store, slots, timekeeper):
+    schedule = add_schedule(database, batch_spec(database, store))
+    come_due(database, schedule, days=10)
+    assert timekeeper.note() == 1 and make_all(database, slots) == 1
+    (run,) = runs_of(database, schedule)
+    assert run.missed == 10 and datetime.now(UTC) - run.slot < timedelta(days=1, hours=1)
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        next_at = schedules.get(connection, schedule.schedule_id).next_at
+    assert timedelta(0) < next_at - datetime.now(UTC) < timedelta(days=1, hours=1)
+
+
+def test_a_pause_is_not_made_up_for_and_what_was_deleted_makes_nothing(database, store, slots, timekeeper):
+    schedule = add_schedule(database, batch_spec(database, store))
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        assert schedules.change(connection, schedule.schedule_id, "k", {"is_active": False}).next_at is None
+    assert timekeeper.note() == 0
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        assert schedules.change(connection, schedule.schedule_id, "k2", {"is_active": True}).next_at > datetime.now(UTC)
+    come_due(database, schedule)
+    assert timekeeper.note() == 1
+    with database.engine("scheduler").begin() as connection:
+        (waiting,) = schedules.waiting(connection, 9)
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.delete(connection, schedule.schedule_id)
+    assert slots.make(*waiting) is False and jobs_of(database, schedule) == []
+
+
+KILLED = """
+import os, signal, sys
+from uuid import UUID
+from services.preprocessor import slots as module
+from shared.db import {where}
+from shared.db.session import connect_engine
+from shared.settings import Settings
+from shared.store import Store
+
+settings = Settings.model_validate_json(sys.stdin.read())
+{where}.{what} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+module.Slots(connect_engine(settings), Store(settings.store_url), settings).make(
+    sys.argv[1], UUID(sys.argv[2]), UUID(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(("where", "what"), [("acceptance", "accept"), ("schedules", "end_run"), ("files", "keep")])
+def test_a_slot_whose_preprocessor_is_killed_is_one_job(database, store, tmp_path, slots, timekeeper, where, what):
+    """Before its job is written, after it, and before all of it is committed: files that were taken are not lost."""
+    lay(store, "default", "in", "a.jsonl", chat_lines(4))
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in"}, "endpoint": CHAT})
+    come_due(database, schedule)
+    timekeeper.note()
+    with database.engine("scheduler").begin() as connection:
+        (waiting,) = schedules.waiting(connection, 9)
+    settings = database.settings("preprocessor", store_url=str(tmp_path / "store"))
+    secret = settings.model_dump(mode="json") | {
+        name: value.get_secret_value() for name, value in settings if hasattr(value, "get_secret_value")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(where=where, what=what), waiting[0], waiting[1].hex, waiting[2].hex],
+        input=json.dumps(secret, default=str),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert jobs_of(database, schedule) == [] and runs_of(database, schedule)[0].state == "due"
+    assert wait_until(lambda: make_all(database, slots), 10, "its lock is free") == 1
+    (job,) = jobs_of(database, schedule)
+    assert len(lines_of(database, store, job.input_file_id)) == 4
+
+
+def test_a_directory_gives_each_file_once(database, store, slots, timekeeper):
+    lay(store, "default", "in/new", "b.jsonl", [chat_line("b")])
+    lay(store, "default", "in/new", "a.jsonl", json.dumps(chat_line("a")).encode())  # without a last newline
+    lay(store, "default", "in/new", "young.jsonl", [chat_line("young")], age=timedelta())
+    lay(store, "default", "in/new", "notes.txt", b"not for us")
+    lay(store, "default", "in/new/deeper", "c.jsonl", [chat_line("c")])
+    lay(store, "stranger", "in/new", "theirs.jsonl", [chat_line("theirs")])
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in/new"}, "endpoint": CHAT, "model": "echo-2"})
+
+    def night():
+        come_due(database, schedule)
+        timekeeper.note()
+        made = make_all(database, slots)
+        return [
+            (line["custom_id"], line["body"]["model"])
+            for job in jobs_of(database, schedule)[-1:]
+            for line in (lines_of(database, store, job.input_file_id) if made else [])
+        ]
+
+    assert night() == [("a", "echo-2"), ("b", "echo-2")]
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE schedule_run SET slot = slot - interval '2 days'")
+    assert night() == []
+    newest = runs_of(database, schedule)[0]
+    assert (newest.state, newest.error["code"]) == ("skipped", "nothing_new")
+    lay(store, "default", "in/new", "b.jsonl", [chat_line("b again")])
+    lay(store, "default", "in/new", "young.jsonl", [chat_line("young")])
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE schedule_run SET slot = slot - interval '2 days'")
+    assert night() == [("b again", "echo-2"), ("young", "echo-2")]
+    known = [path for path in store.older_than("files", -60) if ".lines" not in path]
+    kept = rows(database.engine("migration"), "SELECT store_path FROM file WHERE store_path LIKE 'files/default/%'")
+    assert {row.store_path for row in kept} == set(known)  # nothing of what was written on the way is left
+
+
+def test_what_cannot_be_made_is_said_and_what_may_pass_waits(database, store, slots, timekeeper):
+    gone = add_schedule(database, batch_spec(database, store))
+    full = add_schedule(database, batch_spec(database, store, count=50), name="full")
+    waits = add_schedule(database, batch_spec(database, store), name="waits", overlap="skip")
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE file SET deleted_at = now() WHERE file_id = %s", (UUID(gone.spec["input_file_id"][5:]),)
+        )
+    small = Slots(
+        database.engine("preprocessor"), store, database.settings("preprocessor", max_queued_lines_per_tenant=20)
+    )
+    for schedule in (gone, full, waits):
+        come_due(database, schedule)
+    timekeeper.note()
+    assert make_all(database, small) == 1
+    (run,) = runs_of(database, gone)
+    assert run.state == "failed" and run.error["param"] == "input_file_id"
+    assert runs_of(database, full)[0].state == "due"
+    assert make_all(database, slots) == 1 and runs_of(database, full)[0].state == "submitted"
+    # One at a time: while the job of an earlier slot is open, a slot passes.
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, waits)
+    assert make_all(database, slots) == 0
+    assert [each.error["code"] for each in runs_of(database, waits)[:1]] == ["still_open"]
+
+
+def test_a_zone_that_is_no_more_stops_its_schedule_and_no_other(database, store, timekeeper):
+    lost, kept = (add_schedule(database, batch_spec(database, store), name=name) for name in "ab")
+    for schedule in (lost, kept):
+        come_due(database, schedule)
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE schedule SET tz = 'Europe/Atlantis' WHERE name = 'a'")
+    assert timekeeper.note() == 2 and timekeeper.note() == 0
+    assert (
+        runs_of(database, lost)[0].error["code"] == "schedule_unreadable" and runs_of(database, kept)[0].state == "due"
+    )
+
+
+def test_files_of_a_schedule_are_kept_as_long_as_it_recurs(database, store, slots, timekeeper):
+    schedule = add_schedule(database, batch_spec(database, store), cron="0 22 1 1 *")
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE file SET expires_at = now() + interval '1 day'")
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, schedule)
+    assert make_all(database, slots) == 1
+    until = scalar(database.engine("migration"), "SELECT expires_at FROM file")
+    assert until > schedule.next_at + timedelta(days=29)
+
+
+# Over HTTP, on the whole stack
+
+
+@pytest.fixture
+def http(stack, admin_key):
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {admin_key}"}) as client:
+        yield client
+
+
+def uploaded(http, lines, purpose="batch"):
+    form = {"files": {"file": ("x.jsonl", jsonl(lines))}, "data": {"purpose": purpose}}
+    return http.post("/v1/files", **form).json()["id"]
+
+
+def made(http, **body):
+    answer = http.post("/v1/schedules", json=NIGHTLY | {"cron": "0 5 29 2 *"} | body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["id"]
+
+
+def ran(http, schedule_id, *states):
+    """Have a schedule run now; return the run once its job, if there is one, has ended."""
+    run_id = http.post(f"/v1/schedules/{schedule_id}/run").json()["id"]
+
+    def ended():
+        (run,) = [each for each in http.get(f"/v1/schedules/{schedule_id}/runs").json()["data"] if each["id"] == run_id]
+        if run["status"] in ("due", "submitted") and run["job_status"] not in ("succeeded", "failed", "cancelled"):
+            return None
+        return run
+
+    return wait_until(ended, 40, "the run has ended")
+
+
+def test_a_slot_runs_on_the_whole_stack(http, sdk, stack):
+    spec = {"input_file_id": uploaded(http, chat_lines(5)), "endpoint": CHAT, "metadata": {"from": "schedule"}}
+    schedule_id = made(http, spec=spec)
+    with connect_engine(stack.settings("scheduler")).begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE schedule SET next_at = date_trunc('minute', now()) WHERE schedule_id = %s", (UUID(schedule_id[6:]),)
+        )
+
+    def succeeded():
+        runs = http.get(f"/v1/schedules/{schedule_id}/runs").json()["data"]
+        return runs if runs and runs[0]["job_status"] == "succeeded" else None
+
+    (run,) = wait_until(succeeded, 30, "its job has succeeded")
+    assert run["slot"] % 60 == 0 and run["missed"] == 0
+    assert http.get(f"/v1/schedules/{schedule_id}").json()["next_at"] > time.time() + 86_400
+    batch = sdk.batches.retrieve(run["job"])
+    assert batch.request_counts.completed == 5 and batch.metadata == {"from": "schedule"}
+    # The jobs of a schedule are found by its id, and stay when it goes.
+    assert http.delete(f"/v1/schedules/{schedule_id}").json()["deleted"]
+    slot = datetime.fromtimestamp(run["slot"], UTC).isoformat()
+    found = http.get("/v1/jobs", params={"idempotency_key": f"{schedule_id}:{slot}"}).json()["data"]
+    assert [job["id"] for job in found] == [run["job"]]
+
+
+def test_answers_of_one_schedule_are_the_input_of_another(http, sdk, native, tiny_llama):
+    """As further questions, as training examples, as rows; each batch's once."""
+    native.request("POST", "/v1/models", json={"name": "scheduled", "source": str(tiny_llama)})
+    asks = made(http, spec={"input_file_id": uploaded(http, chat_lines(12)), "endpoint": CHAT})
+    source = {"last_result_of": asks}
+    goes_on = made(http, name="b", spec={"input_file_id": source | {"follow_up": "Why?"}, "endpoint": CHAT})
+    assert ran(http, goes_on)["error"]["code"] == "nothing_new"  # nothing has succeeded yet
+    first = sdk.batches.retrieve(ran(http, asks)["job"])
+    answers = read_lines(sdk, first.output_file_id)
+    further = sdk.batches.retrieve(ran(http, goes_on)["job"])
+    asked = [json.loads(line) for line in sdk.files.content(further.input_file_id).read().splitlines()]
+    assert len(asked) == 12
+    for line in asked:
+        answer = answers[line["custom_id"]]["response"]["body"]["choices"][0]["message"]["content"]
+        roles = [message["role"] for message in line["body"]["messages"]]
+        assert roles == ["user", "assistant", "user"]
+        assert [message["content"] for message in line["body"]["messages"][1:]] == [answer, "Why?"]
+    assert ran(http, goes_on)["error"]["code"] == "nothing_new"  # of the same batch once
+    tunes = made(http, name="c", kind="fine_tuning", spec={"model": "scheduled", "training_file": source})
+    run = ran(http, tunes)
+    assert run["job_status"] == "succeeded", http.get(f"/v1/jobs/{run['job']}").text
+    # Its model is what another schedule's lines ask.
+    name = http.get(f"/v1/fine_tuning/jobs/{run['job']}").json()["fine_tuned_model"]
+    spec = {"input_file_id": uploaded(http, chat_lines(2, max_tokens=3)), "endpoint": CHAT}
+    serves = made(http, name="d", spec=spec | {"model": {"last_result_of": tunes}})
+    served = sdk.batches.retrieve(ran(http, serves)["job"])
+    assert served.request_counts.completed == 2
+    assert {line["response"]["body"]["model"] for line in read_lines(sdk, served.output_file_id).values()} == {name}
+    task = {"name": "words", "kind": "causal_lm", "training_file": source, "label_field": "answer"}
+    trains = made(http, name="e", kind="training", spec={"model": "scheduled", "tasks": [task], "dry_run": True})
+    run = ran(http, trains)
+    assert run["job_status"] == "succeeded", http.get(f"/v1/jobs/{run['job']}").text
+
+
+def test_what_could_never_become_a_job_is_refused_when_it_is_made(http, stack):
+    batch = {"input_file_id": uploaded(http, chat_lines(2)), "endpoint": CHAT}
+    asks = made(http, spec=batch)
+    vectors = made(http, spec={"input_file_id": {"directory": "v"}, "endpoint": "/v1/embeddings"})
+    key = http.post("/v1/tenants", json={"id": f"t{uuid4().hex[:8]}"}).json()["id"]
+    theirs = http.post("/v1/keys", json={"tenant": key}).json()["key"]
+    cases = [
+        ({"cron": "0 25 * * *"}, "cron"),
+        ({"tz": "Mars/Olympus"}, "tz"),
+        ({"overlap": "queue"}, "overlap"),
+        ({"deadline_after": "soon"}, "deadline_after"),
+        ({"spec": batch | {"endpoint": "/v1/nothing"}}, "spec.endpoint"),
+        ({"spec": batch | {"priorty": 3}}, "spec.priorty"),
+        ({"spec": batch | {"input_file_id": f"file-{uuid4().hex}"}}, "spec.input_file_id"),
+        ({"spec": batch | {"deadline": "2030-01-01T00:00:00Z"}}, "spec.deadline"),
+        ({"spec": batch | {"model": 7}}, "spec.model"),
+        ({"spec": batch | {"input_file_id": {"directory": "/etc"}}}, "spec.input_file_id.directory"),
+        ({"spec": batch | {"input_file_id": {"last_result_of": "sched_1", "follow_up": "?"}}}, "spec.input_file_id"),
+        ({"spec": batch | {"model": {"last_result_of": asks}}}, "spec.model"),
+        ({"kind": "fine_tuning", "spec": {"model": "nobody", "training_file": "file-1"}}, "spec.model"),
+        (
+            {"kind": "fine_tuning", "spec": {"model": "echo", "training_file": {"last_result_of": vectors}}},
+            "spec.training_file",
+        ),
+        ({"kind": "training", "spec": {"model": "vector:2:4", "tasks": []}}, "spec.tasks"),
+        ({"kind": "online", "spec": {}}, "kind"),
+    ]
+    for change, param in cases:
+        answer = http.post("/v1/schedules", json=NIGHTLY | {"spec": batch} | change)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, (change, answer.text)
+        if "kind" not in change:
+            answer = http.post(f"/v1/schedules/{asks}", json=change)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, (change, answer.text)
+    with httpx.Client(base_url=stack.url, headers={"Authorization": f"Bearer {theirs}"}) as stranger:
+        spec = {"input_file_id": {"last_result_of": asks, "follow_up": "?"}, "endpoint": CHAT}
+        assert stranger.post("/v1/schedules", json=NIGHTLY | {"spec": spec}).status_code == 400
+        assert stranger.get("/v1/schedules").json()["data"] == []
+    assert http.get(f"/v1/schedules/{asks}/runs").json()["data"] == []
+    # A trial leaves nothing behind.
+    assert not [job for job in http.get("/v1/jobs").json()["data"] if job["status"] == "validating"]
