@@ -106,6 +106,9 @@ class Settings(RemoteSettings):
         description="Private networks that webhooks may go to, such as 10.0.0.0/8, commas between them",
     )
     webhook_timeout_seconds: float = Field(15.0, gt=0, le=60, description="Time for one delivery of a webhook")
+    erasure_grace_seconds: float = Field(
+        900.0, ge=0, description="A tenant's data goes so long after its keys: no call of it is under way by then"
+    )
     result_retention_days: int = Field(30, ge=1, description="Results, and answers under idempotency keys, are kept")
     metadata_retention_days: int = Field(
         365, ge=1, description="Slices, attempts and events of a job are kept after its end; jobs and usage stay"

@@ -58,7 +58,10 @@ class Store:
         return _blocks(file)
 
     def listing(self, directory: str) -> list["StoredObject"]:
-        """Return what lies directly in a directory, by name; nothing when it is not there."""
+        """Return what lies directly in a directory, by name; nothing when it is not there.
+
+        Files whose names are no text are left out, links to files are not.
+        """
         root = f"{self._root.rstrip('/')}/"
         try:
             entries = self._filesystem.ls(self._full(directory), detail=True, refresh=True)
@@ -67,7 +70,7 @@ class Store:
         found = [
             StoredObject(entry["name"].removeprefix(root), int(entry["size"] or 0), self._modified(entry["name"]))
             for entry in entries
-            if entry["type"] == "file"
+            if (entry["type"] == "file" or self._filesystem.isfile(entry["name"])) and _is_text(entry["name"])
         ]
         return sorted(found, key=lambda each: each.path)
 
@@ -98,6 +101,14 @@ class Store:
         except FileNotFoundError:
             return
 
+    def remove_all(self, directory: str) -> tuple[int, int]:
+        """Remove a directory with all below it; return how many objects that were, and their bytes."""
+        path = self._full(directory)
+        found = self._filesystem.find(path, detail=True)
+        if self._filesystem.exists(path):
+            self._filesystem.rm(path, recursive=True)
+        return len(found), sum(int(each["size"] or 0) for each in found.values())
+
     def line_offsets(self, index_path: str, lo: int, hi: int) -> "array[int]":
         """Return the byte offsets of lines `lo..hi` of a file, `hi` included: one more than there are lines."""
         raw = self.read_range(index_path, lo * OFFSET_BYTES, (hi + 1) * OFFSET_BYTES)
@@ -112,6 +123,11 @@ class Store:
         content = self.read_range(path, offsets[0], offsets[-1])
         base = offsets[0]
         return [content[start - base : end - base].rstrip(b"\r\n") for start, end in pairwise(offsets)]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written down: on some file systems it is any bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _blocks(file: Any) -> Iterator[bytes]:
@@ -154,6 +170,10 @@ class ObjectWriter:
 def pack_offsets(offsets: "array[int]") -> bytes:
     """Return a line index as it is stored."""
     return offsets.tobytes() if sys.byteorder == "little" else struct.pack(f"<{len(offsets)}Q", *offsets)
+
+
+TENANT_DIRECTORIES = ("files", "prepared", "training", "incoming")
+"""Below each of them a tenant has a directory of its own, and nothing of it lies elsewhere."""
 
 
 def file_path(tenant_id: str, file_id: UUID) -> str:

@@ -46,10 +46,13 @@ def upgrade() -> None:
         sa.Column("schedule_id", sa.Uuid(), primary_key=True),
         sa.Column("slot", sa.DateTime(timezone=True), primary_key=True),
         sa.Column("run_id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
+        sa.Column("is_manual", sa.Boolean(), server_default="false", nullable=False),
         sa.Column("missed", sa.Integer(), server_default="0", nullable=False),
         sa.Column("state", sa.Text(), server_default="due", nullable=False),
         sa.Column("job_id", sa.Uuid()),
         sa.Column("error", JSONB()),
+        sa.Column("tries", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("retry_at", sa.DateTime(timezone=True), server_default=NOW, nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=NOW, nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.ForeignKeyConstraint(*OF_SCHEDULE, ondelete="CASCADE"),
@@ -57,7 +60,7 @@ def upgrade() -> None:
         sa.CheckConstraint("state IN ('due', 'submitted', 'skipped', 'failed')", name="state"),
         sa.CheckConstraint("(state = 'submitted') = (job_id IS NOT NULL)", name="job"),
     )
-    op.create_index("schedule_run_due_idx", "schedule_run", ["created_at"], postgresql_where=sa.text("state = 'due'"))
+    op.create_index("schedule_run_due_idx", "schedule_run", ["retry_at"], postgresql_where=sa.text("state = 'due'"))
     op.create_index("schedule_run_old_idx", "schedule_run", ["ended_at"], postgresql_where=sa.text("state <> 'due'"))
     op.create_table(
         "schedule_taken",
@@ -70,9 +73,9 @@ def upgrade() -> None:
     for table in ("schedule", "schedule_run", "schedule_taken"):
         isolate(table)
     op.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON schedule TO lamplighter_gateway")
-    op.execute("GRANT SELECT, INSERT ON schedule_run TO lamplighter_gateway")
+    op.execute("GRANT SELECT, INSERT, UPDATE (state, error, ended_at) ON schedule_run TO lamplighter_gateway")
     op.execute("GRANT SELECT, UPDATE (is_active, next_at) ON schedule TO lamplighter_scheduler")
-    op.execute("GRANT SELECT, INSERT, DELETE ON schedule_run TO lamplighter_scheduler")
+    op.execute("GRANT SELECT, INSERT, DELETE, UPDATE (state, error, ended_at) ON schedule_run TO lamplighter_scheduler")
     op.execute("GRANT SELECT ON schedule TO lamplighter_preprocessor")
     op.execute("GRANT SELECT, UPDATE ON schedule_run TO lamplighter_preprocessor")
     op.execute("GRANT SELECT, INSERT ON schedule_taken TO lamplighter_preprocessor")

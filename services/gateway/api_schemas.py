@@ -621,6 +621,23 @@ class ScheduleRunList(Page):
     data: list[ScheduleRun]
 
 
+class Erasure(Answer):
+    """A tenant that is being deleted with all that is its own, or the report of it."""
+
+    id: str
+    object: Literal["erasure"]
+    tenant: str
+    status: Literal["erasing", "erased"]
+    requested_by: Annotated[str, Field(description="The id of the key that asked for it.")]
+    requested_at: Time
+    ended_at: Time | None
+    deleted: Annotated[dict[str, Count], Field(description="Rows by table; objects and bytes of the store.")]
+
+
+class ErasureList(Page):
+    data: list[Erasure]
+
+
 class WebhookTested(Answer):
     """What a target answered to a sample event."""
 
@@ -984,6 +1001,9 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("get", "/v1/keys"): KeyList,
     ("post", "/v1/keys"): NewKey,
     ("delete", "/v1/keys/{key_id}"): Deleted,
+    ("delete", "/v1/tenants/{tenant_id}"): Erasure,
+    ("get", "/v1/erasures"): ErasureList,
+    ("get", "/v1/erasures/{erasure_id}"): Erasure,
     ("get", "/v1/schedules"): ScheduleList,
     ("post", "/v1/schedules"): Schedule,
     ("get", "/v1/schedules/{schedule_id}"): Schedule,

@@ -1,15 +1,25 @@
 """What a schedule may ask for: its specification is checked when it is made, and not in the night of its first slot."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
 
-from shared.db import acceptance, schedules
+from shared.db import acceptance, files, schedules
 from shared.db.acceptance import RECURRING
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, NotFound, QueueFull, RequestError
 from shared.domain.job import JobKind
-from shared.domain.recurrence import ResultSource, filled, is_model, require_recurring, sources, spelt
+from shared.domain.recurrence import (
+    ResultSource,
+    files_named,
+    filled,
+    is_model,
+    require_recurring,
+    sources,
+    spelt,
+)
+from shared.ingest import BATCH_FILE_SECONDS
 from shared.settings import Settings
 
 STAND_IN_FILE = f"file-{'0' * 32}"
@@ -22,6 +32,8 @@ def check_spec(connection: Connection, settings: Settings, caller: Caller, kind:
     """Raise InvalidRequest, its field under `spec`, for what could never become a job."""
     require_recurring(spec)
     found = sources(kind, spec)
+    # First, as jobs lock their files before the tenant's queue.
+    files.keep(connection, files_named(kind, spec), datetime.now(UTC) + timedelta(seconds=BATCH_FILE_SECONDS))
     for place, source in found.items():
         if isinstance(source, ResultSource):
             _check_result(connection, source, wants_model=is_model(place), where=f"spec.{spelt(place)}")

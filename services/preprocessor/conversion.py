@@ -2,10 +2,9 @@
 to another model.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-import orjson
 
 from shared.domain.batch_file import MAX_LINE_BYTES
 from shared.domain.job import JobKind
@@ -13,15 +12,28 @@ from shared.domain.job import JobKind
 
 def converted(
     kind: JobKind, endpoint: str, custom_id: str, request: dict[str, Any], answer: str, follow_up: str | None
-) -> bytes:
-    """Return the line that a job of a kind reads of an answer: a further question, an example, or a row."""
+) -> bytes | None:
+    """Return the line that a job of a kind reads of an answer: a further question, an example, or a row.
+
+    None of an answer to something else than one text, such as a list of prompts.
+    """
+    if "messages" not in request and not isinstance(request.get("prompt"), str):
+        return None
     if kind is JobKind.BATCH:
         line = further_question(custom_id, endpoint, request, answer, follow_up or "")
     elif kind is JobKind.FINE_TUNING:
         line = example(request, answer)
     else:
         line = {"custom_id": custom_id, "text": asked_text(request), "answer": answer}
-    return orjson.dumps(line) + b"\n"
+    return _line(line)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    # Not orjson, which makes numbers beyond 64 bits into others.
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which is no text and stays as it was written
+        return json.dumps(value).encode() + b"\n"
 
 
 def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -40,12 +52,12 @@ def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 def asking(line: bytes, model: str) -> bytes:
     """Return a batch's line that asks a model; what is no such line stays, and is told by its number."""
     try:
-        request = orjson.loads(line)
-    except orjson.JSONDecodeError:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
         return line
     if not isinstance(request, dict) or not isinstance(request.get("body"), dict):
         return line
-    return orjson.dumps(request | {"body": request["body"] | {"model": model}}) + b"\n"
+    return _line(request | {"body": request["body"] | {"model": model}})
 
 
 def answered_text(body: dict[str, Any]) -> str | None:
@@ -58,21 +70,20 @@ def answered_text(body: dict[str, Any]) -> str | None:
 def _messages(request: dict[str, Any]) -> list[Any]:
     if "messages" in request:
         return [*request["messages"]]
-    prompt = request.get("prompt")
-    return [{"role": "user", "content": prompt if isinstance(prompt, str) else str(prompt)}]
+    return [{"role": "user", "content": request["prompt"]}]
 
 
 def asked_text(request: dict[str, Any]) -> str:
     """Return what was asked: the last message's text."""
     content = _messages(request)[-1].get("content")
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return str(content or "")
 
 
 def example(request: dict[str, Any], answer: str) -> dict[str, Any]:
     """Return an example of training data that teaches an answer."""
-    if "prompt" in request and isinstance(request["prompt"], str):
+    if "messages" not in request:
         return {"prompt": request["prompt"], "completion": answer}
     return {"messages": [*_messages(request), {"role": "assistant", "content": answer}]}
 

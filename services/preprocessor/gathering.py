@@ -2,9 +2,11 @@
 another schedule's last batch, made into what the new job reads.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,10 +18,19 @@ from shared.db import files, jobs, results, schedules
 from shared.db.jobs import JobView
 from shared.db.schedules import ScheduleView
 from shared.db.session import tenant_transaction
-from shared.domain.batch_file import MAX_LINES
+from shared.domain.batch_file import MAX_LINES, batch_errors
 from shared.domain.errors import InvalidRequest, NotFound
 from shared.domain.job import JobKind, parse_file_id, public_file_id
-from shared.domain.recurrence import DirectorySource, Place, ResultSource, filled, is_model, sources, spelt
+from shared.domain.recurrence import (
+    DirectorySource,
+    Place,
+    ResultSource,
+    Source,
+    filled,
+    is_model,
+    sources,
+    spelt,
+)
 from shared.ingest import BATCH_FILE_SECONDS, FileIngest, commit_file, remove_file
 from shared.store import Store, StoredObject, file_path, incoming_path
 
@@ -27,6 +38,8 @@ SETTLED = timedelta(seconds=10)
 """A file of a directory is taken once it was left alone for so long: until then somebody may be writing it."""
 SUFFIX = ".jsonl"
 ANSWERS_AT_ONCE = 200
+MOST_BYTES = 200 << 20
+"""Of the files that one slot takes, unless one alone has more."""
 
 
 class NothingNew(Exception):
@@ -38,8 +51,14 @@ class Gathered:
     """A specification with the ids of its input, whose files lie in the store; and what was taken for it."""
 
     spec: dict[str, Any]
+    at: datetime
+    """The slot: results of later are none of its."""
+    ids: dict[Source, str] = field(default_factory=dict)
+    """Of files that were made, by what they were made of: two places may have the same."""
     files: list[dict[str, Any]] = field(default_factory=list)
     taken: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[tuple[int, str]] = field(default_factory=list)
+    """Of a file that was made of several: the line with which each begins, and its name."""
 
     def discard(self, store: Store) -> None:
         """Remove the files again: no job came to refer to them."""
@@ -51,26 +70,31 @@ class Gatherer:
     def __init__(self, engine: Engine, store: Store) -> None:
         self._engine, self._store = engine, store
 
-    def gather(self, schedule: ScheduleView) -> Gathered:
+    def gather(self, schedule: ScheduleView, slot: datetime) -> Gathered:
         """Return what a slot's job is made of. Raises NothingNew, InvalidRequest for what has gone, OSError."""
         found = sources(schedule.kind, schedule.spec)
-        gathered = Gathered(schedule.spec)
+        gathered = Gathered(schedule.spec, slot)
         try:
             # Names of models first: lines are written for them.
             for place, source in sorted(found.items(), key=lambda item: not is_model(item[0])):
-                if isinstance(source, DirectorySource):
-                    value = self._from_directory(schedule, gathered, source)
-                elif is_model(place):
-                    value = self._model(schedule, source, place)
-                else:
-                    value = self._from_answers(schedule, gathered, source, place)
-                gathered.spec = filled(gathered.spec, {place: value})
+                gathered.spec = filled(gathered.spec, {place: self._value(schedule, gathered, source, place)})
             if schedule.kind is JobKind.BATCH:
                 self._ask_model(schedule, gathered, is_new=("input_file_id",) in found)
+                _require_good(gathered)
         except BaseException:
             gathered.discard(self._store)
             raise
         return gathered
+
+    def _value(self, schedule: ScheduleView, gathered: Gathered, source: Source, place: Place) -> str:
+        if isinstance(source, ResultSource) and is_model(place):
+            return self._model(schedule, gathered, source, place)
+        if source not in gathered.ids:
+            if isinstance(source, DirectorySource):
+                gathered.ids[source] = self._from_directory(schedule, gathered, source)
+            else:
+                gathered.ids[source] = self._from_answers(schedule, gathered, source, place)
+        return gathered.ids[source]
 
     def _from_directory(self, schedule: ScheduleView, gathered: Gathered, source: DirectorySource) -> str:
         """Write one file of all that lie in a directory and are new; those that are too many wait for the next slot."""
@@ -83,41 +107,51 @@ class Gatherer:
         if not fresh:
             raise NothingNew(f"There is no new file in {source.directory!r}.")
         gathered.taken += [(each.path, each.version) for each in fresh]
-        lines = (line for each in fresh for line in whole_lines(self._store.read(each.path)))
-        return self._write(schedule, gathered, lines)
+        gathered.parts = []
+        return self._write(schedule, gathered, self._lines_of(fresh, gathered))
+
+    def _lines_of(self, objects: list[StoredObject], gathered: Gathered) -> Iterator[bytes]:
+        """Yield the lines of some files, and note with which line of all each of them begins."""
+        number = 1
+        for each in objects:
+            gathered.parts.append((number, each.path.rsplit("/", 1)[-1]))
+            for line in whole_lines(self._store.read(each.path)):
+                yield line
+                number += 1
 
     def _that_fit(self, objects: Iterable[StoredObject]) -> list[StoredObject]:
-        """Return the first of some files, as many as have no more lines than a batch may have; at least one."""
+        """Return the first of some files, as many as have no more lines and bytes than a job's may; at least one."""
         chosen: list[StoredObject] = []
-        lines = 0
+        lines = size = 0
         for each in objects:
             lines += sum(block.count(b"\n") for block in self._store.read(each.path)) + 1
-            if chosen and lines > MAX_LINES:
+            size += each.bytes
+            if chosen and (lines > MAX_LINES or size > MOST_BYTES):
                 break
             chosen.append(each)
         return chosen
 
-    def _last_job(self, schedule: ScheduleView, source: ResultSource, place: Place) -> JobView:
+    def _last_job(self, schedule: ScheduleView, gathered: Gathered, source: ResultSource, place: Place) -> JobView:
         where = f"spec.{spelt(place)}"
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
             try:
                 other = schedules.get(connection, schedules.parse_id(source.last_result_of))
             except NotFound as error:
                 raise InvalidRequest(f"{where}: {error.message}", param=where, code="invalid_value") from None
-            job_id = schedules.last_result(connection, schedule.tenant_id, other.schedule_id)
+            job_id = schedules.last_result(connection, schedule.tenant_id, other.schedule_id, gathered.at)
             if job_id is None:
                 raise NothingNew(f"No job of the schedule {other.name!r} has succeeded yet.")
             return jobs.get(connection, job_id)
 
-    def _model(self, schedule: ScheduleView, source: ResultSource, place: Place) -> str:
-        name: str | None = self._last_job(schedule, source, place).outcome.get("fine_tuned_model")
+    def _model(self, schedule: ScheduleView, gathered: Gathered, source: ResultSource, place: Place) -> str:
+        name: str | None = self._last_job(schedule, gathered, source, place).outcome.get("fine_tuned_model")
         if name is None:
             raise NothingNew(f"The last job of {source.last_result_of} brought no model.")
         return name
 
     def _from_answers(self, schedule: ScheduleView, gathered: Gathered, source: ResultSource, place: Place) -> str:
         """Write a file of a batch's answers, as examples, rows, or further questions; once of each batch."""
-        job = self._last_job(schedule, source, place)
+        job = self._last_job(schedule, gathered, source, place)
         taken = (f"answers for {spelt(place)}", str(job.job_id))
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
             if taken in schedules.taken(connection, schedule.schedule_id, [taken[0]]):
@@ -127,7 +161,7 @@ class Gatherer:
             converted(schedule.kind, job.endpoint or "", custom_id, request, answer, source.follow_up)
             for custom_id, request, answer in self._conversations(job)
         )
-        return self._write(schedule, gathered, lines)
+        return self._write(schedule, gathered, (line for line in lines if line is not None))
 
     def _conversations(self, job: JobView) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Yield custom_id, body asked, and answer of every line of a batch that was answered with text."""
@@ -143,12 +177,15 @@ class Gatherer:
                 page = results.answers(connection, job.created_on, job.job_id, after=after, limit=ANSWERS_AT_ONCE)
             if not page:
                 return
-            first, after = page[0][0], page[-1][0]
-            lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, after + 1)
-            for line_no, custom_id, body in page:
-                answer = answered_text(orjson.loads(body))
-                if answer:
-                    yield custom_id, orjson.loads(lines[line_no - first])["body"], answer
+            after = page[-1][0]
+            for first, group in groupby(page, key=lambda row: row[0] // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE):
+                rows = list(group)  # of a sparse batch only the stretches that were answered are read
+                last = rows[-1][0] + 1
+                lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, last)
+                for line_no, custom_id, body in rows:
+                    answer = answered_text(orjson.loads(body))
+                    if answer:
+                        yield custom_id, json.loads(lines[line_no - first])["body"], answer
 
     def _ask_model(self, schedule: ScheduleView, gathered: Gathered, *, is_new: bool) -> None:
         """Have every line of a batch ask the model that its schedule names. `is_new`: its file was made for this."""
@@ -158,7 +195,12 @@ class Gatherer:
         if model is None:
             return
         path = gathered.files[-1]["store_path"] if is_new else self._path_of(schedule, str(spec["input_file_id"]))
-        lines = (asking(line, model) for line in whole_lines(self._store.read(path)))
+        try:
+            blocks = self._store.read(path)
+        except FileNotFoundError:
+            message = "input_file_id: its content is gone."
+            raise InvalidRequest(message, param="input_file_id", code="file_not_found") from None
+        lines = (asking(line, model) for line in whole_lines(blocks))
         spec["input_file_id"] = self._write(schedule, gathered, lines)
         if is_new:
             remove_file(self._store, gathered.files.pop(-2))
@@ -200,3 +242,19 @@ class Gatherer:
 def _require_lines(ingest: FileIngest) -> None:
     if not ingest.bytes:
         raise NothingNew("What was found has no lines.")
+
+
+def _require_good(gathered: Gathered) -> None:
+    """Raise InvalidRequest for a batch's new file that would fail its job: what it was made of is not used up by it."""
+    for columns in gathered.files:
+        faults = batch_errors(columns["validation"], str(gathered.spec.get("endpoint")))
+        if faults:
+            first = faults[0]
+            raise InvalidRequest(f"{_where(gathered, first['line'])}{first['message']}", code=first["code"])
+
+
+def _where(gathered: Gathered, line: int | None) -> str:
+    if line is None:
+        return ""
+    start, name = max(((start, name) for start, name in gathered.parts if start <= line), default=(1, ""))
+    return f"{name}, line {line - start + 1}: " if name else f"line {line}: "

@@ -7,23 +7,28 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from services.preprocessor.gathering import Gathered, Gatherer, NothingNew
-from shared.db import acceptance, files, schedules
-from shared.db.schedules import ScheduleView
+from shared.db import acceptance, files, schedules, submissions
+from shared.db.schedules import RunView, ScheduleView
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import NotFound, QueueFull, RequestError
-from shared.domain.recurrence import files_named
-from shared.ingest import BATCH_FILE_SECONDS
 from shared.settings import Settings
 from shared.store import Store
 
 log = logging.getLogger(__name__)
 
 AS_SCHEDULE = frozenset({"submit"})
+MOST_TRIES = 12
+"""A slot that ends so many tries in no way that is known, or the process with them, is given up: after some hours."""
+NEVER_BETTER = (PermissionError, NotADirectoryError, IsADirectoryError)
+"""Of a store: what does not pass by itself."""
+MAY_PASS = (QueueFull, OperationalError, InterfaceError, PoolTimeoutError, OSError)
+GIVEN_UP = {"message": "What the slot's job was to read could not be made, however often.", "code": "server_error"}
 
 
 class Slots:
@@ -36,18 +41,23 @@ class Slots:
     def make(self, tenant_id: str, schedule_id: UUID, run_id: UUID) -> bool:
         """Make what is due of a slot into a job, or say why there is none; return whether there is a new job.
 
-        Raises OperationalError and OSError for what may pass: the slot goes on waiting, as it does in a full queue.
+        What may pass puts the slot off, and so does what is raised: errors that nobody foresaw, a few times.
         """
         with self._alone(schedule_id) as is_mine:
             if not is_mine:
                 return False
-            try:
-                with tenant_transaction(self._engine, tenant_id) as connection:
+            with tenant_transaction(self._engine, tenant_id) as connection:
+                try:
                     schedule = schedules.get(connection, schedule_id)
                     run = schedules.run(connection, run_id, schedule_id)
-            except NotFound:
-                return False  # deleted meanwhile
-            return run.state == "due" and self._make(schedule, run_id, run.slot)
+                except NotFound:
+                    return False  # deleted meanwhile
+                tries = schedules.begin_run(connection, run_id)
+            if tries is None:
+                return False
+            if tries > MOST_TRIES:
+                return self._end(schedule, run_id, "failed", GIVEN_UP)
+            return self._make(schedule, run)
 
     @contextmanager
     def _alone(self, schedule_id: UUID) -> Iterator[bool]:
@@ -61,58 +71,59 @@ class Slots:
                 # A connection that goes back to the pool would keep its session's locks.
                 session.execute(text("SELECT pg_advisory_unlock_all()"))
 
-    def _make(self, schedule: ScheduleView, run_id: UUID, slot: datetime) -> bool:
+    def _make(self, schedule: ScheduleView, run: RunView) -> bool:
         try:
             self._require_turn(schedule)
-            gathered = self._gatherer.gather(schedule)
+            return self._submit(schedule, run, self._gatherer.gather(schedule, run.slot))
         except NothingNew as error:
-            return self._end(schedule, run_id, "skipped", {"message": str(error), "code": "nothing_new"})
+            return self._end(schedule, run.run_id, "skipped", {"message": str(error), "code": "nothing_new"})
         except _StillOpen as error:
-            return self._end(schedule, run_id, "skipped", {"message": str(error), "code": "still_open"})
+            return self._end(schedule, run.run_id, "skipped", {"message": str(error), "code": "still_open"})
+        except NEVER_BETTER as error:
+            message = f"The store does not let this be read: {error.strerror or type(error).__name__}."
+            return self._end(schedule, run.run_id, "failed", {"message": message, "code": "input_unreadable"})
+        except MAY_PASS as error:
+            log.warning("a slot waits", extra={"run": run.run_id.hex, "error": type(error).__name__})
+            return self._call_off(schedule, run.run_id, error)
         except RequestError as error:
-            return self._end(schedule, run_id, "failed", error.body()["error"])
-        except (OperationalError, OSError):
-            raise
-        except Exception:
-            log.exception("slot cannot be made", extra={"tenant": schedule.tenant_id, "run": run_id.hex})
-            error_body = {"message": "What the slot's job was to read could not be made.", "code": "server_error"}
-            return self._end(schedule, run_id, "failed", error_body)
+            return self._end(schedule, run.run_id, "failed", error.body()["error"])
+
+    def _require_turn(self, schedule: ScheduleView) -> None:
+        """Raise what makes gathering vain: an open job where there is to be one at a time, or a full queue."""
+        with tenant_transaction(self._engine, schedule.tenant_id) as connection:
+            if schedule.overlap == "skip" and schedules.open_job(connection, schedule) is not None:
+                raise _StillOpen("The job of an earlier slot has not ended.")
+            submissions.check_queue(connection, self._settings, schedule.tenant_id, 1)
+
+    def _submit(self, schedule: ScheduleView, run: RunView, gathered: Gathered) -> bool:
+        """Make a job of what was gathered; False when the slot has one already.
+
+        Contents that no row came to know are removed where that is certain. Where the end of the transaction is not
+        known they stay, and are swept away as those of uploads that were cut off.
+        """
         try:
-            is_made = self._submit(schedule, run_id, slot, gathered)
-        except RequestError as error:
-            # Its transaction was rolled back. Of one that failed otherwise nobody knows: its files stay, and should no
-            # row know them, they are swept away as those of uploads that were cut off.
-            gathered.discard(self._store)
-            if isinstance(error, QueueFull):
-                log.warning("queue full: a slot waits", extra={"schedule": schedule.schedule_id.hex})
-                return False
-            return self._end(schedule, run_id, "failed", error.body()["error"])
+            is_made = self._write(schedule, run, gathered)
+        except (RequestError, DBAPIError) as error:
+            if isinstance(error, RequestError) or not isinstance(error, MAY_PASS):
+                gathered.discard(self._store)
+            raise
         if not is_made:
             gathered.discard(self._store)
         return is_made
 
-    def _require_turn(self, schedule: ScheduleView) -> None:
-        if schedule.overlap == "allow":
-            return
-        with tenant_transaction(self._engine, schedule.tenant_id) as connection:
-            if schedules.open_job(connection, schedule) is not None:
-                raise _StillOpen("The job of an earlier slot has not ended.")
-
-    def _submit(self, schedule: ScheduleView, run_id: UUID, slot: datetime, gathered: Gathered) -> bool:
-        """Write the job, its files, and that the slot has it, in one transaction; False when it had one already."""
-        spec = gathered.spec | self._deadline(schedule)
-        key = f"{schedules.public_id(schedule.schedule_id)}:{slot.astimezone(UTC).isoformat()}"
-        body = acceptance.read_body(schedule.kind, spec)
+    def _write(self, schedule: ScheduleView, run: RunView, gathered: Gathered) -> bool:
+        """Write the job, its files, what they were taken from and the slot's end, in one transaction."""
+        key = f"{schedules.public_id(schedule.schedule_id)}:{run.slot.astimezone(UTC).isoformat()}"
+        body = acceptance.read_body(schedule.kind, gathered.spec | self._deadline(schedule))
         caller = Caller(schedule.tenant_id, schedule.key_id, AS_SCHEDULE)
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
-            if not schedules.take_run(connection, run_id):
+            if not schedules.take_run(connection, run.run_id):
                 return False
             for columns in gathered.files:
                 files.add(connection, **columns)
             job_id, answer = acceptance.accept(connection, self._settings, caller, body, key)
             schedules.take(connection, schedule, gathered.taken)
-            schedules.end_run(connection, run_id, "submitted", job_id=job_id)
-            self._keep_files(connection, schedule)
+            schedules.end_run(connection, run.run_id, "submitted", job_id=job_id)
         log.info("slot became a job", extra={"tenant": schedule.tenant_id, "job_id": answer["id"]})
         return True
 
@@ -122,14 +133,19 @@ class Slots:
             return {}
         return {"deadline": (datetime.now(UTC) + timedelta(seconds=schedule.deadline_seconds)).isoformat()}
 
-    def _keep_files(self, connection: Connection, schedule: ScheduleView) -> None:
-        until = (schedule.next_at or datetime.now(UTC)) + timedelta(seconds=BATCH_FILE_SECONDS)
-        files.keep(connection, files_named(schedule.kind, schedule.spec), until)
-
     def _end(self, schedule: ScheduleView, run_id: UUID, state: str, error: dict[str, Any]) -> bool:
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
             schedules.end_run(connection, run_id, state, error=error)
         log.info("slot without a job", extra={"tenant": schedule.tenant_id, "state": state, "code": error["code"]})
+        return False
+
+    def _call_off(self, schedule: ScheduleView, run_id: UUID, error: Exception) -> bool:
+        """Put a slot off with its reason. While Postgres is away that is not written, and the try counts."""
+        said = {"message": "The store or the database was away.", "code": "unavailable"}
+        if isinstance(error, RequestError):
+            said = error.body()["error"]
+        with tenant_transaction(self._engine, schedule.tenant_id) as connection:
+            schedules.call_off_run(connection, run_id, said)
         return False
 
 

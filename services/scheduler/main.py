@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.scheduler.auditor import Auditor
 from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.eraser import Eraser
 from services.scheduler.finalizer import Finalizer
 from services.scheduler.forecaster import Forecaster
 from services.scheduler.gatekeeper import Gatekeeper
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 RETENTION_SECONDS = 3600.0
 OUTAGE_PAUSE_SECONDS = 0.5
 DELIVERY_SECONDS = 1.0
+ERASURE_SECONDS = 2.0
 
 
 class Scheduler:
@@ -55,7 +57,7 @@ class Scheduler:
         self._epoch = RedisEpoch(engine, self._redis)
         self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings)
         self._retention = Retention(engine, store, settings)
-        self._deliverer = Deliverer(engine, settings)
+        self._deliverer, self._eraser = Deliverer(engine, settings), Eraser(engine, store, settings)
 
     def listen(self) -> None:
         """Pass on who asks for a tick. While Redis is away nobody can ask, and the loops go by the clock."""
@@ -102,6 +104,9 @@ class Scheduler:
     def forget(self) -> None:
         self._retention.tick()
 
+    def erase(self) -> None:
+        self._eraser.tick()
+
     def deliver(self) -> None:
         self._deliverer.tick(self.stop.is_set)
 
@@ -116,6 +121,7 @@ class Scheduler:
             "auditor": (self.audit, lambda: self.stop.wait(self._settings.audit_seconds)),
             "forecaster": (self.foretell, lambda: None),
             "deliverer": (self.deliver, lambda: self.stop.wait(DELIVERY_SECONDS)),
+            "eraser": (self.erase, lambda: self.stop.wait(ERASURE_SECONDS)),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
         threads = [

@@ -8,6 +8,7 @@ from sqlalchemy import Engine, text
 
 from services.scheduler.ticks import run_each
 from shared.db import files, history, online, quotas, schedules, webhooks
+from shared.domain.recurrence import files_named
 from shared.settings import Settings
 from shared.store import Store, is_file_path
 
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 LOCK_SECONDS = 2
 """Making or dropping a partition locks the whole table: it gives way to whoever reads, and is tried again."""
 PURGE_ROWS = 5000
+KEPT = timedelta(days=2)
 STRAY_SECONDS = 24 * 3600.0
 """Content that no file row knows belongs to an upload that was cut off; none lasts as long as this."""
 SWEEP_PATHS = 1000
@@ -31,6 +33,7 @@ class Retention:
         run_each(
             [
                 self._make_partitions,
+                self._keep_files,
                 self._expire_files,
                 self._close_days,
                 self._drop_partitions,
@@ -49,6 +52,12 @@ class Retention:
                 connection.execute(_LOCK_TIMEOUT)
                 day = today + timedelta(days=ahead)
                 connection.execute(text("SELECT ensure_result_partition(:day)"), {"day": day})
+
+    def _keep_files(self) -> None:
+        """Let files that schedules name expire no earlier than a few looks from now."""
+        with self._engine.begin() as connection:
+            named = [file for kind, spec in schedules.specifications(connection) for file in files_named(kind, spec)]
+            files.keep(connection, named, datetime.now(UTC) + KEPT)
 
     def _expire_files(self) -> None:
         with self._engine.begin() as connection:

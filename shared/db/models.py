@@ -64,6 +64,8 @@ class Tenant(Base):
     max_enqueued_tokens: Mapped[int | None]
     device_seconds_per_day: Mapped[float | None]
     max_devices: Mapped[int | None] = mapped_column(Integer)
+    erasing_since: Mapped[datetime | None]
+    """It is being deleted with all that is its own, and takes nothing new."""
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
     __table_args__ = tuple(
@@ -691,7 +693,10 @@ def _of_schedule() -> ForeignKeyConstraint:
 
 
 class ScheduleRun(Base):
-    """One slot, once. `missed`: slots before it that nobody was there for, and that it makes up for."""
+    """One slot, once. `missed`: slots before it of which nothing has become, and that it makes up for.
+
+    `is_manual`: somebody asked for it. `tries` were begun and neither ended nor called off; the next is at `retry_at`.
+    """
 
     __tablename__ = "schedule_run"
 
@@ -699,11 +704,14 @@ class ScheduleRun(Base):
     schedule_id: Mapped[UUID] = mapped_column(primary_key=True)
     slot: Mapped[datetime] = mapped_column(primary_key=True)
     run_id: Mapped[UUID] = mapped_column(server_default=text("gen_random_uuid()"))
+    is_manual: Mapped[bool] = mapped_column(server_default="false")
     missed: Mapped[int] = mapped_column(Integer, server_default="0")
     state: Mapped[str] = mapped_column(server_default="due")
     job_id: Mapped[UUID | None]
     error: Mapped[dict[str, Any] | None]
-    """Why there is no job."""
+    """Why there is no job, or none yet."""
+    tries: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    retry_at: Mapped[datetime] = mapped_column(server_default=NOW)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     ended_at: Mapped[datetime | None]
 
@@ -712,7 +720,7 @@ class ScheduleRun(Base):
         UniqueConstraint("run_id"),
         CheckConstraint("state IN ('due', 'submitted', 'skipped', 'failed')", name="state"),
         CheckConstraint("(state = 'submitted') = (job_id IS NOT NULL)", name="job"),
-        Index("schedule_run_due_idx", "created_at", postgresql_where=text("state = 'due'")),
+        Index("schedule_run_due_idx", "retry_at", postgresql_where=text("state = 'due'")),
         Index("schedule_run_old_idx", "ended_at", postgresql_where=text("state <> 'due'")),
     )
 
@@ -728,6 +736,25 @@ class ScheduleTaken(Base):
     version: Mapped[str] = mapped_column(primary_key=True)
 
     __table_args__ = (_of_schedule(),)
+
+
+class Erasure(Base):
+    """The deletion of a tenant, and its report. It belongs to the system, as the tenant is no more."""
+
+    __tablename__ = "erasure"
+
+    tenant_id: Mapped[str] = tenant_column()
+    erasure_id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
+    erased_tenant: Mapped[str]
+    requested_by: Mapped[str]
+    requested_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    counts: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    ended_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("erasure_id"),
+        Index("erasure_open_idx", "erased_tenant", unique=True, postgresql_where=text("ended_at IS NULL")),
+    )
 
 
 class AuditFinding(Base):

@@ -108,6 +108,8 @@ def change(connection: Connection, schedule_id: UUID, key_id: str, changes: dict
     known = get(connection, schedule_id, for_update=True)
     values = {name: changes.get(name, getattr(known, name)) for name in _CHANGEABLE}
     connection.execute(_CHANGE, values | {"key_id": key_id, "schedule_id": schedule_id})
+    if _AIMING & changes.keys():
+        _pass_over(connection, known.tenant_id, schedule_id, "The schedule was paused or changed.", "changed")
     return _aim(connection, schedule_id) if _AIMING & changes.keys() else get(connection, schedule_id)
 
 
@@ -129,6 +131,19 @@ def _set_next(connection: Connection, schedule_id: UUID, next_at: datetime | Non
     connection.execute(statement, {"schedule_id": schedule_id, "next_at": next_at})
 
 
+_PASS_OVER = text("""
+    UPDATE schedule_run SET state = 'skipped', error = :error, ended_at = now()
+    WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id AND state = 'due' AND NOT is_manual
+    RETURNING missed
+""").bindparams(bindparam("error", type_=JSONB))
+
+
+def _pass_over(connection: Connection, tenant_id: str, schedule_id: UUID, message: str, code: str) -> int:
+    """End slots of which nothing has become yet; return how many they stood for."""
+    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id, "error": {"message": message, "code": code}}
+    return sum(missed + 1 for missed in connection.execute(_PASS_OVER, parameters).scalars())
+
+
 def get(connection: Connection, schedule_id: UUID, *, for_update: bool = False) -> ScheduleView:
     """Return a schedule of the transaction's tenant; raises NotFound."""
     lock = "FOR NO KEY UPDATE" if for_update else ""
@@ -143,6 +158,12 @@ def listing(connection: Connection) -> list[ScheduleView]:
     """Return all schedules that the transaction sees, newest first."""
     statement = text(f"SELECT {_COLUMNS} FROM schedule ORDER BY created_at DESC, schedule_id")
     return [_view(row) for row in connection.execute(statement).mappings()]
+
+
+def specifications(connection: Connection) -> list[tuple[JobKind, dict[str, Any]]]:
+    """Return (kind, specification) of everybody's schedules, those that rest among them."""
+    rows = connection.execute(text("SELECT kind, spec FROM schedule"))
+    return [(JobKind(row.kind), row.spec) for row in rows]
 
 
 def delete(connection: Connection, schedule_id: UUID) -> None:
@@ -165,7 +186,8 @@ _ADD_RUN = text("""
 def note_due(connection: Connection, limit: int) -> int:
     """Note up to `limit` slots that have come, each with what it makes up for; return how many.
 
-    A slot's row is what makes it one run: whoever notes it again finds it there.
+    A slot's row is what makes it one run: whoever notes it again finds it there. It takes the place of earlier ones of
+    which nothing has become, whoever was away.
     """
     rows = connection.execute(text(DUE), {"limit": limit}).all()
     for row in rows:
@@ -176,7 +198,9 @@ def note_due(connection: Connection, limit: int) -> int:
             message = f"The schedule cannot be read any more, and is not active now: {error}"
             found = Due(row.next_at, 0, None)
             parameters |= {"state": "failed", "error": {"message": message, "code": "schedule_unreadable"}}
-        connection.execute(_ADD_RUN, parameters | {"slot": found.slot, "missed": found.missed})
+        message = "A later slot has come, and makes up for this one."
+        earlier = _pass_over(connection, row.tenant_id, row.schedule_id, message, "superseded")
+        connection.execute(_ADD_RUN, parameters | {"slot": found.slot, "missed": found.missed + earlier})
         _set_next(connection, row.schedule_id, found.next_at)
     return len(rows)
 
@@ -184,8 +208,8 @@ def note_due(connection: Connection, limit: int) -> int:
 def run_now(connection: Connection, schedule: ScheduleView) -> UUID:
     """Note a slot at this moment, whatever the schedule says; return its run's id."""
     statement = text("""
-        INSERT INTO schedule_run (tenant_id, schedule_id, slot) VALUES (:tenant_id, :schedule_id, now())
-        RETURNING run_id
+        INSERT INTO schedule_run (tenant_id, schedule_id, slot, is_manual)
+        VALUES (:tenant_id, :schedule_id, clock_timestamp(), true) RETURNING run_id
     """)
     parameters = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id}
     run_id: UUID = connection.execute(statement, parameters).scalar_one()
@@ -193,12 +217,13 @@ def run_now(connection: Connection, schedule: ScheduleView) -> UUID:
 
 
 WAITING = """
-    SELECT tenant_id, schedule_id, run_id FROM schedule_run WHERE state = 'due' ORDER BY created_at LIMIT :limit
+    SELECT tenant_id, schedule_id, run_id FROM schedule_run WHERE state = 'due' AND retry_at <= now()
+    ORDER BY retry_at LIMIT :limit
 """
 
 
 def waiting(connection: Connection, limit: int) -> list[tuple[str, UUID, UUID]]:
-    """Return (tenant, schedule, run) of the oldest slots of which nothing has become yet."""
+    """Return (tenant, schedule, run) of slots of which nothing has become yet and that may be tried now."""
     rows = connection.execute(text(WAITING), {"limit": limit})
     return [(row.tenant_id, row.schedule_id, row.run_id) for row in rows]
 
@@ -252,6 +277,34 @@ def run(connection: Connection, run_id: UUID, schedule_id: UUID) -> RunView:
     return RunView(**row)
 
 
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
+_BEGIN_RUN = text("""
+    UPDATE schedule_run SET tries = tries + 1,
+        retry_at = now() + make_interval(secs => least(:longest, :first * power(2, least(tries, 10))))
+    WHERE run_id = :run_id AND state = 'due' AND retry_at <= now() RETURNING tries
+""")
+_CALL_OFF = text("""
+    UPDATE schedule_run SET tries = tries - 1, error = :error, retry_at = now() + make_interval(
+        secs => least(:longest, greatest(:first, extract(epoch FROM now() - created_at) / 10)))
+    WHERE run_id = :run_id AND state = 'due'
+""").bindparams(bindparam("error", type_=JSONB))
+_PAUSES = {"first": FIRST_PAUSE_SECONDS, "longest": LONGEST_PAUSE_SECONDS}
+
+
+def begin_run(connection: Connection, run_id: UUID) -> int | None:
+    """Note a try, before it begins, and put the next one off; return which one it is. None when none is due now."""
+    tries: int | None = connection.execute(_BEGIN_RUN, _PAUSES | {"run_id": run_id}).scalar_one_or_none()
+    return tries
+
+
+def call_off_run(connection: Connection, run_id: UUID, error: dict[str, Any]) -> None:
+    """Say why a try brought nothing, through no fault of the slot; it counts for none.
+
+    The longer a slot has waited, the longer are the pauses.
+    """
+    connection.execute(_CALL_OFF, _PAUSES | {"run_id": run_id, "error": error})
+
+
 def take_run(connection: Connection, run_id: UUID) -> bool:
     """Lock a slot until the transaction ends; False when something has become of it, or its schedule was deleted."""
     statement = text("SELECT true FROM schedule_run WHERE run_id = :run_id AND state = 'due' FOR UPDATE")
@@ -291,13 +344,14 @@ LAST_RESULT = """
     SELECT job.job_id FROM schedule_run AS run
     JOIN job ON job.tenant_id = run.tenant_id AND job.job_id = run.job_id
     WHERE run.tenant_id = :tenant_id AND run.schedule_id = :schedule_id AND job.state = 'succeeded'
+        AND job.ended_at <= :at
     ORDER BY run.slot DESC LIMIT 1
 """
 
 
-def last_result(connection: Connection, tenant_id: str, schedule_id: UUID) -> UUID | None:
-    """Return the job of the latest slot whose job succeeded; None when there is none yet."""
-    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id}
+def last_result(connection: Connection, tenant_id: str, schedule_id: UUID, at: datetime) -> UUID | None:
+    """Return the job of the latest slot whose job had succeeded at a moment; None when there was none."""
+    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id, "at": at}
     found: UUID | None = connection.execute(text(LAST_RESULT), parameters).scalar_one_or_none()
     return found
 
@@ -327,10 +381,17 @@ def take(connection: Connection, schedule: ScheduleView, sources: Iterable[tuple
         connection.execute(_TAKE, rows)
 
 
+# The latest one that brought something stays: it is what `last_result_of` finds.
 PURGE = """
     DELETE FROM schedule_run WHERE run_id IN (
-        SELECT run_id FROM schedule_run WHERE state <> 'due'
-            AND ended_at < now() - make_interval(days => :days) ORDER BY ended_at LIMIT :limit
+        SELECT run_id FROM schedule_run AS old WHERE state <> 'due'
+            AND ended_at < now() - make_interval(days => :days)
+            AND (state <> 'submitted' OR EXISTS (
+                SELECT FROM schedule_run AS later
+                JOIN job ON job.tenant_id = later.tenant_id AND job.job_id = later.job_id
+                WHERE later.tenant_id = old.tenant_id AND later.schedule_id = old.schedule_id AND later.slot > old.slot
+                    AND job.state = 'succeeded'))
+        ORDER BY ended_at LIMIT :limit
     )
 """
 

@@ -21,7 +21,7 @@ from shared.domain.job import JobKind
 from shared.domain.payloads import invalid_request
 
 CRON_FIELDS = 5
-MOST_COUNTED = 100_000
+MOST_COUNTED = 10_000
 """Missed slots are counted up to this."""
 DIRECTORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99}){0,7}$"
 """Below the tenant's own; no part begins with a dot."""
@@ -94,7 +94,7 @@ def due(recurrence: Recurrence, next_at: datetime, now: datetime) -> Due:
 class DirectorySource(BaseModel):
     """All files of a directory of the store that no run of this schedule has taken yet."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     directory: str = Field(pattern=DIRECTORY)
 
@@ -102,7 +102,7 @@ class DirectorySource(BaseModel):
 class ResultSource(BaseModel):
     """What the last successful job of another schedule brought: answers, or the name of a model."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     last_result_of: str = Field(max_length=100)
     follow_up: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None

@@ -356,7 +356,13 @@ def test_a_longrope_model_is_served_as_far_as_places_are_all_that_counts():
 MIXED = [
     *({}, {"temperature": 0.9}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.7, "logprobs": 3}),
     *({"presence_penalty": 1.5}, {"min_tokens": 7, "ignore_eos": False}, {"ignore_eos": False}, {"max_tokens": 1}),
-    *({"stop": ("1", "77")}, {"n": 3, "temperature": 1.2}, {"max_tokens": 31}, {"logprobs": 0}),
+    *(
+        {"logit_bias": {7: 3.0}, "temperature": 0.8},
+        {"stop": ("1", "77")},
+        {"n": 3, "temperature": 1.2},
+        {"max_tokens": 31},
+        {"logprobs": 0},
+    ),
 ]
 """Kinds of requests that need to know their tokens before the next is drawn, that end by themselves, and others."""
 

@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 
@@ -75,6 +76,16 @@ def test_a_schedule_from_a_file(cli, tmp_path):
     cli("schedule", "show", made["id"], code=1)
     (tmp_path / "wrong.yaml").write_text("spec: {input_file_id: nowhere.jsonl}")
     cli("schedule", "add", "wrong.yaml", code=2)
+
+
+def test_a_tenant_is_erased_with_a_report(cli, stack, admin_key):
+    tenant = f"cli-{uuid4().hex[:8]}"
+    httpx.post(f"{stack.url}/v1/tenants", json={"id": tenant}, headers={"Authorization": f"Bearer {admin_key}"})
+    cli("keys", "create", "--tenant", tenant)
+    cli("erase", tenant, code=1)  # nobody said yes
+    report = json.loads(cli("erase", tenant, "--yes", "--wait", "--json"))
+    assert report["status"] == "erased" and report["deleted"] == {"api_key": 1, "tenant": 1}
+    cli("erase", tenant, "--yes", code=1)
 
 
 def test_up_on_a_port_that_is_taken_says_so_and_leaves_nothing(scratch):

@@ -15,11 +15,12 @@ import pytest
 from celery import Celery
 
 from services.preprocessor.gathering import SETTLED
-from services.preprocessor.slots import Slots
+from services.preprocessor.slots import MOST_TRIES, Slots
+from services.scheduler.retention import Retention
 from services.scheduler.timekeeper import Timekeeper
 from shared.db import schedules
 from shared.db.session import connect_engine, tenant_transaction
-from shared.store import incoming_path
+from shared.store import Store, incoming_path
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, make_job, read_lines, rows, scalar
 from tests.support.servers import ROOT, wait_until
 
@@ -71,7 +72,9 @@ def runs_of(database, schedule):
 
 
 def make_all(database, slots):
-    """Make what waits; return how many jobs that made."""
+    """Make what waits, as if its pauses were over; return how many jobs that made."""
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE schedule_run SET retry_at = now() WHERE state = 'due'")
     with database.engine("scheduler").begin() as connection:
         waiting = schedules.waiting(connection, 100)
     return sum(slots.make(*each) for each in waiting)
@@ -119,7 +122,8 @@ def test_a_slot_is_one_job_however_many_look_at_it(database, store, slots, timek
     (job,) = jobs_of(database, schedule)
     (run,) = runs_of(database, schedule)
     assert (run.state, run.job_id, run.job_state) == ("submitted", job.job_id, "validating")
-    assert job.key_id == "k" and abs(job.deadline - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=1)
+    assert job.key_id == "k"
+    assert abs(job.deadline - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=1)
     assert make_all(database, slots) == timekeeper.note() == 0
 
 
@@ -166,7 +170,7 @@ module.Slots(connect_engine(settings), Store(settings.store_url), settings).make
 """
 
 
-@pytest.mark.parametrize(("where", "what"), [("acceptance", "accept"), ("schedules", "end_run"), ("files", "keep")])
+@pytest.mark.parametrize(("where", "what"), [("acceptance", "accept"), ("schedules", "end_run"), ("schedules", "take")])
 def test_a_slot_whose_preprocessor_is_killed_is_one_job(database, store, tmp_path, slots, timekeeper, where, what):
     """Before its job is written, after it, and before all of it is committed: files that were taken are not lost."""
     lay(store, "default", "in", "a.jsonl", chat_lines(4))
@@ -267,15 +271,116 @@ def test_a_zone_that_is_no_more_stops_its_schedule_and_no_other(database, store,
     )
 
 
-def test_files_of_a_schedule_are_kept_as_long_as_it_recurs(database, store, slots, timekeeper):
-    schedule = add_schedule(database, batch_spec(database, store), cron="0 22 1 1 *")
+def test_files_that_schedules_name_do_not_expire(database, store, slots):
+    """Also of one that rests, and of one that makes no jobs."""
+    named = add_schedule(database, batch_spec(database, store), is_active=False)
+    batch_spec(database, store)
     with database.engine("migration").begin() as connection:
-        connection.exec_driver_sql("UPDATE file SET expires_at = now() + interval '1 day'")
+        connection.exec_driver_sql("UPDATE file SET expires_at = now() + interval '1 hour'")
+    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
+    retention.tick()
+    assert sorted(row.hours for row in rows(
+        database.engine("migration"),
+        "SELECT round(extract(epoch FROM expires_at - now()) / 3600)::int AS hours FROM file")) == [1, 48]  # fmt: skip
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.delete(connection, named.schedule_id)
+
+
+def test_slots_that_could_not_be_made_are_one_when_they_can(database, store, slots, timekeeper):
+    """A weekend in which schedulers ran and preprocessors did not; and a pause ends what still waits."""
+    schedule = add_schedule(database, batch_spec(database, store))
+    for _ in range(4):
+        with database.engine("migration").begin() as connection:
+            connection.exec_driver_sql("UPDATE schedule_run SET slot = slot - interval '1 day'")
+            connection.exec_driver_sql("UPDATE schedule SET next_at = now() - interval '1 minute'")
+        timekeeper.note()
+    assert make_all(database, slots) == 1
+    states = [(run.state, run.missed) for run in runs_of(database, schedule)]
+    assert states == [("submitted", 3), ("skipped", 2), ("skipped", 1), ("skipped", 0)]
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, schedule)
+    come_due(database, schedule)
+    timekeeper.note()
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.change(connection, schedule.schedule_id, "k", {"is_active": False})
+    assert make_all(database, slots) == 1  # what was asked for by hand
+
+
+def test_one_stuck_schedule_leaves_others_their_turn(database, store, slots, timekeeper):
+    """A hundred slots of a full queue, tried and put off, are not among those that are looked at next."""
+    stuck = add_schedule(database, batch_spec(database, store), name="stuck")
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        for _ in range(120):
+            schedules.run_now(connection, stuck)
+    full = Slots(
+        database.engine("preprocessor"), store, database.settings("preprocessor", max_queued_lines_per_tenant=1)
+    )
+    while True:
+        with database.engine("scheduler").begin() as connection:
+            waiting = schedules.waiting(connection, 100)
+        if not waiting:
+            break
+        assert not any(full.make(*each) for each in waiting)
+    assert {run.error["code"] for run in runs_of(database, stuck)} == {"queue_full"}
+    other = add_schedule(database, batch_spec(database, store), name="other")
+    come_due(database, other)
+    timekeeper.note()
+    with database.engine("scheduler").begin() as connection:
+        (found,) = schedules.waiting(connection, 100)
+    assert found[1] == other.schedule_id and slots.make(*found)
+
+
+def test_a_directory_in_two_places_is_one_file(database, store, slots):
+    lay(store, "default", "rows", "a.jsonl", [{"text": [n, 1], "odd": n % 2, "big": n > 9} for n in range(20)])
+    task = {"kind": "classification", "training_file": {"directory": "rows"}, "validation_file": {"directory": "rows"}}
+    tasks = [task | {"name": "odd", "label_field": "odd"}, task | {"name": "big", "label_field": "big"}]
+    schedule = add_schedule(database, {"model": "vector:2:4", "tasks": tasks}, kind="training")
     with tenant_transaction(database.engine("gateway"), "default") as connection:
         schedules.run_now(connection, schedule)
     assert make_all(database, slots) == 1
-    until = scalar(database.engine("migration"), "SELECT expires_at FROM file")
-    assert until > schedule.next_at + timedelta(days=29)
+    spec = scalar(database.engine("migration"), "SELECT spec FROM job WHERE kind = 'training'")
+    assert len({task[name] for task in spec["tasks"] for name in ("training_file", "validation_file")}) == 1
+
+
+def test_files_that_would_fail_their_batch_are_told_and_not_used_up(database, store, slots):
+    lay(store, "default", "in", "a.jsonl", chat_lines(3))
+    lay(store, "default", "in", "b.jsonl", [chat_line("line-9"), chat_line("line-1")])
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in"}, "endpoint": CHAT})
+
+    def run():
+        with tenant_transaction(database.engine("gateway"), "default") as connection:
+            schedules.run_now(connection, schedule)
+        made = make_all(database, slots)
+        return made, runs_of(database, schedule)[0].error
+
+    made, error = run()
+    assert made == 0 and error["message"].startswith("b.jsonl, line 2: ") and error["code"] == "duplicate_custom_id"
+    lay(store, "default", "in", "b.jsonl", [chat_line("line-9"), chat_line("line-10")])
+    assert run() == (1, None)
+    (job,) = jobs_of(database, schedule)
+    assert len(lines_of(database, store, job.input_file_id)) == 5
+
+
+def test_what_the_store_will_never_give_is_said_and_what_nobody_foresaw_is_given_up_in_the_end(database, store, slots):
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in/deeper"}, "endpoint": CHAT})
+    lay(store, "default", "", "in", b"a file where a directory is looked for")
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, schedule)
+    assert make_all(database, slots) == 0
+    assert runs_of(database, schedule)[0].error["code"] in ("input_unreadable", "nothing_new")
+
+    class Broken(Store):
+        def listing(self, directory):
+            raise KeyError(directory)
+
+    broken = Slots(database.engine("preprocessor"), Broken(store._root), database.settings("preprocessor"))
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, schedule)
+    for _ in range(MOST_TRIES):
+        with pytest.raises(KeyError):
+            make_all(database, broken)
+    assert runs_of(database, schedule)[0].state == "due" and make_all(database, broken) == 0
+    assert runs_of(database, schedule)[0].error["code"] == "server_error"
 
 
 # Over HTTP, on the whole stack

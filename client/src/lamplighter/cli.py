@@ -590,6 +590,29 @@ def revoke_key(key_id: str) -> None:
 
 
 @app.command()
+def erase(
+    tenant: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and print the report.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a tenant with everything that is its own (admin)."""
+    if not yes:
+        typer.confirm(f"Delete the tenant {tenant!r} with its jobs, results, files, models and keys?", abort=True)
+    with client() as api:
+        erasure = api.request("DELETE", f"/v1/tenants/{tenant}")
+        while wait and erasure["status"] != "erased":
+            time.sleep(1)
+            erasure = api.request("GET", f"/v1/erasures/{erasure['id']}")
+    if as_json:
+        print(json.dumps(erasure))
+        return
+    print(f"{erasure['id']} {erasure['status']}")
+    rows = [{"what": what, "deleted": count} for what, count in sorted(erasure["deleted"].items())]
+    show(rows, as_json, {"what": "what", "deleted": "deleted"})
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check the server and say in plain words what is wrong."""
     with client() as api:

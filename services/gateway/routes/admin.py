@@ -9,9 +9,13 @@ from starlette.responses import Response
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, short_page
-from shared.db import model_registry, tenants, workers
+from shared.api_objects import unix
+from shared.db import erasures, model_registry, tenants, workers
+from shared.db.erasures import ErasureView
+from shared.db.models import SYSTEM_TENANT
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
+from shared.domain.errors import Conflict
 
 MOST_LISTED = 1000
 Limit = Annotated[int, Query(ge=1, le=MOST_LISTED)]
@@ -35,6 +39,50 @@ def change_tenant(tenant_id: str, body: TenantPatch, parts: PartsDependency, cal
         changed = _tenant_object(tenants.get_tenant(connection, tenant_id))
     parts.wake()
     return changed
+
+
+@router.delete("/tenants/{tenant_id}")
+def delete_tenant(tenant_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Have a tenant erased with all that is its own; the erasure's report says what that was, and when it is done.
+
+    Its keys are useless from now on, its jobs are cancelled; its rows and contents follow once nothing is under way.
+    """
+    if tenant_id in (SYSTEM_TENANT, caller.tenant_id):
+        which = "the system's own" if tenant_id == SYSTEM_TENANT else "that of the key which asks for it"
+        raise Conflict(f"The tenant {tenant_id!r} is {which}: it stays.", param="id", code="tenant_needed")
+    with parts.transaction(caller) as connection:
+        erasure_id = erasures.request(connection, tenant_id, caller.key_id)
+        erasure = _erasure_object(erasures.get(connection, erasure_id))
+    parts.lookups.forget()
+    return erasure
+
+
+@router.get("/erasures")
+def list_erasures(
+    parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
+) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        found = erasures.listing(connection)
+    return short_page([_erasure_object(each) for each in found], limit, after)
+
+
+@router.get("/erasures/{erasure_id}")
+def get_erasure(erasure_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    with parts.transaction(caller) as connection:
+        return _erasure_object(erasures.get(connection, erasures.parse_id(erasure_id)))
+
+
+def _erasure_object(erasure: ErasureView) -> dict[str, Any]:
+    return {
+        "id": erasures.public_id(erasure.erasure_id),
+        "object": "erasure",
+        "tenant": erasure.erased_tenant,
+        "status": "erasing" if erasure.ended_at is None else "erased",
+        "requested_by": erasure.requested_by,
+        "requested_at": unix(erasure.requested_at),
+        "ended_at": unix(erasure.ended_at),
+        "deleted": erasure.counts,
+    }
 
 
 def _tenant_object(row: dict[str, Any]) -> dict[str, Any]:

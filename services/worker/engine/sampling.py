@@ -33,14 +33,16 @@ class Draw:
     tokens: [n] on the device.
     """
 
-    def __init__(self, sequences: list[Sequence], tokens: torch.Tensor, logprobs: dict[int, torch.Tensor]) -> None:
+    def __init__(self, sequences: list[Sequence], tokens: torch.Tensor, distributions: dict[int, torch.Tensor]) -> None:
+        """Have the tokens copied here, and of `distributions`, the model's own by row, what requests asked for."""
         self.sequences, self.tokens = sequences, tokens
-        self._logprobs = logprobs
-        self._copy = tokens
+        self._copy = _begin_copy(tokens)
+        self._logprobs = {
+            row: tuple(map(_begin_copy, _likely(distribution, tokens[row], sequences[row].params.logprobs or 0)))
+            for row, distribution in distributions.items()
+        }
         self._is_copied: torch.cuda.Event | None = None
         if tokens.is_cuda:
-            self._copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._copy.copy_(tokens, non_blocking=True)
             self._is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_copied.record()
 
@@ -52,10 +54,26 @@ class Draw:
         return tokens
 
     def logprob(self, row: int, token: int) -> TokenLogprob | None:
-        """Return what a row's request asked to know of its token; None when that is nothing."""
+        """Return what a row's request asked to know of its token, once that is read; None when that is nothing."""
         if row not in self._logprobs:
             return None
-        return _logprob(self._logprobs[row], token, self.sequences[row].params.logprobs or 0)
+        own, values, indexes = self._logprobs[row]
+        return TokenLogprob(token, float(own), list(zip(indexes.tolist(), values.tolist(), strict=True)))
+
+
+def _begin_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return where a tensor's numbers will be on the host; those of a GPU once it has come so far."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _likely(
+    distribution: torch.Tensor, token: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a token's log-probability, and the highest `top` of them with their tokens."""
+    own = distribution.gather(0, token[None])  # an index of no dimensions would be waited for
+    return own, *distribution.topk(min(top, distribution.shape[-1]))
 
 
 @torch.inference_mode()
@@ -74,14 +92,16 @@ def draw(logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
 
 def needs_tokens(sequence: Sequence) -> bool:
     """Whether nothing more can be drawn for a sequence before its tokens so far are known here."""
-    return sequence.constraint is not None or is_adjusted(sequence)
+    return sequence.constraint is not None or _is_penalised(sequence.params) or _is_too_short(sequence)
 
 
 def is_adjusted(sequence: Sequence) -> bool:
     """Whether something is to be done to the logits before they are scaled and filtered."""
-    params = sequence.params
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(penalties or params.logit_bias or _is_too_short(sequence))
+    return bool(sequence.params.logit_bias) or _is_penalised(sequence.params) or _is_too_short(sequence)
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
 def _is_too_short(sequence: Sequence) -> bool:
@@ -165,11 +185,3 @@ def uniform(seed: int, position: int) -> float:
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
         value ^= value >> 31
     return float((value >> 11) / 2**53)
-
-
-def _logprob(distribution: torch.Tensor, token: int, top: int) -> TokenLogprob:
-    if not top:
-        return TokenLogprob(token, float(distribution[token]))
-    values, indexes = distribution.topk(min(top, distribution.shape[-1]))
-    likeliest = list(zip(indexes.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(distribution[token]), likeliest)
