@@ -5,7 +5,7 @@ from array import array
 from typing import Any
 from uuid import UUID
 
-from shared.domain.batch_file import MAX_LINE_BYTES, MAX_LINES, BatchFileChecker
+from shared.domain.batch_file import MAX_LINE_BYTES, BatchFileChecker
 from shared.store import ObjectWriter, Store, file_path, index_path, pack_offsets
 
 BATCH_FILE_SECONDS = 30 * 86_400
@@ -14,8 +14,9 @@ BATCH_FILE_SECONDS = 30 * 86_400
 class LineReader:
     """Cuts a stream into lines for the checker and notes where each begins; holds one line of bounded length."""
 
-    def __init__(self) -> None:
-        self.checker = BatchFileChecker()
+    def __init__(self, most_lines: int | None = None) -> None:
+        """most_lines: By default what one file may have."""
+        self.checker = BatchFileChecker(most_lines)
         self.offsets: array[int] = array("Q")
         self._rest = b""
         self._position = 0
@@ -25,14 +26,14 @@ class LineReader:
     def feed(self, block: bytes) -> None:
         """Take the next block of the file."""
         # Once there is a line too many, lines are only counted: a file may be nothing but newlines, 200 million.
-        pieces = block.split(b"\n", max(0, MAX_LINES + 1 - self.checker.lines))
+        pieces = block.split(b"\n", max(0, self.checker.limit + 1 - self.checker.lines))
         for piece in pieces[:-1]:
             self._extend(piece)
             self._end_line(len(piece) + 1)
         rest = pieces[-1]
         if not rest:
             return
-        if self.checker.lines > MAX_LINES:
+        if self.checker.lines > self.checker.limit:
             self.checker.lines += rest.count(b"\n")
             self._line_open = not rest.endswith(b"\n")
         else:
@@ -48,7 +49,7 @@ class LineReader:
     def _extend(self, piece: bytes) -> None:
         if not self._line_open:
             self._line_open = True
-            if len(self.offsets) <= MAX_LINES:  # beyond it no batch runs, and nothing is looked up
+            if len(self.offsets) <= self.checker.limit:  # beyond it no batch runs, and nothing is looked up
                 self.offsets.append(self._position)
         if len(self._rest) + len(piece) > MAX_LINE_BYTES:
             self._is_oversized, self._rest = True, b""

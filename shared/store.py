@@ -104,6 +104,9 @@ class Store:
     def remove_all(self, directory: str) -> tuple[int, int]:
         """Remove a directory with all below it; return how many objects that were, and their bytes."""
         path = self._full(directory)
+        if self._is_local and Path(path).is_symlink():
+            Path(path).unlink()  # what it leads to is somebody else's
+            return 0, 0
         found = self._filesystem.find(path, detail=True)
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
@@ -172,8 +175,11 @@ def pack_offsets(offsets: "array[int]") -> bytes:
     return offsets.tobytes() if sys.byteorder == "little" else struct.pack(f"<{len(offsets)}Q", *offsets)
 
 
-TENANT_DIRECTORIES = ("files", "prepared", "training", "incoming")
-"""Below each of them a tenant has a directory of its own, and nothing of it lies elsewhere."""
+OWN_DIRECTORIES = ("files", "prepared", "training")
+TENANT_DIRECTORIES = (*OWN_DIRECTORIES, "incoming")
+"""Below each of them a tenant has a directory of its own, and nothing of it lies elsewhere. Into the last one others
+lay files, into the others we do.
+"""
 
 
 def file_path(tenant_id: str, file_id: UUID) -> str:

@@ -45,6 +45,18 @@ ERASE_ROWS = f"""
         RETURN deleted;
     END $$
 """
+ERASE_RESULTS = f"""
+    CREATE FUNCTION erase_results(of_tenant text, of_job uuid, day date, most integer) RETURNS bigint {DEFINER} AS $$
+    DECLARE deleted bigint;
+    BEGIN
+        {REQUIRE_ERASING}
+        DELETE FROM result WHERE created_on = day AND job_id = of_job AND tenant_id = of_tenant AND line_no IN (
+            SELECT line_no FROM result WHERE created_on = day AND job_id = of_job ORDER BY line_no LIMIT most);
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        RETURN deleted;
+    END $$
+"""
+# Locked first: whoever records results of it has committed them by then, or finds it gone.
 ERASE_JOB = f"""
     CREATE FUNCTION erase_job(of_tenant text, of_job uuid, day date) RETURNS jsonb {DEFINER} AS $$
     DECLARE
@@ -53,6 +65,12 @@ ERASE_JOB = f"""
         counts jsonb := '{{}}';
     BEGIN
         {REQUIRE_ERASING}
+        PERFORM FROM job WHERE tenant_id = of_tenant AND job_id = of_job
+            AND (kind = 'online' OR state IN ('succeeded', 'failed', 'cancelled', 'expired')) FOR UPDATE;
+        IF NOT FOUND THEN
+            RETURN counts;
+        END IF;
+        PERFORM FROM slice WHERE tenant_id = of_tenant AND job_id = of_job FOR UPDATE;
         DELETE FROM result WHERE created_on = day AND job_id = of_job AND tenant_id = of_tenant;
         GET DIAGNOSTICS deleted = ROW_COUNT;
         counts := counts || jsonb_build_object('result', deleted);
@@ -77,14 +95,27 @@ REVOKE_KEYS = f"""
     END $$
 """
 ERASE_TENANT = f"""
-    CREATE FUNCTION erase_tenant(of_tenant text) RETURNS void {DEFINER} AS $$
+    CREATE FUNCTION erase_tenant(of_tenant text) RETURNS bigint {DEFINER} AS $$
+    DECLARE deleted bigint;
     BEGIN
         {REQUIRE_ERASING}
         DELETE FROM tenant WHERE tenant_id = of_tenant;
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        RETURN deleted;
     END $$
 """
+FIND_KEY = """
+    CREATE OR REPLACE FUNCTION find_api_key(wanted text)
+    RETURNS TABLE (tenant_id text, key_id text, digest bytea, scopes jsonb)
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+        SELECT api_key.tenant_id, key_id, digest, scopes FROM api_key {join}
+        WHERE key_id = wanted AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+    $$
+"""
+LIVING = "JOIN tenant ON tenant.tenant_id = api_key.tenant_id AND erasing_since IS NULL"
 FUNCTIONS = {
     "erase_rows(text, text, integer)": ERASE_ROWS,
+    "erase_results(text, uuid, date, integer)": ERASE_RESULTS,
     "erase_job(text, uuid, date)": ERASE_JOB,
     "revoke_keys(text)": REVOKE_KEYS,
     "erase_tenant(text)": ERASE_TENANT,
@@ -103,6 +134,7 @@ def upgrade() -> None:
         sa.Column("requested_by", sa.Text(), nullable=False),
         sa.Column("requested_at", sa.DateTime(timezone=True), server_default=NOW, nullable=False),
         sa.Column("counts", JSONB(), server_default="{}", nullable=False),
+        sa.Column("problem", sa.Text()),
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.UniqueConstraint("erasure_id"),
     )
@@ -111,6 +143,7 @@ def upgrade() -> None:
     isolate("erasure")
     op.execute("GRANT SELECT, INSERT ON erasure TO lamplighter_gateway")
     op.execute("GRANT SELECT, UPDATE ON erasure TO lamplighter_scheduler")
+    op.execute(FIND_KEY.format(join=LIVING))
     for name, definition in FUNCTIONS.items():
         op.execute(definition)
         op.execute(f"REVOKE ALL ON FUNCTION {name} FROM PUBLIC")
@@ -118,6 +151,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute(FIND_KEY.format(join=""))
     for name in FUNCTIONS:
         op.execute(f"DROP FUNCTION {name}")
     op.drop_table("erasure")

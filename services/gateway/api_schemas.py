@@ -632,6 +632,7 @@ class Erasure(Answer):
     requested_at: Time
     ended_at: Time | None
     deleted: Annotated[dict[str, Count], Field(description="Rows by table; objects and bytes of the store.")]
+    problem: Annotated[str | None, Field(description="What it met last; it is tried again.")]
 
 
 class ErasureList(Page):

@@ -14,6 +14,7 @@ from shared.db import files, forecasts, gates, model_registry, submissions, tena
 from shared.db.fine_tuning import accept_fine_tuning
 from shared.db.multi_task import accept_training
 from shared.db.tenants import Caller
+from shared.domain.batch_file import batch_model
 from shared.domain.errors import NotFound
 from shared.domain.fine_tuning import USUAL_EPOCHS, FineTuningCreate
 from shared.domain.job import JobKind, parse_file_id
@@ -105,7 +106,7 @@ def _asked(
     connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any], speeds: Speeds
 ) -> tuple[Scheduled, Size]:
     """Return the checked body, of whichever kind of job it is, and how much it asks for."""
-    if "input_file_id" in fields:
+    if "input_file_id" in fields or "input_file_ids" in fields:
         batch = _checked(BatchCreate, fields)
         _require_acceptable(connection, lambda: submissions.accept_batch(connection, settings, caller, batch, None))
         return batch, _batch_size(connection, caller, batch, speeds)
@@ -139,20 +140,22 @@ def _require_acceptable(connection: Connection, accept: Callable[[], object]) ->
 
 
 def _batch_size(connection: Connection, caller: Caller, body: BatchCreate, speeds: Speeds) -> Size:
-    file = files.get(connection, parse_file_id(body.input_file_id))
-    known = file.validation or {}
-    lines, model = known.get("lines") or 1, next(iter(known.get("models", {})), None)
+    inputs = [files.get(connection, parse_file_id(public_id)) for public_id in body.inputs.values()]
+    known = [file.validation or {} for file in inputs]
+    size = sum(file.bytes for file in inputs)
+    lines = sum(each.get("lines", 0) for each in known) or 1
+    model = next((model for each in known if (model := batch_model(each or {"models": {}}))), None)
     tokens_per_byte = speeds.of(JobKind.BATCH, model).input_tokens_per_byte or GUESSED_TOKENS_PER_BYTE
-    input_tokens = max(lines, round(file.bytes * tokens_per_byte))
+    input_tokens = max(lines, round(size * tokens_per_byte))
     # A line without a limit of its own ends with the model's context; where that has none, with as much as it asked.
-    unlimited = known.get("unlimited_lines", lines) if body.endpoint in GENERATING else 0
+    unlimited = sum(each.get("unlimited_lines", 0) for each in known) if body.endpoint in GENERATING else 0
     longest = _context(connection, caller, model) or input_tokens // lines
     return Size(
         kind=JobKind.BATCH,
         model=model,
-        weighed_tokens=lines * estimated_tokens(file.bytes, lines),
+        weighed_tokens=lines * estimated_tokens(size, lines),
         input_tokens=input_tokens,
-        output_tokens_max=known.get("output_tokens_limit", 0) + unlimited * longest,
+        output_tokens_max=sum(each.get("output_tokens_limit", 0) for each in known) + unlimited * longest,
         parts=lines,
     )
 

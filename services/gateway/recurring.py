@@ -42,7 +42,7 @@ def check_spec(connection: Connection, settings: Settings, caller: Caller, kind:
         stand_ins = {place: STAND_IN_MODEL if is_model(place) else STAND_IN_FILE for place in found}
         whole = filled(spec, stand_ins)
         if kind is JobKind.BATCH:
-            _check_model(whole.pop("model", None))
+            _check_model(whole)
         body = acceptance.read_body(kind, whole)
         if not found:
             _try_out(connection, settings, caller, body)
@@ -74,7 +74,12 @@ def _check_result(connection: Connection, source: ResultSource, *, wants_model: 
         raise refusal(f"only answers of {CHAT} can be gone on from")
 
 
-def _check_model(model: Any) -> None:
+def _check_model(spec: dict[str, Any]) -> None:
+    """Take the model that all lines ask out of a batch's specification; raises InvalidRequest where it cannot be."""
+    model = spec.pop("model", None)
+    if model is not None and spec.get("input_file_ids") is not None:
+        message = "model: is for lines of one input_file_id; these files' lines name theirs."
+        raise InvalidRequest(message, param="model", code="invalid_value")
     if model is not None and not (isinstance(model, str) and 0 < len(model) <= MODEL_CHARACTERS):
         raise InvalidRequest("model: is the name of a model.", param="model", code="invalid_value")
 

@@ -38,6 +38,7 @@ SETTLED = timedelta(seconds=10)
 """A file of a directory is taken once it was left alone for so long: until then somebody may be writing it."""
 SUFFIX = ".jsonl"
 ANSWERS_AT_ONCE = 200
+QUESTIONS_GONE = "The questions of the batch whose answers are to be used are gone: its input was deleted."
 MOST_BYTES = 200 << 20
 """Of the files that one slot takes, unless one alone has more."""
 
@@ -169,8 +170,7 @@ class Gatherer:
             try:
                 asked = files.get(connection, job.input_file_id or UUID(int=0))
             except NotFound:
-                message = "The questions of the batch whose answers are to be used are gone: its input was deleted."
-                raise InvalidRequest(message, code="file_not_found") from None
+                raise InvalidRequest(QUESTIONS_GONE, code="file_not_found") from None
         after = -1
         while True:
             with tenant_transaction(self._engine, job.tenant_id) as connection:
@@ -181,7 +181,10 @@ class Gatherer:
             for first, group in groupby(page, key=lambda row: row[0] // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE):
                 rows = list(group)  # of a sparse batch only the stretches that were answered are read
                 last = rows[-1][0] + 1
-                lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, last)
+                try:
+                    lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, last)
+                except FileNotFoundError:
+                    raise InvalidRequest(QUESTIONS_GONE, code="file_not_found") from None
                 for line_no, custom_id, body in rows:
                     answer = answered_text(orjson.loads(body))
                     if answer:

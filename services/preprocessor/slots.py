@@ -14,9 +14,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from services.preprocessor.gathering import Gathered, Gatherer, NothingNew
 from shared.db import acceptance, files, schedules, submissions
 from shared.db.schedules import RunView, ScheduleView
-from shared.db.session import tenant_transaction
+from shared.db.session import is_outage, tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import NotFound, QueueFull, RequestError
+from shared.domain.job import JobKind
 from shared.settings import Settings
 from shared.store import Store
 
@@ -61,12 +62,10 @@ class Slots:
 
     @contextmanager
     def _alone(self, schedule_id: UUID) -> Iterator[bool]:
-        lock = text("SELECT pg_try_advisory_lock(hashtextextended('schedule:' || :schedule_id, 0))")
         with self._engine.connect() as connection:
             session = connection.execution_options(isolation_level="AUTOCOMMIT")
-            is_mine: bool = session.execute(lock, {"schedule_id": schedule_id.hex}).scalar_one()
             try:
-                yield is_mine
+                yield schedules.lock_for_session(session, schedule_id)
             finally:
                 # A connection that goes back to the pool would keep its session's locks.
                 session.execute(text("SELECT pg_advisory_unlock_all()"))
@@ -83,6 +82,8 @@ class Slots:
             message = f"The store does not let this be read: {error.strerror or type(error).__name__}."
             return self._end(schedule, run.run_id, "failed", {"message": message, "code": "input_unreadable"})
         except MAY_PASS as error:
+            if isinstance(error, OperationalError) and not is_outage(error):
+                raise  # Postgres is there, and does not do it: tried a few times
             log.warning("a slot waits", extra={"run": run.run_id.hex, "error": type(error).__name__})
             return self._call_off(schedule, run.run_id, error)
         except RequestError as error:
@@ -93,7 +94,8 @@ class Slots:
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
             if schedule.overlap == "skip" and schedules.open_job(connection, schedule) is not None:
                 raise _StillOpen("The job of an earlier slot has not ended.")
-            submissions.check_queue(connection, self._settings, schedule.tenant_id, 1)
+            if schedule.kind is JobKind.BATCH:
+                submissions.check_queue(connection, self._settings, schedule.tenant_id, 1)
 
     def _submit(self, schedule: ScheduleView, run: RunView, gathered: Gathered) -> bool:
         """Make a job of what was gathered; False when the slot has one already.

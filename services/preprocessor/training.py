@@ -1,4 +1,4 @@
-"""Prepares the data of training jobs that wait for it, and queues or refuses them."""
+"""Prepares the data of training jobs that wait for it, and queues or refuses them; joins the files of batches."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,22 +11,23 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from services.preprocessor.estimates import Estimate, estimate, estimate_tasks
+from services.preprocessor.joining import join
 from services.preprocessor.preparation import Options, Prepared, prepare
 from services.preprocessor.shards import Shards
 from services.preprocessor.task_outcome import body_of, tasks_outcome
 from services.preprocessor.task_rows import PreparedSource, Reading, Source, prepare_source
 from services.preprocessor.tokenization import TokenizerFiles
-from shared.db import model_registry, multi_task, training
+from shared.db import files, jobs, model_registry, multi_task, training
 from shared.db.session import tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
 from shared.domain.errors import ModelRefused, NotFound, SpecificationRefused
 from shared.domain.fine_tuning import Hyperparameters, parallelism_of
-from shared.domain.job import JobKind, parse_file_id
+from shared.domain.job import JobKind, parse_file_id, public_file_id
 from shared.domain.multi_task import TrainingCreate
 from shared.domain.prepared_tasks import vector_shape
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
-from shared.store import prepared_path
+from shared.store import Store, prepared_path
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Preparations:
     """Safe to run twice and anywhere: a session's lock lets one preprocessor work on a job, and ends with it."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine, self._settings, self._store = engine, settings, Store(settings.store_url)
 
     def prepare(self, tenant_id: str, job_id: UUID) -> bool:
         """Prepare a job if it still waits for it and nobody else is at it; return whether it was queued.
@@ -73,6 +74,8 @@ class Preparations:
     def _prepare(self, job: UnpreparedJob) -> bool:
         if job.preparations >= MOST_PREPARATIONS:
             return self._refuse(job, {"code": "server_error", "message": _GIVEN_UP, "param": None})
+        if job.kind == JobKind.BATCH:
+            return self._join(job)
         prepare = self._prepare_tasks if job.kind == JobKind.TRAINING else self._prepare_examples
         try:
             return prepare(job)
@@ -86,6 +89,23 @@ class Preparations:
             return self._refuse(job, {"code": "model_not_found", "message": error.message, "param": "model"})
         except FileNotFoundError:
             return self._refuse(job, {"code": "file_not_found", "message": _GONE, "param": "training_file"})
+
+    def _join(self, job: UnpreparedJob) -> bool:
+        """Give a batch the input that is made of its files; the scheduler plans it then, or says what is wrong."""
+        found = [(public_file_id(UUID(each)), job.paths.get(each)) for each in job.spec["input_files"]]
+        gone = {"code": "file_not_found", "message": _GONE, "param": "input_file_ids"}
+        if any(path is None for _, path in found):
+            return self._refuse(job, gone)
+        try:
+            columns = join(self._store, job.tenant_id, [(public_id, path or "") for public_id, path in found])
+        except FileNotFoundError:
+            return self._refuse(job, gone)
+        with tenant_transaction(self._engine, job.tenant_id) as connection:
+            files.add(connection, **columns)
+            is_wanted = jobs.set_input(connection, job.job_id, columns["file_id"], columns["lines"])
+            if not is_wanted:  # it was cancelled meanwhile; the content goes with the row's
+                files.delete(connection, columns["file_id"])
+        return is_wanted
 
     def _prepare_examples(self, job: UnpreparedJob) -> bool:
         """Prepare a fine-tuning job. Raises what `_prepare` tells the job of."""

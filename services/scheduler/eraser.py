@@ -1,11 +1,13 @@
 """Erases tenants: stops their work, waits until none of it can be under way, deletes and counts rows and contents."""
 
 import logging
-from datetime import UTC, datetime, timedelta
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from sqlalchemy import Engine
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from services.scheduler.ticks import run_each
 from shared.db import erasures
@@ -16,50 +18,80 @@ from shared.store import TENANT_DIRECTORIES, Store
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 5000
+TURN_SECONDS = 10.0
+"""So long one erasure deletes before the others have their turn."""
 
 
 class Eraser:
     def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
         self._engine, self._store = engine, store
-        self._grace = timedelta(seconds=settings.erasure_grace_seconds)
+        self._grace_seconds = settings.erasure_grace_seconds
 
-    def tick(self) -> None:
-        """Go on with every erasure; one that fails leaves the others their turn."""
+    def tick(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Stop the work of every tenant that is to go, then go on with each; one that fails leaves others their turn.
+
+        stopping: Once it says so, nothing more is begun.
+        """
         with self._engine.begin() as connection:
             open_ones = erasures.unfinished(connection)
-        run_each([partial(self._go_on, erasure) for erasure in open_ones])
-
-    def _go_on(self, erasure: ErasureView) -> None:
-        """Safe to be killed anywhere, and to run twice: each part is deleted and counted in one transaction."""
-        with self._engine.begin() as connection:
-            open_jobs = erasures.stop_work(connection, erasure.erased_tenant)
-        if open_jobs or datetime.now(UTC) < erasure.requested_at + self._grace:
-            return
-        self._erase_jobs(erasure)
-        for table in erasures.OF_TENANT:
-            self._erase_table(erasure, table)
-        self._erase_contents(erasure)
-        try:
+        still_open: dict[str, int] = {}
+        for erasure in open_ones:
             with self._engine.begin() as connection:
-                erasures.finish(connection, erasure)
-        except IntegrityError:
-            log.warning("rows came while a tenant was erased", extra={"erased_tenant": erasure.erased_tenant})
-            return  # the next tick finds them
+                still_open[erasure.erased_tenant] = erasures.stop_work(connection, erasure.erased_tenant)
+        ready = [erasure for erasure in open_ones if not still_open[erasure.erased_tenant]]
+        run_each([partial(self._take_turn, erasure, stopping) for erasure in ready])
+
+    def _take_turn(self, erasure: ErasureView, stopping: Callable[[], bool]) -> None:
+        until = time.monotonic() + TURN_SECONDS
+        with self._alone(erasure) as is_mine:
+            if not is_mine:
+                return
+            try:
+                self._go_on(erasure, lambda: not stopping() and time.monotonic() < until)
+            except IntegrityError:
+                # Somebody was let in a moment ago, and has written what refers to what goes: the next tick finds it.
+                log.warning("rows came while a tenant was erased", extra={"erased_tenant": erasure.erased_tenant})
+            except (SQLAlchemyError, OSError) as error:
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                with self._engine.begin() as connection:
+                    erasures.note_problem(connection, erasure, problem)
+                raise
+
+    @contextmanager
+    def _alone(self, erasure: ErasureView) -> Iterator[bool]:
+        """Hold an erasure against other schedulers: a name that is free again must not be emptied by a late one."""
+        with self._engine.connect() as connection:
+            session = connection.execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                yield erasures.take(session, erasure) and erasures.is_due(session, erasure, self._grace_seconds)
+            finally:
+                session.execute(text("SELECT pg_advisory_unlock_all()"))
+
+    def _go_on(self, erasure: ErasureView, may_go_on: Callable[[], bool]) -> None:
+        """Safe to be killed anywhere: each part is deleted and counted in one transaction."""
+        while may_go_on():
+            if not self._erase_some(erasure):
+                break
+        else:
+            return
+        self._erase_contents(erasure)
+        with self._engine.begin() as connection:
+            erasures.finish(connection, erasure)
         log.info("tenant erased", extra={"erased_tenant": erasure.erased_tenant})
 
-    def _erase_jobs(self, erasure: ErasureView) -> None:
-        while True:
+    def _erase_some(self, erasure: ErasureView) -> bool:
+        """Delete a bounded number of rows; return whether there may be more."""
+        with self._engine.begin() as connection:
+            job = erasures.next_job(connection, erasure.erased_tenant)
+            if job is not None:
+                if erasures.erase_results(connection, erasure, *job, ROWS_AT_ONCE) < ROWS_AT_ONCE:
+                    erasures.erase_job(connection, erasure, *job)
+                return True
+        for table in erasures.OF_TENANT:
             with self._engine.begin() as connection:
-                job = erasures.next_job(connection, erasure.erased_tenant)
-                if job is None:
-                    return
-                erasures.erase_job(connection, erasure, *job)
-
-    def _erase_table(self, erasure: ErasureView, table: str) -> None:
-        while True:
-            with self._engine.begin() as connection:
-                if erasures.erase_rows(connection, erasure, table, ROWS_AT_ONCE) < ROWS_AT_ONCE:
-                    return
+                if erasures.erase_rows(connection, erasure, table, ROWS_AT_ONCE) == ROWS_AT_ONCE:
+                    return True
+        return False
 
     def _erase_contents(self, erasure: ErasureView) -> None:
         """Remove what lies in the store; killed before it is counted, the report has too few, not too many."""

@@ -105,7 +105,7 @@ class Scheduler:
         self._retention.tick()
 
     def erase(self) -> None:
-        self._eraser.tick()
+        self._eraser.tick(self.stop.is_set)
 
     def deliver(self) -> None:
         self._deliverer.tick(self.stop.is_set)

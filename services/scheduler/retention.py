@@ -7,10 +7,10 @@ from itertools import islice
 from sqlalchemy import Engine, text
 
 from services.scheduler.ticks import run_each
-from shared.db import files, history, online, quotas, schedules, webhooks
+from shared.db import erasures, files, history, online, quotas, schedules, webhooks
 from shared.domain.recurrence import files_named
 from shared.settings import Settings
-from shared.store import Store, is_file_path
+from shared.store import OWN_DIRECTORIES, Store, is_file_path
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Retention:
                 self._drop_partitions,
                 self._remove_contents,
                 self._sweep_strays,
+                self._sweep_erased,
                 self._purge,
                 self._purge_secrets,
                 self._purge_uses,
@@ -89,6 +90,16 @@ class Retention:
                 if path not in known:
                     self._store.remove(path)
                     log.info("removed content without a file", extra={"path": path})
+
+    def _sweep_erased(self) -> None:
+        """Remove what a process that was not to be stopped has written for a tenant after that was erased."""
+        with self._engine.begin() as connection:
+            names = erasures.erased_names(connection)
+        for name in names:
+            for directory in OWN_DIRECTORIES:
+                objects, _ = self._store.remove_all(f"{directory}/{name}")
+                if objects:
+                    log.warning("removed what was written for an erased tenant", extra={"erased_tenant": name})
 
     def _purge(self) -> None:
         purges = (

@@ -20,7 +20,7 @@ import msgspec
 import orjson
 import redis
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from services.worker.children import EngineChild
 from services.worker.device_time import DeviceTime, Share
@@ -126,6 +126,12 @@ class Recorder:
         while True:
             try:
                 self._record_once(place, results, is_retry=is_retry)
+            except (online.DayGone, IntegrityError):
+                # Its tenant is being deleted, or is. While there is one, there is a day's job to be made again.
+                if place not in self._last_line:
+                    log.warning("calls of a tenant that is no more", extra={"erased_tenant": place.tenant_id})
+                    return False
+                del self._last_line[place]
             except SQLAlchemyError as error:
                 log.warning("cannot record online calls yet", extra={"error": str(error).splitlines()[0]})
                 is_retry = True

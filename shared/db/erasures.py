@@ -1,8 +1,9 @@
 """Erasures: a tenant with everything of it, a part at a time, each counted in the transaction that deletes it.
 
 The last transaction deletes the tenant's own row, to which every table but `result` has a foreign key: it fails as long
-as a row is left anywhere, and after it none can be written. Results go with their jobs, without which none is written.
-Functions of the database delete (migration 0017), only what is a marked tenant's: the scheduler itself may not.
+as a row is left anywhere, and after it none can be written. Results go with their jobs, whose rows are locked for it,
+and without which none is written. Functions of the database delete (migration 0017), only what is a marked tenant's:
+the scheduler itself may not.
 """
 
 from collections import Counter
@@ -53,6 +54,7 @@ class ErasureView:
     requested_by: str
     requested_at: datetime
     counts: dict[str, int]
+    problem: str | None
     ended_at: datetime | None
 
 
@@ -73,6 +75,7 @@ def request(connection: Connection, tenant_id: str, key_id: str) -> UUID:
     for statement in (
         "UPDATE api_key SET revoked_at = now() WHERE tenant_id = :tenant_id AND revoked_at IS NULL",
         "UPDATE schedule SET is_active = false, next_at = NULL WHERE tenant_id = :tenant_id",
+        "UPDATE schedule_run SET state = 'skipped', ended_at = now() WHERE tenant_id = :tenant_id AND state = 'due'",
     ):
         connection.execute(text(statement), {"tenant_id": tenant_id})
     added = text("""
@@ -105,6 +108,37 @@ def unfinished(connection: Connection) -> list[ErasureView]:
     return [ErasureView(**row) for row in connection.execute(statement).mappings()]
 
 
+def erased_names(connection: Connection) -> list[str]:
+    """Return the names of tenants that were erased, and that nobody has taken again."""
+    statement = text("""
+        SELECT DISTINCT erased_tenant FROM erasure
+        WHERE ended_at IS NOT NULL AND NOT EXISTS (SELECT FROM tenant WHERE tenant.tenant_id = erased_tenant)
+    """)
+    return list(connection.execute(statement).scalars())
+
+
+def take(connection: Connection, erasure: ErasureView) -> bool:
+    """Take an erasure for this session, until its connection ends; False when another has it, or it is done."""
+    lock = text("SELECT pg_try_advisory_lock(hashtextextended('erase:' || :erasure_id, 0))")
+    if not connection.execute(lock, {"erasure_id": erasure.erasure_id.hex}).scalar_one():
+        return False
+    open_one = text("SELECT 1 FROM erasure WHERE erasure_id = :erasure_id AND ended_at IS NULL")
+    return connection.execute(open_one, {"erasure_id": erasure.erasure_id}).one_or_none() is not None
+
+
+def is_due(connection: Connection, erasure: ErasureView, grace_seconds: float) -> bool:
+    """Whether so much time has passed since it was asked for, by the database's clock."""
+    statement = text("SELECT now() >= cast(:since AS timestamptz) + make_interval(secs => :grace)")
+    due: bool = connection.execute(statement, {"since": erasure.requested_at, "grace": grace_seconds}).scalar_one()
+    return due
+
+
+def note_problem(connection: Connection, erasure: ErasureView, problem: str | None) -> None:
+    """Say what an erasure has met; None: nothing any more."""
+    statement = text("UPDATE erasure SET problem = :problem WHERE erasure_id = :erasure_id")
+    connection.execute(statement, {"erasure_id": erasure.erasure_id, "problem": problem})
+
+
 def stop_work(connection: Connection, tenant_id: str) -> int:
     """Revoke keys that were made since, cancel open jobs, and return how many have not ended.
 
@@ -123,14 +157,26 @@ def stop_work(connection: Connection, tenant_id: str) -> int:
 
 
 def next_job(connection: Connection, tenant_id: str) -> tuple[UUID, date] | None:
-    """Return a job that is left, and the day of its results; None when there is none."""
-    statement = text("SELECT job_id, created_on FROM job WHERE tenant_id = :t LIMIT 1")
+    """Return an ended job that is left, and the day of its results; None when there is none."""
+    statement = text("""
+        SELECT job_id, created_on FROM job WHERE tenant_id = :t
+            AND (kind = 'online' OR state IN ('succeeded', 'failed', 'cancelled', 'expired')) LIMIT 1
+    """)
     row = connection.execute(statement, {"t": tenant_id}).one_or_none()
     return None if row is None else (row.job_id, row.created_on)
 
 
+def erase_results(connection: Connection, erasure: ErasureView, job_id: UUID, created_on: date, limit: int) -> int:
+    """Delete up to `limit` results of a job; return how many."""
+    parameters = {"t": erasure.erased_tenant, "job_id": job_id, "day": created_on, "limit": limit}
+    statement = text("SELECT erase_results(:t, :job_id, :day, :limit)")
+    deleted: int = connection.execute(statement, parameters).scalar_one()
+    count(connection, erasure, {"result": deleted})
+    return deleted
+
+
 def erase_job(connection: Connection, erasure: ErasureView, job_id: UUID, created_on: date) -> None:
-    """Delete a job with its results and all its details."""
+    """Delete an ended job with the results that are left, and all its details."""
     parameters = {"t": erasure.erased_tenant, "job_id": job_id, "day": created_on}
     deleted = connection.execute(text("SELECT erase_job(:t, :job_id, :day)"), parameters).scalar_one()
     count(connection, erasure, deleted)
@@ -160,7 +206,7 @@ def count(connection: Connection, erasure: ErasureView, deleted: Mapping[str, in
 
 def finish(connection: Connection, erasure: ErasureView) -> None:
     """Delete the tenant itself. Raises IntegrityError while a row of it is left: that one is found at the next try."""
-    connection.execute(text("SELECT erase_tenant(:t)"), {"t": erasure.erased_tenant})
-    count(connection, erasure, {"tenant": 1})
-    ended = text("UPDATE erasure SET ended_at = now() WHERE erasure_id = :erasure_id")
+    deleted = connection.execute(text("SELECT erase_tenant(:t)"), {"t": erasure.erased_tenant}).scalar_one()
+    count(connection, erasure, {"tenant": deleted})
+    ended = text("UPDATE erasure SET ended_at = now(), problem = NULL WHERE erasure_id = :erasure_id")
     connection.execute(ended, {"erasure_id": erasure.erasure_id})

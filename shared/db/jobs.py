@@ -152,7 +152,8 @@ class NewBatch:
     key_id: str | None
     endpoint: str
     model: str | None
-    input_file_id: UUID
+    input_file_id: UUID | None
+    """None: it is made of the files that `spec` names, before the batch is planned."""
     priority: int
     completion_window: str
     completion_seconds: float | None
@@ -254,6 +255,18 @@ def lines_per_second(connection: Connection, *, of_everybody: bool) -> float:
     """
     rate = connection.execute(text("SELECT line_rate(:of_everybody)"), {"of_everybody": of_everybody}).scalar_one()
     return float(rate)
+
+
+_SET_INPUT = text("""
+    UPDATE job SET input_file_id = :file_id, total = :lines
+    WHERE job_id = :job_id AND state = 'validating' AND input_file_id IS NULL
+""")
+
+
+def set_input(connection: Connection, job_id: UUID, file_id: UUID, lines: int) -> bool:
+    """Give a batch the input that was made of its files; False when it waits for none any more."""
+    parameters = {"job_id": job_id, "file_id": file_id, "lines": lines}
+    return connection.execute(_SET_INPUT, parameters).rowcount == 1
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SYSTEM_TENANT = "system"
 """Owns what belongs to all tenants: workers, shared models."""
+DEFAULT_TENANT = "default"
+"""Has the first admin's key, which every set-up looks for."""
 
 
 class Base(DeclarativeBase):
@@ -749,6 +751,8 @@ class Erasure(Base):
     requested_by: Mapped[str]
     requested_at: Mapped[datetime] = mapped_column(server_default=NOW)
     counts: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    problem: Mapped[str | None]
+    """What it met last, if it has not ended since."""
     ended_at: Mapped[datetime | None]
 
     __table_args__ = (

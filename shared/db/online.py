@@ -81,6 +81,10 @@ _RECORD = text("""
 """)
 
 
+class DayGone(Exception):
+    """There is no job of the day: it was not opened, or was deleted with its tenant since."""
+
+
 def open_job(connection: Connection, place: OnlineDay) -> None:
     """Make the day's job if there is none yet."""
     parameters = {"tenant_id": place.tenant_id, "job_id": place.job_id, "day": place.day}
@@ -88,7 +92,7 @@ def open_job(connection: Connection, place: OnlineDay) -> None:
 
 
 def record(connection: Connection, place: OnlineDay, results: list[OnlineResult]) -> int:
-    """Record results and count them; return the number of the last one's line. The job must be open.
+    """Record results and count them; return the number of the last one's line. Raises DayGone without the day's job.
 
     Answers that are to be replayed are kept under their idempotency keys, where nobody was first.
     """
@@ -107,7 +111,8 @@ def record(connection: Connection, place: OnlineDay, results: list[OnlineResult]
         "outputs": [result.output_tokens for result in results],
     }
     lines = connection.execute(_RECORD, parameters).scalars().all()
-    assert len(lines) == len(results), "the day's job was not open"
+    if len(lines) != len(results):
+        raise DayGone
     for result in results:
         if result.kept_under is not None:
             key, digest = result.kept_under

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from math import ceil
 from typing import Any
@@ -14,7 +15,7 @@ from shared.db import files, gates, jobs, quotas, results
 from shared.db.files import FileView
 from shared.db.jobs import JobView, NewBatch
 from shared.db.tenants import Caller
-from shared.domain.batch_file import batch_errors, batch_model
+from shared.domain.batch_file import MOST_TOGETHER, batch_errors, batch_model
 from shared.domain.errors import Conflict, InvalidRequest, NotFound, QueueFull
 from shared.domain.job import BATCH_STATUS, JobKind, parse_file_id, parse_job_id, public_file_id, public_job_id
 from shared.domain.nesting import cut_deep, is_too_deep
@@ -49,24 +50,27 @@ def accept_batch(
     """Write an accepted batch and return its id. Raises InvalidRequest, QueueFull."""
     require_future(body)
     parents = gates.find_parents(connection, caller.tenant_id, body.after or ())
-    file = _input_file(connection, body.input_file_id)
+    inputs = _input_files(connection, body)
+    file = inputs[0] if body.input_file_ids is None else None
     resumed = _resumed(connection, caller.tenant_id, body) if body.resume_from is not None else {}
     # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
-    will_fail = file.validation is not None and bool(batch_errors(file.validation, body.endpoint))
-    lines = 0 if will_fail else file.lines or 0
+    will_fail = any(bool(batch_errors(each.validation or {}, body.endpoint)) for each in inputs)
+    lines = 0 if will_fail else sum(each.lines or 0 for each in inputs)
     check_queue(connection, settings, caller.tenant_id, lines)
     expiry = body.output_expires_after
     batch = NewBatch(
         tenant_id=caller.tenant_id,
         key_id=caller.key_id,
         endpoint=body.endpoint,
-        model=batch_model(file.validation) if file.validation else None,
-        input_file_id=file.file_id,
+        model=next((model for each in inputs if (model := batch_model(each.validation or {}))), None),
+        input_file_id=file.file_id if file is not None else None,
         priority=body.priority,
         completion_window=body.completion_window,
         completion_seconds=body.completion_seconds,
         deadline=body.deadline_at,
-        spec={"output_expires_after": expiry.model_dump() if expiry else None} | body.schedule | resumed,
+        spec={"output_expires_after": expiry.model_dump() if expiry else None}
+        | body.schedule
+        | _kept(resumed, [] if file is not None else inputs),
         metadata=body.metadata,
         idempotency_key=key,
         lines=lines,
@@ -76,6 +80,17 @@ def accept_batch(
     if not will_fail:
         quotas.check_enqueued(connection, caller.tenant_id)
     return job_id
+
+
+def _kept(resumed: dict[str, Any], joined: Sequence[FileView]) -> dict[str, Any]:
+    """Return what a batch's spec says of files beside its input: `file_ids` are kept as long as it is open.
+
+    joined: Files of which a preprocessor makes its input (`input_files`).
+    """
+    if not joined:
+        return resumed
+    ids = [str(each.file_id) for each in joined]
+    return resumed | {"input_files": ids, "file_ids": [*resumed.get("file_ids", []), *ids]}
 
 
 def retry_of(job: JobView) -> BatchCreate:
@@ -136,17 +151,30 @@ def require_future(body: Scheduled) -> None:
         raise InvalidRequest("deadline: lies in the past.", param="deadline", code="invalid_value")
 
 
-def _input_file(connection: Connection, public_id: str) -> FileView:
-    """Return the input file; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one."""
+def _input_files(connection: Connection, body: BatchCreate) -> list[FileView]:
+    """Return the files of the input; raises InvalidRequest."""
+    found = [_input_file(connection, public_id, param) for param, public_id in body.inputs.items()]
+    if len({each.file_id for each in found}) < len(found):
+        message = "input_file_ids: names a file twice."
+        raise InvalidRequest(message, param="input_file_ids", code="invalid_value")
+    lines = sum(each.lines or 0 for each in found)
+    if len(found) > 1 and lines > MOST_TOGETHER:
+        message = f"input_file_ids: these files have {lines} lines; together they may have {MOST_TOGETHER}."
+        raise InvalidRequest(message, param="input_file_ids", code="too_many_tasks")
+    return found
+
+
+def _input_file(connection: Connection, public_id: str, param: str) -> FileView:
+    """Return an input file; raises InvalidRequest (not NotFound: the fault is in the body) when it cannot be one."""
     try:
         # Kept until the job is committed: from then on the job keeps it.
         file = files.get(connection, parse_file_id(public_id), is_kept=True)
     except NotFound:
         message = f"No file found with id {public_id[:80]!r}."
-        raise InvalidRequest(message, param="input_file_id", code="invalid_value") from None
+        raise InvalidRequest(message, param=param, code="invalid_value") from None
     if file.purpose != "batch" or file.validation is None:
         message = f"The input file's purpose is '{file.purpose}'; it must be 'batch'."
-        raise InvalidRequest(message, param="input_file_id", code="invalid_value")
+        raise InvalidRequest(message, param=param, code="invalid_value")
     return file
 
 

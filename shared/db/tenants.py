@@ -57,6 +57,9 @@ _ADD_KEY = text("""
 
 def create_key(connection: Connection, tenant_id: str, name: str, scopes: list[str]) -> tuple[str, str]:
     """Make a key with a 256-bit secret; return (key id, whole key). Raises NotFound when there is no such tenant."""
+    erasing = text("SELECT 1 FROM tenant WHERE tenant_id = :tenant_id AND erasing_since IS NOT NULL")
+    if connection.execute(erasing, {"tenant_id": tenant_id}).one_or_none() is not None:
+        raise Conflict(f"The tenant {tenant_id!r} is being erased.", param="tenant", code="being_erased")
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     parameters = {"tenant_id": tenant_id, "key_id": key_id, "name": name, "scopes": scopes}
     try:

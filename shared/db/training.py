@@ -92,12 +92,14 @@ def open_jobs(connection: Connection, tenant_id: str) -> int:
 
 _UNPREPARED = text("""
     SELECT tenant_id, job_id FROM job
-    WHERE state = 'validating' AND kind IN ('fine_tuning', 'training') ORDER BY created_at LIMIT :limit
+    WHERE state = 'validating'
+        AND (kind IN ('fine_tuning', 'training') OR kind = 'batch' AND input_file_id IS NULL AND spec ? 'input_files')
+    ORDER BY created_at LIMIT :limit
 """)
 
 
 def unprepared(connection: Connection, limit: int) -> list[tuple[str, UUID]]:
-    """Return (tenant, job id) of the oldest jobs whose data is not prepared yet."""
+    """Return (tenant, job id) of the oldest jobs whose data is not prepared yet, or whose files are not joined."""
     return [(row.tenant_id, row.job_id) for row in connection.execute(_UNPREPARED, {"limit": limit})]
 
 
@@ -121,14 +123,15 @@ class UnpreparedJob:
 
 
 _TO_PREPARE = text("""
-    SELECT job.tenant_id, job.job_id, job.created_on, job.kind, job.model, job.priority, job.spec, job.key_id,
+    SELECT job.tenant_id, job.job_id, job.created_on, job.kind, coalesce(job.model, '') AS model, job.priority,
+        job.spec, job.key_id,
         coalesce((job.outcome ->> 'preparations')::int, 0) AS preparations,
         training.store_path AS training_path, validation.store_path AS validation_path
     FROM job
     LEFT JOIN file AS training ON training.tenant_id = job.tenant_id AND training.file_id = job.input_file_id
     LEFT JOIN file AS validation ON validation.tenant_id = job.tenant_id
         AND validation.file_id = (job.spec ->> 'validation_file_id')::uuid
-    WHERE job.job_id = :job_id AND job.state = 'validating'
+    WHERE job.job_id = :job_id AND job.state = 'validating' AND (job.kind <> 'batch' OR job.input_file_id IS NULL)
 """)
 
 _COUNT_PREPARATION = text("""

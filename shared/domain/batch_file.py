@@ -10,6 +10,9 @@ from typing import Any
 import orjson
 
 MAX_LINES = 50_000
+"""Of one file."""
+MOST_TOGETHER = 1_000_000
+"""Of all files of a batch that names several."""
 MAX_LINE_BYTES = 1_000_000
 MAX_ERRORS = 100
 """Errors listed for one file; the rest are counted by nobody, as the file must be mended anyway."""
@@ -39,6 +42,8 @@ class BatchFileChecker:
     and `batch_errors` judges them when a batch names the file.
     """
 
+    most_lines: int | None = None
+    """By default what one file may have."""
     lines: int = 0
     errors: list[LineError] = field(default_factory=list)
     urls: dict[str, list[int]] = field(default_factory=dict)
@@ -48,10 +53,14 @@ class BatchFileChecker:
     unlimited_lines: int = 0
     _seen: set[bytes] = field(default_factory=set)
 
+    @property
+    def limit(self) -> int:
+        return self.most_lines or MAX_LINES
+
     def add(self, line: bytes) -> None:
         """Check one line, given without its newline. Past the line limit, lines are only counted."""
         self.lines += 1
-        if self.lines > MAX_LINES:
+        if self.lines > self.limit:
             return
         try:
             entry = orjson.loads(line)
@@ -66,7 +75,7 @@ class BatchFileChecker:
     def add_oversized(self) -> None:
         """Count a line that was longer than MAX_LINE_BYTES and was not kept."""
         self.lines += 1
-        if self.lines <= MAX_LINES:
+        if self.lines <= self.limit:
             self._fault("line_too_large", f"This line is larger than {MAX_LINE_BYTES} bytes.")
 
     def _check_entry(self, entry: dict[str, Any]) -> None:
@@ -129,8 +138,8 @@ def batch_errors(summary: dict[str, Any], endpoint: str) -> list[dict[str, Any]]
     if summary["lines"] == 0:
         return [LineError("empty_file", "The input file has no lines.").as_dict()]
     errors = []
-    if summary["lines"] > MAX_LINES:
-        text = f"The input file has {summary['lines']} lines; a batch may have {MAX_LINES}."
+    if summary["lines"] > (most := summary.get("most_lines", MAX_LINES)):
+        text = f"The input file has {summary['lines']} lines; a batch may have {most}."
         errors.append(LineError("too_many_tasks", text).as_dict())
     errors += summary["errors"]
     for url, lines in summary["urls"].items():
@@ -141,7 +150,16 @@ def batch_errors(summary: dict[str, Any], endpoint: str) -> list[dict[str, Any]]
         first = next(iter(summary["models"]))
         text = f"All lines of a batch name one model; this one names {model[:80]!r}, the first {first[:80]!r}."
         errors.append(LineError("model_mismatch", text, line, "body.model").as_dict())
-    return sorted(errors, key=lambda error: error["line"] or 0)[:MAX_ERRORS]
+    told = sorted(errors, key=lambda error: error["line"] or 0)[:MAX_ERRORS]
+    return [_in_its_file(error, summary["parts"]) for error in told] if "parts" in summary else told
+
+
+def _in_its_file(error: dict[str, Any], parts: list[tuple[int, str]]) -> dict[str, Any]:
+    """Return an error of files that were joined with the file's id, and its line there; `parts`: (first line, id)."""
+    if error["line"] is None:
+        return error
+    first, file_id = max((first, file_id) for first, file_id in parts if first <= error["line"])
+    return error | {"message": f"{file_id}: {error['message']}", "line": error["line"] - first + 1}
 
 
 def batch_model(summary: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
@@ -86,9 +86,23 @@ def due(recurrence: Recurrence, next_at: datetime, now: datetime) -> Due:
     while (following := recurrence.after(slot)) is not None and following <= now:
         slot = following
         missed += 1
-        if missed >= MOST_COUNTED:  # the clock was away for months: from here on by what it says now
-            return Due(slot, missed, recurrence.after(now))
+        if (
+            missed >= MOST_COUNTED
+        ):  # nobody was there for a long time: what it was is told roughly, and the last exactly
+            return Due(_last_until(recurrence, now) or slot, missed, recurrence.after(now))
     return Due(slot, missed, following)
+
+
+def _last_until(recurrence: Recurrence, now: datetime) -> datetime | None:
+    """Return the last slot that has come, found in a stretch of time before now that is no longer than it need be."""
+    for days in (1, 32, 366, 3660):
+        slot: datetime | None = None
+        following = recurrence.after(now - timedelta(days=days))
+        while following is not None and following <= now:
+            slot, following = following, recurrence.after(following)
+        if slot is not None:
+            return slot
+    return None
 
 
 class DirectorySource(BaseModel):
@@ -127,7 +141,9 @@ def sources(kind: JobKind, spec: Mapping[str, Any]) -> dict[Place, Source]:
 
 def files_named(kind: JobKind, spec: Mapping[str, Any]) -> list[str]:
     """Return the ids of files that stand in a specification themselves."""
-    return [value for place, value in _places(kind, spec) if isinstance(value, str) and not is_model(place)]
+    named = [value for place, value in _places(kind, spec) if not is_model(place)]
+    several = spec.get("input_file_ids") if kind is JobKind.BATCH else None
+    return [value for value in [*named, *(several if isinstance(several, list) else [])] if isinstance(value, str)]
 
 
 def _places(kind: JobKind, spec: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:

@@ -3,11 +3,14 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from shared.domain.payloads import BATCH_ENDPOINTS
 from shared.domain.scheduling.windows import WindowSpec
 
+MOST_FILES = 1000
+"""Of one batch."""
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -74,12 +77,32 @@ class BatchCreate(Scheduled):
 
     model_config = ConfigDict(extra="allow")
 
-    input_file_id: str
+    input_file_ids: (
+        Annotated[list[Annotated[str, Field(max_length=100)]], Field(min_length=1, max_length=MOST_FILES)] | None
+    ) = Field(None, description="Several files in place of one, together at most a million lines.")
+    input_file_id: str = Field("", validate_default=True)
     endpoint: str
     completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[mhd]$")
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     resume_from: str | None = Field(None, max_length=100, description="An ended batch whose answers are taken over.")
+
+    @field_validator("input_file_id")
+    @classmethod
+    def _is_the_one_input(cls, value: str, known: ValidationInfo) -> str:
+        several = known.data.get("input_file_ids")
+        if value and several:
+            raise ValueError("and input_file_ids both name the input; give one of them")
+        if not value and not several and "input_file_ids" in known.data:
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The ids of the input's files, each by the field that names it."""
+        if self.input_file_ids is None:
+            return {"input_file_id": self.input_file_id}
+        return {f"input_file_ids[{number}]": each for number, each in enumerate(self.input_file_ids)}
 
     @field_validator("endpoint")
     @classmethod

@@ -1,7 +1,10 @@
 """A tenant that is deleted leaves nothing: no row in any table, no object in the store; and the report says what went."""
 
 import json
+import time
 from contextlib import suppress
+from functools import partial
+from threading import Thread
 from uuid import uuid4
 
 import httpx
@@ -11,8 +14,13 @@ import pytest
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
 from services.scheduler.eraser import Eraser
-from shared.db import erasures
+from services.scheduler.retention import Retention
+from services.worker.online import Recorder
+from shared.db import erasures, online
+from shared.db import tenants as tenant_rows
+from shared.db.online import OnlineDay, OnlineResult
 from shared.db.session import tenant_transaction
+from shared.domain.errors import AuthenticationFailed, Conflict
 from shared.store import TENANT_DIRECTORIES, Store, file_path, incoming_path
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, make_job, scalar, submit, wait_for
 from tests.support.servers import wait_until
@@ -150,7 +158,8 @@ def test_an_eraser_that_is_cut_off_anywhere_goes_on_and_counts_each_row_once(dat
     settings = database.settings("scheduler", erasure_grace_seconds=0)
     eraser = Eraser(database.engine("scheduler"), store, settings)
     monkeypatch.setattr("services.scheduler.eraser.ROWS_AT_ONCE", 5)
-    calls = {"erase_job": erasures.erase_job, "erase_rows": erasures.erase_rows, "finish": erasures.finish}
+    names = ("erase_results", "erase_job", "erase_rows", "finish")
+    calls = {name: getattr(erasures, name) for name in names}
 
     def cut_off(name, number):
         """Have call `number` fail before its end, as a lost connection does."""
@@ -165,7 +174,12 @@ def test_an_eraser_that_is_cut_off_anywhere_goes_on_and_counts_each_row_once(dat
 
         monkeypatch.setattr(erasures, name, call)
 
-    for name, number in [("erase_job", 2), *(("erase_rows", n) for n in range(1, 20, 3)), ("finish", 1)]:
+    for name, number in [
+        ("erase_results", 1),
+        ("erase_job", 2),
+        *(("erase_rows", n) for n in range(1, 20, 3)),
+        ("finish", 1),
+    ]:
         for each, original in calls.items():
             monkeypatch.setattr(erasures, each, original)
         cut_off(name, number)
@@ -180,6 +194,89 @@ def test_an_eraser_that_is_cut_off_anywhere_goes_on_and_counts_each_row_once(dat
     counted = {name: report.counts[name] for name in ("job", "file", "idempotency", "tenant", "store objects")}
     assert counted == {"job": 3, "file": 3, "idempotency": 12, "tenant": 1, "store objects": 6}
     assert scalar(migration, "SELECT count(*) FROM tenant WHERE tenant_id = 'gone'") == 0
+
+
+def test_a_marked_tenant_takes_nothing_new_and_what_is_met_is_told(database, store):
+    migration = database.engine("migration")
+    with migration.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO tenant (tenant_id, name) VALUES ('gone', 'g')")
+    admin = partial(tenant_transaction, database.engine("gateway"), "default", is_admin=True)
+    with admin() as connection:
+        _, key = tenant_rows.create_key(connection, "gone", "k", ["write"])
+    with database.engine("gateway").begin() as connection:
+        assert tenant_rows.authenticate(connection, key).tenant_id == "gone"
+    with admin() as connection:
+        erasure_id = erasures.request(connection, "gone", "k")
+    with admin() as connection, pytest.raises(Conflict):
+        tenant_rows.create_key(connection, "gone", "k", ["write"])
+    with migration.begin() as connection:  # should a key be there all the same
+        connection.exec_driver_sql("UPDATE api_key SET revoked_at = NULL")
+    with database.engine("gateway").begin() as connection, pytest.raises(AuthenticationFailed):
+        tenant_rows.authenticate(connection, key)
+
+    class Full(Store):
+        def remove_all(self, directory):
+            raise OSError(f"cannot remove {directory}")
+
+    settings = database.settings("scheduler", erasure_grace_seconds=0)
+    with pytest.raises(OSError, match="cannot remove"):
+        Eraser(database.engine("scheduler"), Full(store._root), settings).tick()
+    with admin() as connection:
+        assert erasures.get(connection, erasure_id).problem == "OSError: cannot remove files/gone"
+    # Two schedulers at once count what went once.
+    threads = [Thread(target=Eraser(database.engine("scheduler"), store, settings).tick) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with admin() as connection:
+        report = erasures.get(connection, erasure_id)
+    assert report.problem is None and report.counts == {"api_key": 1, "tenant": 1}
+
+
+def test_what_is_written_after_the_end_is_swept_away(database, store):
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("INSERT INTO tenant (tenant_id, name) VALUES ('gone', 'g')")
+    with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+        erasures.request(connection, "gone", "k")
+    settings = database.settings("scheduler", erasure_grace_seconds=0)
+    Eraser(database.engine("scheduler"), store, settings).tick()
+    for tenant in ("gone", "default"):
+        writer = store.writer(f"prepared/{tenant}/shards")
+        writer.write(b"late")
+        writer.commit()
+    Retention(database.engine("scheduler"), store, settings).tick()
+    assert objects_of(store, "gone") == [] and objects_of(store, "default") == ["prepared/default/shards"]
+
+
+def test_calls_of_a_tenant_that_goes_end_no_worker(database):
+    """Recorded before and after its day's job was deleted, and when there is no tenant any more: others' are recorded."""
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("INSERT INTO tenant (tenant_id, name, erasing_since) VALUES ('gone', 'g', now())")
+        connection.exec_driver_sql("SELECT ensure_result_partition((now() AT TIME ZONE 'UTC')::date)")
+    recorder = Recorder(database.engine("worker"), publisher=None)
+    gone, kept = (OnlineDay(tenant, online.today(), "k", "echo") for tenant in ("gone", "default"))
+
+    def record(place, call_id):
+        result = OnlineResult(
+            call_id=call_id, status_code=200, body="{}", input_tokens=1, output_tokens=1, device_seconds=0.1
+        )
+        return recorder._record(place, [result])
+
+    assert record(gone, "a") and record(kept, "b")
+    with database.engine("scheduler").begin() as connection:
+        deleted = connection.exec_driver_sql(
+            "SELECT erase_job('gone', job_id, created_on) FROM job WHERE tenant_id = 'gone'"
+        ).scalar_one()
+    assert (deleted["result"], deleted["job"]) == (1, 1)
+    assert record(gone, "c")  # there is a tenant still: its day is made again
+    with database.engine("migration").begin() as connection:
+        for table in ("result", "online_usage", "job", "tenant"):
+            connection.exec_driver_sql(f"DELETE FROM {table} WHERE tenant_id = 'gone'")
+    began = time.monotonic()
+    assert not record(gone, "d") and time.monotonic() - began < 2
+    assert record(kept, "e")
+    assert scalar(database.engine("migration"), "SELECT count(*) FROM result") == 2
 
 
 def test_what_still_comes_in_keeps_the_tenant_until_it_is_erased_too(database, store):

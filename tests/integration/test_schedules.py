@@ -307,11 +307,16 @@ def test_slots_that_could_not_be_made_are_one_when_they_can(database, store, slo
 
 
 def test_one_stuck_schedule_leaves_others_their_turn(database, store, slots, timekeeper):
-    """A hundred slots of a full queue, tried and put off, are not among those that are looked at next."""
+    """Slots of 120 schedules that have a full queue, tried and put off, are not among those that are looked at next."""
     stuck = add_schedule(database, batch_spec(database, store), name="stuck")
-    with tenant_transaction(database.engine("gateway"), "default") as connection:
-        for _ in range(120):
-            schedules.run_now(connection, stuck)
+    with database.engine("migration").begin() as connection:
+        for statement in (
+            "INSERT INTO schedule (tenant_id, schedule_id, name, cron, tz, kind, spec, overlap, key_id)"
+            " SELECT tenant_id, gen_random_uuid(), 'copy', cron, tz, kind, spec, overlap, key_id"
+            " FROM schedule, generate_series(1, 119)",
+            "INSERT INTO schedule_run (tenant_id, schedule_id, slot) SELECT tenant_id, schedule_id, now() FROM schedule",
+        ):
+            connection.exec_driver_sql(statement)
     full = Slots(
         database.engine("preprocessor"), store, database.settings("preprocessor", max_queued_lines_per_tenant=1)
     )
@@ -321,13 +326,63 @@ def test_one_stuck_schedule_leaves_others_their_turn(database, store, slots, tim
         if not waiting:
             break
         assert not any(full.make(*each) for each in waiting)
-    assert {run.error["code"] for run in runs_of(database, stuck)} == {"queue_full"}
+    assert [run.error["code"] for run in runs_of(database, stuck)] == ["queue_full"]
+    assert scalar(database.engine("migration"), "SELECT count(*) FROM schedule_run WHERE error IS NOT NULL") == 120
     other = add_schedule(database, batch_spec(database, store), name="other")
     come_due(database, other)
     timekeeper.note()
     with database.engine("scheduler").begin() as connection:
         (found,) = schedules.waiting(connection, 100)
     assert found[1] == other.schedule_id and slots.make(*found)
+
+
+def test_a_slot_that_takes_longer_than_it_is_to_the_next_is_made(database, store, timekeeper):
+    """While it is being made the next one comes: it takes the place of none that somebody works on."""
+    lay(store, "default", "in", "a.jsonl", chat_lines(3))
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in"}, "endpoint": CHAT})
+
+    class Slow(Store):
+        def listing(self, directory):
+            with database.engine("migration").begin() as connection:
+                connection.exec_driver_sql("UPDATE schedule SET next_at = now()")
+            assert timekeeper.note() == 1
+            return super().listing(directory)
+
+    come_due(database, schedule)
+    timekeeper.note()
+    slow = Slots(database.engine("preprocessor"), Slow(store._root), database.settings("preprocessor"))
+    with database.engine("scheduler").begin() as connection:
+        (first,) = schedules.waiting(connection, 9)
+    assert slow.make(*first)
+    assert [run.state for run in runs_of(database, schedule)] == ["due", "submitted"]
+
+
+def test_asked_for_twice_it_is_one_run(database, store, slots):
+    schedule = add_schedule(database, batch_spec(database, store))
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        assert len({schedules.run_now(connection, schedule) for _ in range(5)}) == 1
+    assert make_all(database, slots) == 1
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        schedules.run_now(connection, schedule)
+    assert make_all(database, slots) == 1
+
+
+def test_slots_are_forgotten_but_for_the_last_that_brought_something(database, store, slots):
+    schedule = add_schedule(database, batch_spec(database, store))
+    states = ("succeeded", "failed", "succeeded", "failed")
+    for state in states:
+        with tenant_transaction(database.engine("gateway"), "default") as connection:
+            schedules.run_now(connection, schedule)
+        make_all(database, slots)
+        with database.engine("migration").begin() as connection:
+            connection.exec_driver_sql(
+                "UPDATE job SET state = %s, ended_at = now() WHERE state = 'validating'", (state,)
+            )
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE schedule_run SET ended_at = now() - interval '400 days'")
+    with database.engine("scheduler").begin() as connection:
+        assert schedules.purge(connection, 365, 100) == 3
+    assert [run.job_state for run in runs_of(database, schedule)] == ["succeeded"]
 
 
 def test_a_directory_in_two_places_is_one_file(database, store, slots):

@@ -120,12 +120,25 @@ def test_lines_beyond_the_limit_are_only_counted():
 @pytest.mark.parametrize("chunk", [7, 1000, 1 << 20])
 @pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n", b"x"])
 def test_counting_does_not_depend_on_how_the_stream_is_cut(monkeypatch, chunk, ending):
-    import shared.domain.batch_file
-    import shared.ingest
-
-    for module in (shared.ingest, shared.domain.batch_file):
-        monkeypatch.setattr(module, "MAX_LINES", 10)
+    monkeypatch.setattr("shared.domain.batch_file.MAX_LINES", 10)
     content = b"\n".join([b"some line"] * 300) + ending
     reader = check(content, chunk=chunk)[2]
     assert reader.checker.lines == len(content.split(b"\n")) - (ending.endswith(b"\n"))
     assert reader.offsets[-1] == len(content) and len(reader.offsets) == 12
+
+
+def test_faults_of_joined_files_are_those_of_each():
+    summary = {
+        "lines": 9,
+        "urls": {"/v1/other": [6]},
+        "models": {"a": 1, "b": 4},
+        "errors": [],
+        "parts": [[1, "f1"], [4, "f2"]],
+    }
+    found = [
+        (error["code"], error["line"], error["message"][:4])
+        for error in batch_errors(summary | {"most_lines": 9}, CHAT)
+    ]
+    assert found == [("model_mismatch", 1, "f2: "), ("url_mismatch", 3, "f2: ")]
+    (whole, *_) = batch_errors(summary | {"most_lines": 8}, CHAT)
+    assert (whole["code"], whole["line"]) == ("too_many_tasks", None)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shared.domain.errors import InvalidRequest
 from shared.domain.job import JobKind
 from shared.domain.recurrence import (
+    MOST_COUNTED,
     DirectorySource,
     ResultSource,
     due,
@@ -84,6 +85,14 @@ def test_of_slots_that_nobody_was_there_for_the_last_is_made_up_for_and_none_is_
         moment = recurrence.after(moment)
     assert (found.slot, found.missed, found.next_at) == (every[-1], len(every) - 1, moment)
     assert found.slot <= now < found.next_at
+
+
+def test_after_a_year_without_anybody_the_last_slot_is_due_all_the_same():
+    recurrence = read_recurrence("* * * * *", "UTC")
+    now = datetime(2027, 3, 1, 12, 0, 30, tzinfo=UTC)
+    found = due(recurrence, datetime(2026, 3, 1, tzinfo=UTC), now)
+    assert (found.slot, found.next_at) == (now.replace(second=0), now.replace(minute=1, second=0))
+    assert found.missed == MOST_COUNTED
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,11 @@ class AsyncClient:
             return await self.request("POST", "/v1/files", headers=key_header(idempotency_key), **form)
 
     async def create_batch(
-        self, input_file_id: str, endpoint: str, *, idempotency_key: str | None = None, **fields: Any
+        self, input_file_id: str | list[str], endpoint: str, *, idempotency_key: str | None = None, **fields: Any
     ) -> dict[str, Any]:
         """Submit a batch and return it; `fields` are further fields of the body, such as priority or metadata.
+
+        input_file_id: Of an uploaded file, or of several, whose lines are one batch.
 
         However often it is called with the same key and body, by whatever process, it is one batch.
         """

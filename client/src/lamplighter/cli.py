@@ -162,7 +162,10 @@ def down(data: DataOption = DEFAULT_DATA) -> None:
 
 @app.command()
 def submit(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, one JSON object a line.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="Requests, one JSON object a line; one batch of all."),
+    ],
     endpoint: Annotated[str, typer.Option(help="Such as /v1/chat/completions.")],
     priority: Annotated[int, typer.Option(min=0, max=9)] = 5,
     deadline: Annotated[str | None, typer.Option(help="RFC 3339, or 'none'.")] = None,
@@ -173,7 +176,7 @@ def submit(
     after: Annotated[list[str] | None, typer.Option(help="A job to follow; may be repeated.")] = None,
     resume_from: Annotated[str | None, typer.Option(help="An ended batch whose answers are taken over.")] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="However often FILE is submitted under this key, it is one batch.")
+        str | None, typer.Option(help="However often FILES are submitted under this key, they are one batch.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end.")] = False,
     output: Annotated[Path | None, typer.Option("-o", help="Where to write the results; implies --wait.")] = None,
@@ -186,8 +189,10 @@ def submit(
     if output is not None:
         _require_writable(output)
     with client() as api:
-        uploaded = api.upload(file, idempotency_key=file_key(idempotency_key))
-        batch = api.create_batch(uploaded["id"], endpoint, idempotency_key=idempotency_key, **fields)
+        numbers = range(len(files)) if len(files) > 1 else [None]
+        keys = [file_key(idempotency_key, number) for number in numbers]
+        ids = [api.upload(file, idempotency_key=key)["id"] for file, key in zip(files, keys, strict=True)]
+        batch = api.create_batch(ids if len(ids) > 1 else ids[0], endpoint, idempotency_key=idempotency_key, **fields)
         if not (wait or output):
             print(json.dumps(batch) if as_json else batch["id"])
             return

@@ -208,9 +208,10 @@ class PartialFile:
         self.bytes += self._output.write(block)
 
 
-def batch_body(input_file_id: str, endpoint: str, fields: dict[str, Any]) -> dict[str, Any]:
+def batch_body(input_file_id: str | list[str], endpoint: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a new batch; `fields` win."""
-    return {"input_file_id": input_file_id, "endpoint": endpoint, "completion_window": "24h"} | fields
+    name = "input_file_ids" if isinstance(input_file_id, list) else "input_file_id"
+    return {name: input_file_id, "endpoint": endpoint, "completion_window": "24h"} | fields
 
 
 def input_lines(requests: Iterable[dict[str, Any]], endpoint: str) -> bytes:

@@ -12,7 +12,7 @@ from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, short
 from shared.api_objects import unix
 from shared.db import erasures, model_registry, tenants, workers
 from shared.db.erasures import ErasureView
-from shared.db.models import SYSTEM_TENANT
+from shared.db.models import DEFAULT_TENANT, SYSTEM_TENANT
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
 from shared.domain.errors import Conflict
@@ -47,8 +47,8 @@ def delete_tenant(tenant_id: str, parts: PartsDependency, caller: Admin) -> dict
 
     Its keys are useless from now on, its jobs are cancelled; its rows and contents follow once nothing is under way.
     """
-    if tenant_id in (SYSTEM_TENANT, caller.tenant_id):
-        which = "the system's own" if tenant_id == SYSTEM_TENANT else "that of the key which asks for it"
+    if tenant_id in (SYSTEM_TENANT, DEFAULT_TENANT, caller.tenant_id):
+        which = "that of the key which asks for it" if tenant_id == caller.tenant_id else "needed by every set-up"
         raise Conflict(f"The tenant {tenant_id!r} is {which}: it stays.", param="id", code="tenant_needed")
     with parts.transaction(caller) as connection:
         erasure_id = erasures.request(connection, tenant_id, caller.key_id)
@@ -82,6 +82,7 @@ def _erasure_object(erasure: ErasureView) -> dict[str, Any]:
         "requested_at": unix(erasure.requested_at),
         "ended_at": unix(erasure.ended_at),
         "deleted": erasure.counts,
+        "problem": erasure.problem,
     }
 
 

@@ -67,7 +67,8 @@ def change_schedule(
         given = body.model_dump(exclude={"deadline_after"}, exclude_none=True)
         if "deadline_after" in body.model_fields_set:
             given["deadline_seconds"] = _seconds(body.deadline_after)
-        schedule = schedules.change(connection, row_id, caller.key_id, given)
+        key_id = caller.key_id if caller.tenant_id == known.tenant_id else None
+        schedule = schedules.change(connection, row_id, key_id, given)
         return _object(schedule)
 
     digest = body_digest("schedule change", {"schedule": row_id.hex} | body.model_dump(exclude_unset=True))
