@@ -25,6 +25,10 @@ OFFSET_BYTES = 8
 BLOCK_BYTES = 1 << 20
 
 
+NEVER_BETTER = (PermissionError, NotADirectoryError, IsADirectoryError)
+"""What a store raises that does not pass by itself."""
+
+
 @dataclass(frozen=True)
 class StoredObject:
     path: str

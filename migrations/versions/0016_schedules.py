@@ -73,7 +73,7 @@ def upgrade() -> None:
     for table in ("schedule", "schedule_run", "schedule_taken"):
         isolate(table)
     op.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON schedule TO lamplighter_gateway")
-    op.execute("GRANT SELECT, INSERT, UPDATE (state, error, ended_at) ON schedule_run TO lamplighter_gateway")
+    op.execute("GRANT SELECT, INSERT, UPDATE (state, error, ended_at, retry_at) ON schedule_run TO lamplighter_gateway")
     op.execute("GRANT SELECT, UPDATE (is_active, next_at) ON schedule TO lamplighter_scheduler")
     op.execute("GRANT SELECT, INSERT, DELETE, UPDATE (state, error, ended_at) ON schedule_run TO lamplighter_scheduler")
     op.execute("GRANT SELECT ON schedule TO lamplighter_preprocessor")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -19,15 +19,13 @@ from shared.db.tenants import Caller
 from shared.domain.errors import NotFound, QueueFull, RequestError
 from shared.domain.job import JobKind
 from shared.settings import Settings
-from shared.store import Store
+from shared.store import NEVER_BETTER, Store
 
 log = logging.getLogger(__name__)
 
 AS_SCHEDULE = frozenset({"submit"})
 MOST_TRIES = 12
 """A slot that ends so many tries in no way that is known, or the process with them, is given up: after some hours."""
-NEVER_BETTER = (PermissionError, NotADirectoryError, IsADirectoryError)
-"""Of a store: what does not pass by itself."""
 MAY_PASS = (QueueFull, OperationalError, InterfaceError, PoolTimeoutError, OSError)
 GIVEN_UP = {"message": "What the slot's job was to read could not be made, however often.", "code": "server_error"}
 
@@ -53,12 +51,22 @@ class Slots:
                     run = schedules.run(connection, run_id, schedule_id)
                 except NotFound:
                     return False  # deleted meanwhile
-                tries = schedules.begin_run(connection, run_id)
+                tries = None if self._is_over(connection, schedule, run) else schedules.begin_run(connection, run_id)
             if tries is None:
                 return False
             if tries > MOST_TRIES:
                 return self._end(schedule, run_id, "failed", GIVEN_UP)
             return self._make(schedule, run)
+
+    def _is_over(self, connection: Connection, schedule: ScheduleView, run: RunView) -> bool:
+        """End a slot that was put off, and meanwhile its schedule was paused, or its next one has come."""
+        if run.is_manual or run.state != "due":
+            return False
+        if not schedule.is_active:
+            error = {"message": "The schedule was paused.", "code": "changed"}
+            schedules.end_run(connection, run.run_id, "skipped", error=error)
+            return True
+        return schedules.fold(connection, schedule, run)
 
     @contextmanager
     def _alone(self, schedule_id: UUID) -> Iterator[bool]:

@@ -27,7 +27,7 @@ from shared.domain.multi_task import TrainingCreate
 from shared.domain.prepared_tasks import vector_shape
 from shared.domain.training_file import TrainingFileRefused
 from shared.settings import Settings
-from shared.store import Store, prepared_path
+from shared.store import NEVER_BETTER, Store, prepared_path
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,9 @@ class Preparations:
             columns = join(self._store, job.tenant_id, [(public_id, path or "") for public_id, path in found])
         except FileNotFoundError:
             return self._refuse(job, gone)
+        except NEVER_BETTER as error:
+            message = f"The store does not let a file be read: {error.strerror or type(error).__name__}."
+            return self._refuse(job, {"code": "input_unreadable", "message": message, "param": "input_file_ids"})
         with tenant_transaction(self._engine, job.tenant_id) as connection:
             files.add(connection, **columns)
             is_wanted = jobs.set_input(connection, job.job_id, columns["file_id"], columns["lines"])

@@ -34,28 +34,35 @@ class Eraser:
         """
         with self._engine.begin() as connection:
             open_ones = erasures.unfinished(connection)
-        still_open: dict[str, int] = {}
-        for erasure in open_ones:
-            with self._engine.begin() as connection:
-                still_open[erasure.erased_tenant] = erasures.stop_work(connection, erasure.erased_tenant)
-        ready = [erasure for erasure in open_ones if not still_open[erasure.erased_tenant]]
-        run_each([partial(self._take_turn, erasure, stopping) for erasure in ready])
+        stopped: list[ErasureView] = []
+        duties = [partial(self._stop, erasure, stopped) for erasure in open_ones]
+        # A list that grows while the duties before run: those whose work has ended take their turns.
+        run_each([*duties, lambda: run_each([partial(self._take_turn, each, stopping) for each in stopped])])
+
+    def _stop(self, erasure: ErasureView, stopped: list[ErasureView]) -> None:
+        with self._told(erasure), self._engine.begin() as connection:
+            if not erasures.stop_work(connection, erasure.erased_tenant):
+                stopped.append(erasure)
 
     def _take_turn(self, erasure: ErasureView, stopping: Callable[[], bool]) -> None:
         until = time.monotonic() + TURN_SECONDS
-        with self._alone(erasure) as is_mine:
-            if not is_mine:
-                return
-            try:
+        with self._alone(erasure) as is_mine, self._told(erasure):
+            if is_mine:
                 self._go_on(erasure, lambda: not stopping() and time.monotonic() < until)
-            except IntegrityError:
-                # Somebody was let in a moment ago, and has written what refers to what goes: the next tick finds it.
-                log.warning("rows came while a tenant was erased", extra={"erased_tenant": erasure.erased_tenant})
-            except (SQLAlchemyError, OSError) as error:
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                with self._engine.begin() as connection:
-                    erasures.note_problem(connection, erasure, problem)
+
+    @contextmanager
+    def _told(self, erasure: ErasureView) -> Iterator[None]:
+        """Have the report say what an erasure meets. Raises it, but for what the next tick finds."""
+        try:
+            yield
+        except (SQLAlchemyError, OSError) as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            with self._engine.begin() as connection:
+                erasures.note_problem(connection, erasure, f"{type(error).__name__}: {first_line}")
+            if not isinstance(error, IntegrityError):
                 raise
+            # Somebody was let in a moment ago, and has written what refers to what goes.
+            log.warning("rows came while a tenant was erased", extra={"erased_tenant": erasure.erased_tenant})
 
     @contextmanager
     def _alone(self, erasure: ErasureView) -> Iterator[bool]:
@@ -96,6 +103,9 @@ class Eraser:
     def _erase_contents(self, erasure: ErasureView) -> None:
         """Remove what lies in the store; killed before it is counted, the report has too few, not too many."""
         for directory in TENANT_DIRECTORIES:
+            with self._engine.begin() as connection:
+                if not erasures.is_erasing(connection, erasure):
+                    return  # another has ended it, as this one's session was lost; the name may be somebody else's
             objects, size = self._store.remove_all(f"{directory}/{erasure.erased_tenant}")
             with self._engine.begin() as connection:
                 erasures.count(connection, erasure, {"store objects": objects, "store bytes": size})

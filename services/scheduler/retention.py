@@ -97,6 +97,9 @@ class Retention:
             names = erasures.erased_names(connection)
         for name in names:
             for directory in OWN_DIRECTORIES:
+                with self._engine.begin() as connection:
+                    if name not in erasures.erased_names(connection):
+                        break  # somebody has taken it meanwhile
                 objects, _ = self._store.remove_all(f"{directory}/{name}")
                 if objects:
                     log.warning("removed what was written for an erased tenant", extra={"erased_tenant": name})

@@ -109,10 +109,11 @@ def unfinished(connection: Connection) -> list[ErasureView]:
 
 
 def erased_names(connection: Connection) -> list[str]:
-    """Return the names of tenants that were erased, and that nobody has taken again."""
+    """Return the names of tenants that were erased lately, and that nobody has taken again."""
     statement = text("""
         SELECT DISTINCT erased_tenant FROM erasure
-        WHERE ended_at IS NOT NULL AND NOT EXISTS (SELECT FROM tenant WHERE tenant.tenant_id = erased_tenant)
+        WHERE ended_at > now() - interval '7 days'
+            AND NOT EXISTS (SELECT FROM tenant WHERE tenant.tenant_id = erased_tenant)
     """)
     return list(connection.execute(statement).scalars())
 
@@ -131,6 +132,15 @@ def is_due(connection: Connection, erasure: ErasureView, grace_seconds: float) -
     statement = text("SELECT now() >= cast(:since AS timestamptz) + make_interval(secs => :grace)")
     due: bool = connection.execute(statement, {"since": erasure.requested_at, "grace": grace_seconds}).scalar_one()
     return due
+
+
+def is_erasing(connection: Connection, erasure: ErasureView) -> bool:
+    """Whether the tenant is there, and marked, and this its erasure."""
+    statement = text("""
+        SELECT 1 FROM erasure JOIN tenant ON tenant.tenant_id = erased_tenant AND erasing_since IS NOT NULL
+        WHERE erasure_id = :erasure_id AND ended_at IS NULL
+    """)
+    return connection.execute(statement, {"erasure_id": erasure.erasure_id}).one_or_none() is not None
 
 
 def note_problem(connection: Connection, erasure: ErasureView, problem: str | None) -> None:

@@ -467,10 +467,20 @@ def expire_due(connection: Connection) -> int:
             RETURNING tenant_id, job_id
         """)
     ).all()
-    for tenant_id, job_id in due:
+    # What was never joined has no lines that could be told of.
+    unjoined = connection.execute(
+        text("""
+            UPDATE job SET state = 'finalizing', stop_reason = 'expire', finalizing_at = now(), total = 0
+            WHERE job_id IN (
+                SELECT job_id FROM job WHERE state = 'validating' AND kind = 'batch' AND input_file_id IS NULL
+                    AND expires_at < now() ORDER BY job_id LIMIT 50 FOR NO KEY UPDATE SKIP LOCKED)
+            RETURNING tenant_id, job_id
+        """)
+    ).all()
+    for tenant_id, job_id in [*due, *unjoined]:
         slices.stop_job(connection, job_id, StopReason.EXPIRE, quiet=SliceState.CANCELLED)
         _status_event(connection, tenant_id, job_id, JobState.FINALIZING)
-    return len(due)
+    return len(due) + len(unjoined)
 
 
 @dataclass(frozen=True)

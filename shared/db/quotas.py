@@ -19,14 +19,16 @@ from shared.domain.slice import BYTES_PER_TOKEN
 
 FULL_RETRY_SECONDS = 60
 
-# Of what is not planned yet its files count, as often as it will read them; one that is only kept for a batch that is
-# taken over is not its own.
+# Of what is not planned yet its files count, as often as it will read them; of a batch over several these, until they
+# are joined. One that is only kept for a batch that is taken over is not its own.
 ENQUEUED = f"""
     SELECT coalesce(sum(part.tokens), 0)::bigint FROM job CROSS JOIN LATERAL (
         SELECT CASE WHEN job.state = 'validating'
             THEN (SELECT sum(file.bytes) / {BYTES_PER_TOKEN} FROM file WHERE file.tenant_id = job.tenant_id
                     AND (file.file_id = job.input_file_id
-                         OR NOT job.spec ? 'resume_from' AND job.spec -> 'file_ids' ? file.file_id::text))
+                         OR job.kind = 'batch' AND job.input_file_id IS NULL
+                            AND job.spec -> 'input_files' ? file.file_id::text
+                         OR job.kind <> 'batch' AND job.spec -> 'file_ids' ? file.file_id::text))
                 * CASE WHEN job.kind = 'batch' THEN 1
                     WHEN jsonb_typeof(job.spec #> '{{hyperparameters,n_epochs}}') = 'number'
                     THEN (job.spec #>> '{{hyperparameters,n_epochs}}')::float8 ELSE {USUAL_EPOCHS} END

@@ -226,8 +226,8 @@ def run_now(connection: Connection, schedule: ScheduleView) -> UUID:
     While one waits that was asked for before, it is that one. The caller holds the schedule's row.
     """
     known = text("""
-        SELECT run_id FROM schedule_run
-        WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id AND state = 'due' AND is_manual LIMIT 1
+        UPDATE schedule_run SET retry_at = now()
+        WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id AND state = 'due' AND is_manual RETURNING run_id
     """)
     owner = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id}
     waits: UUID | None = connection.execute(known, owner).scalar_one_or_none()
@@ -260,6 +260,7 @@ class RunView:
     schedule_id: UUID
     run_id: UUID
     slot: datetime
+    is_manual: bool
     missed: int
     state: str
     job_id: UUID | None
@@ -271,8 +272,8 @@ class RunView:
 
 
 _RUN = """
-    SELECT run.schedule_id, run.run_id, run.slot, run.missed, run.state, run.job_id, run.error, run.created_at,
-        run.ended_at, schedule.kind AS job_kind, job.state AS job_state
+    SELECT run.schedule_id, run.run_id, run.slot, run.is_manual, run.missed, run.state, run.job_id, run.error,
+        run.created_at, run.ended_at, schedule.kind AS job_kind, job.state AS job_state
     FROM {runs} AS run
     JOIN schedule ON schedule.tenant_id = run.tenant_id AND schedule.schedule_id = run.schedule_id
     LEFT JOIN job ON job.tenant_id = run.tenant_id AND job.job_id = run.job_id
@@ -328,6 +329,24 @@ def call_off_run(connection: Connection, run_id: UUID, error: dict[str, Any]) ->
     The longer a slot has waited, the longer are the pauses.
     """
     connection.execute(_CALL_OFF, _PAUSES | {"run_id": run_id, "error": error})
+
+
+_FOLD = text("""
+    UPDATE schedule_run SET missed = missed + :missed + 1 WHERE run_id = (
+        SELECT run_id FROM schedule_run
+        WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id AND state = 'due' AND NOT is_manual AND slot > :slot
+        ORDER BY slot DESC LIMIT 1)
+""")
+
+
+def fold(connection: Connection, schedule: ScheduleView, run: RunView) -> bool:
+    """Have a later slot, if one waits, make up for this one, which ends; return whether there was one."""
+    parameters = {"tenant_id": schedule.tenant_id, "schedule_id": schedule.schedule_id}
+    if connection.execute(_FOLD, parameters | {"slot": run.slot, "missed": run.missed}).rowcount == 0:
+        return False
+    error = {"message": "A later slot has come, and makes up for this one.", "code": "superseded"}
+    end_run(connection, run.run_id, "skipped", error=error)
+    return True
 
 
 def take_run(connection: Connection, run_id: UUID) -> bool:
@@ -411,9 +430,9 @@ PURGE = """
     DELETE FROM schedule_run WHERE run_id IN (
         SELECT run_id FROM schedule_run AS old WHERE state <> 'due'
             AND ended_at < now() - make_interval(days => :days)
-            AND (NOT EXISTS (
-                SELECT FROM job WHERE job.tenant_id = old.tenant_id AND job.job_id = old.job_id
-                    AND job.state = 'succeeded')
+            AND (coalesce((
+                SELECT job.state IN ('failed', 'cancelled', 'expired') FROM job
+                WHERE job.tenant_id = old.tenant_id AND job.job_id = old.job_id), true)
             OR EXISTS (
                 SELECT FROM schedule_run AS later
                 JOIN job ON job.tenant_id = later.tenant_id AND job.job_id = later.job_id

@@ -15,7 +15,7 @@ from shared.db import files, gates, jobs, quotas, results
 from shared.db.files import FileView
 from shared.db.jobs import JobView, NewBatch
 from shared.db.tenants import Caller
-from shared.domain.batch_file import MOST_TOGETHER, batch_errors, batch_model
+from shared.domain.batch_file import MAX_LINES, MOST_BYTES_TOGETHER, MOST_TOGETHER, batch_errors, batch_model
 from shared.domain.errors import Conflict, InvalidRequest, NotFound, QueueFull
 from shared.domain.job import BATCH_STATUS, JobKind, parse_file_id, parse_job_id, public_file_id, public_job_id
 from shared.domain.nesting import cut_deep, is_too_deep
@@ -54,7 +54,9 @@ def accept_batch(
     file = inputs[0] if body.input_file_ids is None else None
     resumed = _resumed(connection, caller.tenant_id, body) if body.resume_from is not None else {}
     # A file that will fail its batch takes no place in the queue, and is told so, not to try again.
-    will_fail = any(bool(batch_errors(each.validation or {}, body.endpoint)) for each in inputs)
+    # Of several files an empty one harms nobody, as long as another has lines.
+    with_lines = [each for each in inputs if each.lines] or inputs
+    will_fail = any(batch_errors(each.validation or {}, body.endpoint) for each in with_lines)
     lines = 0 if will_fail else sum(each.lines or 0 for each in inputs)
     check_queue(connection, settings, caller.tenant_id, lines)
     expiry = body.output_expires_after
@@ -70,7 +72,8 @@ def accept_batch(
         deadline=body.deadline_at,
         spec={"output_expires_after": expiry.model_dump() if expiry else None}
         | body.schedule
-        | _kept(resumed, [] if file is not None else inputs),
+        | resumed
+        | ({} if file is not None else _joined(inputs)),
         metadata=body.metadata,
         idempotency_key=key,
         lines=lines,
@@ -82,15 +85,10 @@ def accept_batch(
     return job_id
 
 
-def _kept(resumed: dict[str, Any], joined: Sequence[FileView]) -> dict[str, Any]:
-    """Return what a batch's spec says of files beside its input: `file_ids` are kept as long as it is open.
-
-    joined: Files of which a preprocessor makes its input (`input_files`).
-    """
-    if not joined:
-        return resumed
-    ids = [str(each.file_id) for each in joined]
-    return resumed | {"input_files": ids, "file_ids": [*resumed.get("file_ids", []), *ids]}
+def _joined(files: Sequence[FileView]) -> dict[str, Any]:
+    """Return what a batch's spec says of files of which a preprocessor makes its input; kept while it is open."""
+    ids = [str(each.file_id) for each in files]
+    return {"input_files": ids, "file_ids": ids}
 
 
 def retry_of(job: JobView) -> BatchCreate:
@@ -102,19 +100,21 @@ def retry_of(job: JobView) -> BatchCreate:
         raise Conflict(f"A {job.kind} job has no lines to retry.", code="not_retryable")
     if not job.state.is_terminal:
         raise Conflict(f"Cannot retry a batch with status '{BATCH_STATUS[job.state]}'.", code="not_retryable")
-    if job.completed >= job.total or job.input_file_id is None:
+    unjoined = job.spec.get("input_files") if job.input_file_id is None else None
+    if job.completed >= max(job.total, bool(unjoined)) or (job.input_file_id is None and not unjoined):
         raise Conflict("The batch has no failed lines.", code="not_retryable")
     deadline = job.spec.get("deadline")
     is_over = job.deadline is not None and job.deadline <= datetime.now(UTC)
     return BatchCreate(
-        input_file_id=public_file_id(job.input_file_id),
+        input_file_ids=[public_file_id(UUID(each)) for each in unjoined] if unjoined else None,
+        input_file_id=public_file_id(job.input_file_id) if job.input_file_id else "",
         endpoint=job.endpoint or "",
         completion_window=job.spec["completion_window"],
         metadata=job.metadata,
         priority=job.priority,
         window=job.spec.get("window"),
         deadline=None if is_over else deadline,
-        resume_from=public_job_id(job.kind, job.job_id),
+        resume_from=public_job_id(job.kind, job.job_id) if job.input_file_id else None,
     )
 
 
@@ -157,11 +157,27 @@ def _input_files(connection: Connection, body: BatchCreate) -> list[FileView]:
     if len({each.file_id for each in found}) < len(found):
         message = "input_file_ids: names a file twice."
         raise InvalidRequest(message, param="input_file_ids", code="invalid_value")
-    lines = sum(each.lines or 0 for each in found)
-    if len(found) > 1 and lines > MOST_TOGETHER:
+    if body.input_file_ids is not None:
+        _require_joinable(found, body)
+    return found
+
+
+def _require_joinable(found: Sequence[FileView], body: BatchCreate) -> None:
+    """Raise InvalidRequest for files that are too much, each or together, and for what goes with one file only."""
+    for number, each in enumerate(found):
+        if (each.lines or 0) > MAX_LINES:
+            message = f"input_file_ids[{number}]: has {each.lines} lines; a file may have {MAX_LINES}."
+            raise InvalidRequest(message, param=f"input_file_ids[{number}]", code="too_many_tasks")
+    lines, size = sum(each.lines or 0 for each in found), sum(each.bytes for each in found)
+    if lines > MOST_TOGETHER:
         message = f"input_file_ids: these files have {lines} lines; together they may have {MOST_TOGETHER}."
         raise InvalidRequest(message, param="input_file_ids", code="too_many_tasks")
-    return found
+    if size > MOST_BYTES_TOGETHER:
+        message = f"input_file_ids: these files have {size} bytes; together they may have {MOST_BYTES_TOGETHER}."
+        raise InvalidRequest(message, param="input_file_ids", code="too_many_tasks")
+    if body.resume_from is not None:
+        message = "resume_from: goes with one input_file_id, such as that of the batch which is resumed."
+        raise InvalidRequest(message, param="resume_from", code="invalid_value")
 
 
 def _input_file(connection: Connection, public_id: str, param: str) -> FileView:

@@ -215,7 +215,8 @@ def planned(connection: Connection, job: UnpreparedJob, outcome: dict[str, Any])
 
 
 _REJECT = text("""
-    UPDATE job SET state = 'failed', error = :error, errors = :errors, ended_at = now()
+    UPDATE job SET state = 'failed', error = :error, errors = :errors, ended_at = now(),
+        total = CASE WHEN kind = 'batch' THEN 0 ELSE total END
     WHERE job_id = :job_id AND state = 'validating'
 """).bindparams(bindparam("error", type_=JSONB), bindparam("errors", type_=JSONB))
 
@@ -225,6 +226,8 @@ def reject(
 ) -> None:
     """End a job whose data cannot be trained on. `error` is {code, message, param}; `lines` say what is wrong where."""
     error = {"message": error["message"], "type": "invalid_request_error", "param": error["param"]} | error
+    if job.kind == JobKind.BATCH and not lines:  # whose clients look for errors there alone
+        lines = [{"code": error["code"], "message": error["message"], "param": error["param"], "line": None}]
     done = connection.execute(_REJECT, {"job_id": job.job_id, "error": error, "errors": list(lines)})
     if done.rowcount == 0:
         return

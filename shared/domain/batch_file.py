@@ -13,6 +13,7 @@ MAX_LINES = 50_000
 """Of one file."""
 MOST_TOGETHER = 1_000_000
 """Of all files of a batch that names several."""
+MOST_BYTES_TOGETHER = 4 << 30
 MAX_LINE_BYTES = 1_000_000
 MAX_ERRORS = 100
 """Errors listed for one file; the rest are counted by nobody, as the file must be mended anyway."""
@@ -158,7 +159,8 @@ def _in_its_file(error: dict[str, Any], parts: list[tuple[int, str]]) -> dict[st
     """Return an error of files that were joined with the file's id, and its line there; `parts`: (first line, id)."""
     if error["line"] is None:
         return error
-    first, file_id = max((first, file_id) for first, file_id in parts if first <= error["line"])
+    # The last of those that begin there: one without lines begins where the next does.
+    first, file_id = next((first, file_id) for first, file_id in reversed(parts) if first <= error["line"])
     return error | {"message": f"{file_id}: {error['message']}", "line": error["line"] - first + 1}
 
 

@@ -118,7 +118,8 @@ def test_a_batch_for_the_night_after_another(cli, tmp_path):
     listed = {job["id"]: job for job in json.loads(cli("jobs", "--json", "--limit", "5"))}
     assert listed[first]["window"] == {"start": f"{start:%H:%M}", "end": f"{end:%H:%M}", "tz": "UTC"}
     assert listed[second]["after"] == [first]
-    local = cli(*command, "--window", "01:00-02:00", "--json")
+    here = f"{start.astimezone():%H:%M}-{end.astimezone():%H:%M}"
+    local = cli(*command, "--window", here, "--json")
     assert json.loads(local)["status"] == "validating"
     cli(*command, "--window", "night", code=2)
     cli(*command, "--window", hours, "--tz", "Nowhere/Land", code=1)

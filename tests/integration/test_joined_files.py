@@ -10,8 +10,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.preprocessor.training import Preparations
+from services.scheduler.finalizer import Finalizer
 from services.scheduler.planner import Planner
 from shared.db import jobs, submissions, training
+from shared.db.quotas import ENQUEUED
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
@@ -201,3 +203,34 @@ def test_files_whose_content_is_gone_fail_their_batch(database, store, inputs, t
     with tenant_transaction(database.engine("gateway"), "default") as connection:
         job = jobs.get(connection, job_id)
     assert (job.state, job.error["code"], job.error["param"]) == ("failed", "file_not_found", "input_file_ids")
+    assert (job.errors[0]["code"], job.errors[0]["line"], job.total) == ("file_not_found", None, 0)
+
+
+def test_a_batch_that_nobody_joins_expires_and_can_be_tried_again(database, store, inputs):
+    job_id = accept(database, input_file_ids=inputs)
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql("UPDATE job SET expires_at = now() WHERE job_id = %s", (job_id,))
+    finalizer = Finalizer(database.engine("scheduler"), store)
+    finalizer.tick()
+    finalizer.tick()
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        job = jobs.get(connection, job_id)
+    assert (job.state, job.total, job.errors) == ("expired", 0, None)
+    again = submissions.retry_of(job)
+    assert again.input_file_ids == inputs and again.resume_from is None
+    assert accept(database, **again.model_dump(include={"input_file_ids"}))
+
+
+def test_queues_count_all_lines_of_all_files(database, store, inputs):
+    """Also where one of them is empty, which harms nobody."""
+    migration = database.engine("migration")
+    empty = make_job(migration, store, [])
+    file_id = scalar(migration, "SELECT input_file_id FROM job WHERE job_id = :j", j=empty)
+    with migration.begin() as connection:
+        connection.exec_driver_sql("UPDATE job SET state = 'cancelled', ended_at = now()")
+    job_id = accept(database, input_file_ids=[f"file-{file_id.hex}", *inputs])
+    assert scalar(migration, "SELECT total FROM job WHERE job_id = :j", j=job_id) == 15
+    assert scalar(migration, ENQUEUED, tenant_id="default") > 0
+    with pytest.raises(InvalidRequest) as refused:
+        accept(database, input_file_ids=inputs, resume_from=f"batch_{job_id.hex}")
+    assert refused.value.param == "resume_from"

@@ -357,6 +357,29 @@ def test_a_slot_that_takes_longer_than_it_is_to_the_next_is_made(database, store
     assert [run.state for run in runs_of(database, schedule)] == ["due", "submitted"]
 
 
+def test_what_was_put_off_is_not_made_after_a_pause_nor_beside_a_later_slot(database, store, slots, timekeeper):
+    """A full queue puts off a slot while it is worked on; then the schedule rests, or the next slot comes."""
+    full = Slots(
+        database.engine("preprocessor"), store, database.settings("preprocessor", max_queued_lines_per_tenant=1)
+    )
+    schedule = add_schedule(database, batch_spec(database, store))
+    come_due(database, schedule)
+    timekeeper.note()
+    assert make_all(database, full) == 0
+    with database.engine("migration").begin() as connection:
+        later = (
+            "INSERT INTO schedule_run (tenant_id, schedule_id, slot) SELECT tenant_id, schedule_id, now() FROM schedule"
+        )
+        connection.exec_driver_sql(later)
+    assert make_all(database, slots) == 1
+    assert [(run.state, run.missed) for run in runs_of(database, schedule)] == [("submitted", 1), ("skipped", 0)]
+    with database.engine("migration").begin() as connection:
+        connection.exec_driver_sql(later)
+        connection.exec_driver_sql("UPDATE schedule SET is_active = false")
+    assert make_all(database, slots) == 0
+    assert runs_of(database, schedule)[0].error["code"] == "changed"
+
+
 def test_asked_for_twice_it_is_one_run(database, store, slots):
     schedule = add_schedule(database, batch_spec(database, store))
     with tenant_transaction(database.engine("gateway"), "default") as connection:

@@ -26,6 +26,7 @@ from shared.domain.fine_tuning import FineTuningCreate, Hyperparameters
 from shared.domain.job import JobState, StopReason, public_file_id
 from shared.domain.slice import SliceKind
 from tests.support.batches import rows, scalar
+from tests.support.servers import wait_until
 
 STEPS = 6
 
@@ -235,7 +236,7 @@ def test_one_preprocessor_at_a_time_and_its_death_frees_the_job(database, job):
     one, other = (database.engine("preprocessor").connect() for _ in range(2))
     assert training.preparation_lock(one, job) and not training.preparation_lock(other, job)
     one.invalidate()
-    assert training.preparation_lock(other, job)
+    wait_until(lambda: training.preparation_lock(other, job), 10, "Postgres has noticed the end of a connection")
     other.invalidate()
 
 

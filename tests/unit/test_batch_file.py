@@ -133,7 +133,7 @@ def test_faults_of_joined_files_are_those_of_each():
         "urls": {"/v1/other": [6]},
         "models": {"a": 1, "b": 4},
         "errors": [],
-        "parts": [[1, "f1"], [4, "f2"]],
+        "parts": [[1, "f1"], [4, "zz"], [4, "f2"]],
     }
     found = [
         (error["code"], error["line"], error["message"][:4])
