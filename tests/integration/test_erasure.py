@@ -60,7 +60,9 @@ def tenants(stack, admin):
         key = admin.post("/v1/keys", json={"tenant": name}).json()["key"]
         made[name] = key
         fill(stack, admin, name, key)
-    return made
+    yield made
+    for name in made:  # other tests look at the same stack
+        admin.delete(f"/v1/tenants/{name}")
 
 
 def fill(stack, admin, tenant, key):

@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import openai
 import psycopg
@@ -194,7 +194,8 @@ def test_a_repeated_registration_makes_one_target_and_keeps_no_secret(sdk, nativ
     sdk.webhooks.delete(first.id)
     with psycopg.connect(stack.database_url("superuser")) as connection:
         kept = connection.execute("SELECT count(*) FROM idempotency WHERE response LIKE '%%whsec_A%%'").fetchone()
-        secrets = connection.execute("SELECT count(*) FROM webhook_secret").fetchone()
+        of_target = "SELECT count(*) FROM webhook_secret WHERE webhook_id = %s"
+        secrets = connection.execute(of_target, (UUID(first.id.removeprefix("we_")),)).fetchone()
     assert kept == (0,) and secrets == (0,), "with a target its secrets go"
 
 
