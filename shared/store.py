@@ -10,6 +10,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -170,7 +171,8 @@ class ObjectWriter:
         """Drop what was written. What was committed stays: a transaction whose end is unknown may name it."""
         if self._is_committed:
             return
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing fails, as it writes what is left
+            self._file.close()
         self._filesystem.rm_file(self._temporary)
 
 

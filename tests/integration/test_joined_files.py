@@ -18,6 +18,7 @@ from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest
 from shared.domain.submission import BatchCreate
+from shared.store import Store
 from tests.support.batches import CHAT, chat_line, jsonl, make_job, read_lines, rows, scalar, wait_for
 from tests.support.servers import ROOT, wait_until
 
@@ -188,6 +189,28 @@ def test_a_batch_that_is_cancelled_while_its_files_are_joined_leaves_nothing(
     assert not Preparations(database.engine("preprocessor"), settings).prepare("default", job_id)
     gone = rows(database.engine("migration"), "SELECT deleted_at FROM file WHERE filename = 'joined.jsonl'")
     assert [row.deleted_at is not None for row in gone] == [True]
+
+
+def test_a_full_disk_leaves_a_batch_that_is_joined_when_there_is_room(database, small_disk):
+    store = Store(str(small_disk))
+    ids = []
+    for name in "ab":
+        lines = [chat_line(f"{name}-{number}", "x" * 900) for number in range(150)]
+        job_id = make_job(database.engine("migration"), store, lines)
+        file_id = scalar(database.engine("migration"), "SELECT input_file_id FROM job WHERE job_id = :j", j=job_id)
+        ids.append(f"file-{file_id.hex}")
+    job_id = accept(database, input_file_ids=ids)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 600_000)
+    settings = database.settings("preprocessor", store_url=str(small_disk))
+    preparations = Preparations(database.engine("preprocessor"), settings)
+    before = set(store.older_than("files", -60))
+    for _ in range(training.MOST_PREPARATIONS + 1):  # no try counts
+        with pytest.raises(OSError, match="No space left"):
+            preparations.prepare("default", job_id)
+    assert set(store.older_than("files", -60)) == before
+    ballast.unlink()
+    assert preparations.prepare("default", job_id)
 
 
 def test_files_whose_content_is_gone_fail_their_batch(database, store, inputs, tmp_path):

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+import redis
 from celery import Celery
 
 from services.preprocessor.gathering import SETTLED
@@ -20,6 +21,8 @@ from services.scheduler.retention import Retention
 from services.scheduler.timekeeper import Timekeeper
 from shared.db import schedules
 from shared.db.session import connect_engine, tenant_transaction
+from shared.queueing.celery_app import create_app
+from shared.queueing.names import PREPROCESS_QUEUE
 from shared.store import Store, incoming_path
 from tests.support.batches import CHAT, chat_line, chat_lines, jsonl, make_job, read_lines, rows, scalar
 from tests.support.servers import ROOT, wait_until
@@ -81,7 +84,7 @@ def make_all(database, slots):
 
 
 def jobs_of(database, schedule):
-    prefix = f"{schedules.public_id(schedule.schedule_id)}:%"
+    prefix = f"{schedules.ID.show(schedule.schedule_id)}:%"
     statement = (
         "SELECT job_id, input_file_id, deadline, key_id FROM job WHERE idempotency_key LIKE :p ORDER BY created_at"
     )
@@ -257,6 +260,41 @@ def test_what_cannot_be_made_is_said_and_what_may_pass_waits(database, store, sl
         schedules.run_now(connection, waits)
     assert make_all(database, slots) == 0
     assert [each.error["code"] for each in runs_of(database, waits)[:1]] == ["still_open"]
+
+
+def test_a_full_disk_puts_a_slot_off_and_leaves_nothing_behind(database, small_disk, timekeeper):
+    store = Store(str(small_disk))
+    lay(store, "default", "in", "a.jsonl", [chat_line(f"line-{n}", "x" * 900) for n in range(300)])
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 600_000)
+    schedule = add_schedule(database, {"input_file_id": {"directory": "in"}, "endpoint": CHAT})
+    come_due(database, schedule)
+    timekeeper.note()
+    slots = Slots(database.engine("preprocessor"), store, database.settings("preprocessor"))
+    assert make_all(database, slots) == 0
+    (run,) = runs_of(database, schedule)
+    assert (run.state, run.error["code"]) == ("due", "unavailable")
+    assert list(store.older_than("files", -60)) == []
+    ballast.unlink()
+    assert make_all(database, slots) == 1
+    (job,) = jobs_of(database, schedule)
+    assert len(lines_of(database, store, job.input_file_id)) == 300
+
+
+def test_slots_whose_messages_redis_lost_are_named_again(database, store, slots, redis_server, monkeypatch):
+    client = redis.Redis.from_url(redis_server.url)
+    timekeeper = Timekeeper(database.engine("scheduler"), create_app(redis_server.url))
+    schedule = add_schedule(database, batch_spec(database, store))
+    come_due(database, schedule)
+    timekeeper.note()
+    assert (timekeeper.ring(), client.llen(PREPROCESS_QUEUE)) == (1, 1)
+    assert timekeeper.ring() == 0
+    client.flushall()
+    monkeypatch.setattr("services.scheduler.ringing.RING_AGAIN_SECONDS", 0.0)
+    assert (timekeeper.ring(), client.llen(PREPROCESS_QUEUE)) == (1, 1)
+    assert timekeeper.ring() == 1 and make_all(database, slots) == 1  # named twice, made once
+    assert timekeeper.ring() == 0 and len(jobs_of(database, schedule)) == 1
+    client.flushall()
 
 
 def test_a_zone_that_is_no_more_stops_its_schedule_and_no_other(database, store, timekeeper):
