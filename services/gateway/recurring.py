@@ -58,7 +58,7 @@ def _check_result(connection: Connection, source: ResultSource, *, wants_model: 
         return InvalidRequest(f"{where}: {message}.", param=where, code="invalid_value")
 
     try:
-        other = schedules.get(connection, schedules.parse_id(source.last_result_of))
+        other = schedules.get(connection, schedules.ID.parse(source.last_result_of))
     except NotFound as error:
         raise refusal(error.message.removesuffix(".")) from None
     if wants_model:

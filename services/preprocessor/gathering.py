@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 
 from services.preprocessor.conversion import answered_text, asking, converted, whole_lines
 from shared.db import files, jobs, results, schedules
+from shared.db.files import FileView
 from shared.db.jobs import JobView
 from shared.db.schedules import ScheduleView
 from shared.db.session import tenant_transaction
@@ -108,7 +109,6 @@ class Gatherer:
         if not fresh:
             raise NothingNew(f"There is no new file in {source.directory!r}.")
         gathered.taken += [(each.path, each.version) for each in fresh]
-        gathered.parts = []
         return self._write(schedule, gathered, self._lines_of(fresh, gathered))
 
     def _lines_of(self, objects: list[StoredObject], gathered: Gathered) -> Iterator[bytes]:
@@ -136,7 +136,7 @@ class Gatherer:
         where = f"spec.{spelt(place)}"
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:
             try:
-                other = schedules.get(connection, schedules.parse_id(source.last_result_of))
+                other = schedules.get(connection, schedules.ID.parse(source.last_result_of))
             except NotFound as error:
                 raise InvalidRequest(f"{where}: {error.message}", param=where, code="invalid_value") from None
             job_id = schedules.last_result(connection, schedule.tenant_id, other.schedule_id, gathered.at)
@@ -178,17 +178,21 @@ class Gatherer:
             if not page:
                 return
             after = page[-1][0]
-            for first, group in groupby(page, key=lambda row: row[0] // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE):
-                rows = list(group)  # of a sparse batch only the stretches that were answered are read
-                last = rows[-1][0] + 1
-                try:
-                    lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, last)
-                except FileNotFoundError:
-                    raise InvalidRequest(QUESTIONS_GONE, code="file_not_found") from None
-                for line_no, custom_id, body in rows:
-                    answer = answered_text(orjson.loads(body))
-                    if answer:
-                        yield custom_id, json.loads(lines[line_no - first])["body"], answer
+            yield from self._with_questions(asked, page)
+
+    def _with_questions(
+        self, asked: FileView, page: list[tuple[int, str, str]]
+    ) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yield what answered lines asked; of a sparse batch only the stretches that were answered are read."""
+        for first, group in groupby(page, key=lambda row: row[0] // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE):
+            rows = list(group)
+            try:
+                lines = self._store.read_lines(asked.store_path or "", asked.index_path or "", first, rows[-1][0] + 1)
+            except FileNotFoundError:
+                raise InvalidRequest(QUESTIONS_GONE, code="file_not_found") from None
+            for line_no, custom_id, body in rows:
+                if answer := answered_text(orjson.loads(body)):
+                    yield custom_id, json.loads(lines[line_no - first])["body"], answer
 
     def _ask_model(self, schedule: ScheduleView, gathered: Gathered, *, is_new: bool) -> None:
         """Have every line of a batch ask the model that its schedule names. `is_new`: its file was made for this."""
@@ -232,7 +236,7 @@ class Gatherer:
                 tenant_id=schedule.tenant_id,
                 file_id=file_id,
                 purpose="batch" if is_batch else "fine-tune",
-                filename=f"{schedules.public_id(schedule.schedule_id)}{SUFFIX}",
+                filename=f"{schedules.ID.show(schedule.schedule_id)}{SUFFIX}",
                 expires_after_seconds=BATCH_FILE_SECONDS,
             )
         except BaseException:

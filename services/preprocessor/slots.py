@@ -1,20 +1,18 @@
 """Makes a job of a schedule's slot: once, whatever is killed on the way."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from services.preprocessor.gathering import Gathered, Gatherer, NothingNew
 from shared.db import acceptance, files, schedules, submissions
 from shared.db.schedules import RunView, ScheduleView
-from shared.db.session import is_outage, tenant_transaction
+from shared.db.session import alone, is_outage, tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import NotFound, QueueFull, RequestError
 from shared.domain.job import JobKind
@@ -42,8 +40,8 @@ class Slots:
 
         What may pass puts the slot off, and so does what is raised: errors that nobody foresaw, a few times.
         """
-        with self._alone(schedule_id) as is_mine:
-            if not is_mine:
+        with alone(self._engine, schedules.lock_name(schedule_id)) as session:
+            if session is None:
                 return False
             with tenant_transaction(self._engine, tenant_id) as connection:
                 try:
@@ -67,16 +65,6 @@ class Slots:
             schedules.end_run(connection, run.run_id, "skipped", error=error)
             return True
         return schedules.fold(connection, schedule, run)
-
-    @contextmanager
-    def _alone(self, schedule_id: UUID) -> Iterator[bool]:
-        with self._engine.connect() as connection:
-            session = connection.execution_options(isolation_level="AUTOCOMMIT")
-            try:
-                yield schedules.lock_for_session(session, schedule_id)
-            finally:
-                # A connection that goes back to the pool would keep its session's locks.
-                session.execute(text("SELECT pg_advisory_unlock_all()"))
 
     def _make(self, schedule: ScheduleView, run: RunView) -> bool:
         try:
@@ -123,7 +111,7 @@ class Slots:
 
     def _write(self, schedule: ScheduleView, run: RunView, gathered: Gathered) -> bool:
         """Write the job, its files, what they were taken from and the slot's end, in one transaction."""
-        key = f"{schedules.public_id(schedule.schedule_id)}:{run.slot.astimezone(UTC).isoformat()}"
+        key = f"{schedules.ID.show(schedule.schedule_id)}:{run.slot.astimezone(UTC).isoformat()}"
         body = acceptance.read_body(schedule.kind, gathered.spec | self._deadline(schedule))
         caller = Caller(schedule.tenant_id, schedule.key_id, AS_SCHEDULE)
         with tenant_transaction(self._engine, schedule.tenant_id) as connection:

@@ -1,13 +1,13 @@
 """Prepares the data of training jobs that wait for it, and queues or refuses them; joins the files of batches."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from services.preprocessor.estimates import Estimate, estimate, estimate_tasks
@@ -18,7 +18,7 @@ from services.preprocessor.task_outcome import body_of, tasks_outcome
 from services.preprocessor.task_rows import PreparedSource, Reading, Source, prepare_source
 from services.preprocessor.tokenization import TokenizerFiles
 from shared.db import files, jobs, model_registry, multi_task, training
-from shared.db.session import tenant_transaction
+from shared.db.session import alone, tenant_transaction
 from shared.db.training import MOST_PREPARATIONS, UnpreparedJob
 from shared.domain.errors import ModelRefused, NotFound, SpecificationRefused
 from shared.domain.fine_tuning import Hyperparameters, parallelism_of
@@ -46,8 +46,8 @@ class Preparations:
 
         Raises OperationalError and OSError for what may pass: the job goes on waiting.
         """
-        with self._alone(job_id) as is_mine:
-            if not is_mine:
+        with alone(self._engine, training.lock_name(job_id)) as session:
+            if session is None:
                 return False
             with tenant_transaction(self._engine, tenant_id) as connection:
                 job = training.begin_preparation(connection, job_id)
@@ -59,17 +59,6 @@ class Preparations:
                 with tenant_transaction(self._engine, tenant_id) as connection:
                     training.call_off_preparation(connection, job)
                 raise
-
-    @contextmanager
-    def _alone(self, job_id: UUID) -> Iterator[bool]:
-        with self._engine.connect() as connection:
-            session = connection.execution_options(isolation_level="AUTOCOMMIT")
-            is_mine = training.preparation_lock(session, job_id)
-            try:
-                yield is_mine
-            finally:
-                # A connection that goes back to the pool would keep its session's locks.
-                session.execute(text("SELECT pg_advisory_unlock_all()"))
 
     def _prepare(self, job: UnpreparedJob) -> bool:
         if job.preparations >= MOST_PREPARATIONS:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from services.scheduler.ticks import run_each
 from shared.db import erasures
 from shared.db.erasures import ErasureView
+from shared.db.session import alone
 from shared.settings import Settings
 from shared.store import TENANT_DIRECTORIES, Store
 
@@ -45,9 +46,10 @@ class Eraser:
                 stopped.append(erasure)
 
     def _take_turn(self, erasure: ErasureView, stopping: Callable[[], bool]) -> None:
+        """Delete for a while. Alone: a name that is free again must not be emptied by a scheduler that is late."""
         until = time.monotonic() + TURN_SECONDS
-        with self._alone(erasure) as is_mine, self._told(erasure):
-            if is_mine:
+        with alone(self._engine, erasures.lock_name(erasure)) as session, self._told(erasure):
+            if session is not None and erasures.is_due(session, erasure, self._grace_seconds):
                 self._go_on(erasure, lambda: not stopping() and time.monotonic() < until)
 
     @contextmanager
@@ -63,16 +65,6 @@ class Eraser:
                 raise
             # Somebody was let in a moment ago, and has written what refers to what goes.
             log.warning("rows came while a tenant was erased", extra={"erased_tenant": erasure.erased_tenant})
-
-    @contextmanager
-    def _alone(self, erasure: ErasureView) -> Iterator[bool]:
-        """Hold an erasure against other schedulers: a name that is free again must not be emptied by a late one."""
-        with self._engine.connect() as connection:
-            session = connection.execution_options(isolation_level="AUTOCOMMIT")
-            try:
-                yield erasures.take(session, erasure) and erasures.is_due(session, erasure, self._grace_seconds)
-            finally:
-                session.execute(text("SELECT pg_advisory_unlock_all()"))
 
     def _go_on(self, erasure: ErasureView, may_go_on: Callable[[], bool]) -> None:
         """Safe to be killed anywhere: each part is deleted and counted in one transaction."""

@@ -20,29 +20,14 @@ from sqlalchemy.dialects.postgresql import JSONB
 from shared.db import jobs
 from shared.db.models import SYSTEM_TENANT
 from shared.domain.errors import Conflict, NotFound
+from shared.domain.ids import IdForm
 
-ID_PREFIX = "erasure_"
+ID = IdForm("erasure_", "erasure", "id")
 OF_TENANT = (
     *("schedule_taken", "schedule_run", "schedule", "webhook_delivery", "webhook_secret", "webhook"),
     *("online_usage", "device_use", "model", "file", "idempotency", "audit_finding", "api_key"),
 )
 """Tables whose rows belong to the tenant itself, in an order that foreign keys allow; others' belong to its jobs."""
-
-
-def public_id(erasure_id: UUID) -> str:
-    return f"{ID_PREFIX}{erasure_id.hex}"
-
-
-def parse_id(shown: str) -> UUID:
-    """Return the row's id; raises NotFound for what is none."""
-    if shown.startswith(ID_PREFIX):
-        with suppress(ValueError):
-            return UUID(hex=shown.removeprefix(ID_PREFIX))
-    raise _not_found()
-
-
-def _not_found() -> NotFound:
-    return NotFound("No erasure found with this id.", param="id")
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ def get(connection: Connection, erasure_id: UUID) -> ErasureView:
     statement = text(f"SELECT {_COLUMNS} FROM erasure WHERE erasure_id = :erasure_id")
     row = connection.execute(statement, {"erasure_id": erasure_id}).mappings().one_or_none()
     if row is None:
-        raise _not_found()
+        raise ID.not_found()
     return ErasureView(**row)
 
 
@@ -118,20 +103,19 @@ def erased_names(connection: Connection) -> list[str]:
     return list(connection.execute(statement).scalars())
 
 
-def take(connection: Connection, erasure: ErasureView) -> bool:
-    """Take an erasure for this session, until its connection ends; False when another has it, or it is done."""
-    lock = text("SELECT pg_try_advisory_lock(hashtextextended('erase:' || :erasure_id, 0))")
-    if not connection.execute(lock, {"erasure_id": erasure.erasure_id.hex}).scalar_one():
-        return False
-    open_one = text("SELECT 1 FROM erasure WHERE erasure_id = :erasure_id AND ended_at IS NULL")
-    return connection.execute(open_one, {"erasure_id": erasure.erasure_id}).one_or_none() is not None
+def lock_name(erasure: ErasureView) -> str:
+    """Return what a session holds that goes on with an erasure (`shared.db.session.alone`)."""
+    return f"erase:{erasure.erasure_id.hex}"
 
 
 def is_due(connection: Connection, erasure: ErasureView, grace_seconds: float) -> bool:
-    """Whether so much time has passed since it was asked for, by the database's clock."""
-    statement = text("SELECT now() >= cast(:since AS timestamptz) + make_interval(secs => :grace)")
-    due: bool = connection.execute(statement, {"since": erasure.requested_at, "grace": grace_seconds}).scalar_one()
-    return due
+    """Whether it is not done, and so much time has passed since it was asked for, by the database's clock."""
+    statement = text("""
+        SELECT 1 FROM erasure WHERE erasure_id = :erasure_id AND ended_at IS NULL
+            AND requested_at + make_interval(secs => :grace) <= now()
+    """)
+    parameters = {"erasure_id": erasure.erasure_id, "grace": grace_seconds}
+    return connection.execute(statement, parameters).one_or_none() is not None
 
 
 def is_erasing(connection: Connection, erasure: ErasureView) -> bool:

@@ -4,7 +4,6 @@ The gateway writes schedules, the scheduler notes slots as they come, and the pr
 """
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,43 +12,15 @@ from uuid import UUID, uuid4
 from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.dialects.postgresql import JSONB
 
-from shared.domain.errors import InvalidRequest, NotFound
+from shared.domain.errors import InvalidRequest
+from shared.domain.ids import IdForm
 from shared.domain.job import JobKind
 from shared.domain.recurrence import Due, due, read_recurrence
 
-ID_PREFIX = "sched_"
-RUN_PREFIX = "run_"
+ID = IdForm("sched_", "schedule", "schedule_id")
+RUN_ID = IdForm("run_", "run", "after")
 MOST_SCHEDULES = 500
 """Of a tenant: each is looked at whenever it is due."""
-
-
-def public_id(schedule_id: UUID) -> str:
-    return f"{ID_PREFIX}{schedule_id.hex}"
-
-
-def parse_id(shown: str, param: str = "schedule_id") -> UUID:
-    """Return the row's id; raises NotFound for what is none."""
-    return _parse(shown, ID_PREFIX, "schedule", param)
-
-
-def public_run_id(run_id: UUID) -> str:
-    return f"{RUN_PREFIX}{run_id.hex}"
-
-
-def parse_run_id(shown: str, param: str) -> UUID:
-    """Return the row's id; raises NotFound for what is none."""
-    return _parse(shown, RUN_PREFIX, "run", param)
-
-
-def _parse(shown: str, prefix: str, what: str, param: str) -> UUID:
-    if shown.startswith(prefix):
-        with suppress(ValueError):
-            return UUID(hex=shown.removeprefix(prefix))
-    raise _not_found(what, param)
-
-
-def _not_found(what: str, param: str) -> NotFound:
-    return NotFound(f"No {what} found with this id.", param=param)
 
 
 @dataclass(frozen=True)
@@ -139,7 +110,7 @@ _PASS_OVER = text("""
     UPDATE schedule_run SET state = 'skipped', error = :error, ended_at = now() WHERE run_id IN (
         SELECT run_id FROM schedule_run
         WHERE tenant_id = :tenant_id AND schedule_id = :schedule_id AND state = 'due' AND NOT is_manual
-            AND (tries = 0 OR pg_try_advisory_xact_lock(hashtextextended('schedule:' || :schedule_hex, 0)))
+            AND (tries = 0 OR pg_try_advisory_xact_lock(hashtextextended(:lock, 0)))
         FOR UPDATE SKIP LOCKED)
     RETURNING missed
 """).bindparams(bindparam("error", type_=JSONB))
@@ -147,16 +118,14 @@ _PASS_OVER = text("""
 
 def _pass_over(connection: Connection, tenant_id: str, schedule_id: UUID, message: str, code: str) -> int:
     """End slots of which nothing has become yet, and that nobody works on; return how many they stood for."""
-    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id, "schedule_hex": schedule_id.hex}
+    parameters = {"tenant_id": tenant_id, "schedule_id": schedule_id, "lock": lock_name(schedule_id)}
     parameters |= {"error": {"message": message, "code": code}}
     return sum(missed + 1 for missed in connection.execute(_PASS_OVER, parameters).scalars())
 
 
-def lock_for_session(session: Connection, schedule_id: UUID) -> bool:
-    """Take a schedule's slots for a session, until that unlocks or ends; False when another has them."""
-    lock = text("SELECT pg_try_advisory_lock(hashtextextended('schedule:' || :schedule_id, 0))")
-    is_mine: bool = session.execute(lock, {"schedule_id": schedule_id.hex}).scalar_one()
-    return is_mine
+def lock_name(schedule_id: UUID) -> str:
+    """Return what a session holds that makes a schedule's slots into jobs (`shared.db.session.alone`)."""
+    return f"schedule:{schedule_id.hex}"
 
 
 def get(connection: Connection, schedule_id: UUID, *, for_update: bool = False) -> ScheduleView:
@@ -165,7 +134,7 @@ def get(connection: Connection, schedule_id: UUID, *, for_update: bool = False) 
     statement = text(f"SELECT {_COLUMNS} FROM schedule WHERE schedule_id = :schedule_id {lock}")
     row = connection.execute(statement, {"schedule_id": schedule_id}).mappings().one_or_none()
     if row is None:
-        raise _not_found("schedule", "schedule_id")
+        raise ID.not_found()
     return _view(row)
 
 
@@ -185,7 +154,7 @@ def delete(connection: Connection, schedule_id: UUID) -> None:
     """Forget a schedule and its slots; its jobs stay. Raises NotFound."""
     statement = text("DELETE FROM schedule WHERE schedule_id = :schedule_id")
     if connection.execute(statement, {"schedule_id": schedule_id}).rowcount == 0:
-        raise _not_found("schedule", "schedule_id")
+        raise ID.not_found()
 
 
 DUE = """
@@ -299,7 +268,7 @@ def run(connection: Connection, run_id: UUID, schedule_id: UUID) -> RunView:
     statement = text(f"{found} WHERE run.run_id = :run_id AND run.schedule_id = :schedule_id")
     row = connection.execute(statement, {"run_id": run_id, "schedule_id": schedule_id}).mappings().one_or_none()
     if row is None:
-        raise _not_found("run", "after")
+        raise RUN_ID.not_found()
     return RunView(**row)
 
 

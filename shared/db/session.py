@@ -69,6 +69,30 @@ def is_away(error: OperationalError) -> bool:
     return code is None or code.startswith(("08", "57P"))
 
 
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+
+
+def try_lock(session: Connection, name: str) -> bool:
+    """Take a name for a session, until that unlocks or its connection ends; False when another has it."""
+    is_mine: bool = session.execute(_TRY_LOCK, {"name": name}).scalar_one()
+    return is_mine
+
+
+@contextmanager
+def alone(engine: Engine, name: str) -> Iterator[Connection | None]:
+    """Hold a name against all other sessions; yields the session, which commits by itself, or None when it is taken.
+
+    Not a transaction's lock: work takes longer than one may be open. It ends with the process that holds it.
+    """
+    with engine.connect() as connection:
+        session = connection.execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            yield session if try_lock(session, name) else None
+        finally:
+            # A connection that goes back to the pool would keep its session's locks.
+            session.execute(text("SELECT pg_advisory_unlock_all()"))
+
+
 @contextmanager
 def tenant_transaction(engine: Engine, tenant_id: str, *, is_admin: bool = False) -> Iterator[Connection]:
     """Open a transaction that sees the rows of one tenant only, whatever its statements say."""

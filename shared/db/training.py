@@ -142,7 +142,7 @@ _COUNT_PREPARATION = text("""
 def begin_preparation(connection: Connection, job_id: UUID) -> UnpreparedJob | None:
     """Count one more try and return the job; None when it waits for none any more. `preparations` counts earlier ones.
 
-    Whoever calls this holds `preparation_lock`.
+    Whoever calls this holds `lock_name`.
     """
     row = connection.execute(_TO_PREPARE, {"job_id": job_id}).mappings().one_or_none()
     if row is None:
@@ -161,10 +161,9 @@ def call_off_preparation(connection: Connection, job: UnpreparedJob) -> None:
     connection.execute(_COUNT_PREPARATION, {"job_id": job.job_id, "count": job.preparations})
 
 
-def preparation_lock(connection: Connection, job_id: UUID) -> bool:
-    """Take the session's lock on a job's preparation; False when another has it. It goes with the connection."""
-    statement = text("SELECT pg_try_advisory_lock(hashtextextended('prepare:' || :job_id, 0))")
-    return bool(connection.execute(statement, {"job_id": job_id.hex}).scalar_one())
+def lock_name(job_id: UUID) -> str:
+    """Return what a session holds that prepares a job (`shared.db.session.alone`)."""
+    return f"prepare:{job_id.hex}"
 
 
 _PREPARED = text("""

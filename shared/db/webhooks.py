@@ -4,7 +4,6 @@ The end of a job writes its deliveries by a trigger (migration 0013), in the tra
 """
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,27 +13,12 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 
 from shared.domain.errors import NotFound
+from shared.domain.ids import IdForm
 from shared.domain.webhooks import OVERLAP_SECONDS, SAMPLE_JOB, secret_hint
 
-ID_PREFIX = "we_"
+ID = IdForm("we_", "webhook endpoint", "webhook_endpoint_id")
 MOST_PER_TARGET = 2
 """Deliveries to one target at a time: one that hangs leaves room for the others."""
-
-
-def public_id(webhook_id: UUID) -> str:
-    return f"{ID_PREFIX}{webhook_id.hex}"
-
-
-def parse_id(shown: str) -> UUID:
-    """Return the row's id; raises NotFound for what is none."""
-    if shown.startswith(ID_PREFIX):
-        with suppress(ValueError):
-            return UUID(hex=shown.removeprefix(ID_PREFIX))
-    raise _not_found(shown)
-
-
-def _not_found(shown: str) -> NotFound:
-    return NotFound(f"No webhook endpoint found with id {shown[:80]!r}.", param="webhook_endpoint_id")
 
 
 _ADD = text("""
@@ -70,7 +54,7 @@ def get(connection: Connection, webhook_id: UUID) -> dict[str, Any]:
     statement = text(f"SELECT {_COLUMNS} FROM webhook WHERE webhook_id = :webhook_id")
     row = connection.execute(statement, {"webhook_id": webhook_id}).mappings().one_or_none()
     if row is None:
-        raise _not_found(public_id(webhook_id))
+        raise ID.not_found()
     return dict(row)
 
 
@@ -91,14 +75,14 @@ def change(connection: Connection, webhook_id: UUID, changes: dict[str, Any]) ->
     """Set some of `name`, `url` and `events`; one that was disabled takes events again. Raises NotFound."""
     parameters = {name: changes.get(name) for name in ("name", "url", "events")}
     if connection.execute(_CHANGE, parameters | {"webhook_id": webhook_id}).rowcount == 0:
-        raise _not_found(public_id(webhook_id))
+        raise ID.not_found()
 
 
 def delete(connection: Connection, webhook_id: UUID) -> None:
     """Forget a target with all that was to go there; raises NotFound."""
     statement = text("DELETE FROM webhook WHERE webhook_id = :webhook_id")
     if connection.execute(statement, {"webhook_id": webhook_id}).rowcount == 0:
-        raise _not_found(public_id(webhook_id))
+        raise ID.not_found()
 
 
 _EXPIRE_SECRETS = text("""
@@ -112,7 +96,7 @@ def rotate_secret(connection: Connection, webhook_id: UUID, secret: str, *, keep
     """Sign with another secret from now on, and for a day with the last one too if that is to stay. Raises NotFound."""
     found = connection.execute(_NEW_HINT, {"webhook_id": webhook_id, "hint": secret_hint(secret)})
     if found.rowcount == 0:
-        raise _not_found(public_id(webhook_id))
+        raise ID.not_found()
     seconds = OVERLAP_SECONDS if keep_old else 0
     connection.execute(_EXPIRE_SECRETS, {"webhook_id": webhook_id, "seconds": seconds})
     connection.execute(_ADD_SECRET, {"webhook_id": webhook_id, "secret": secret})
@@ -131,7 +115,7 @@ def add_test(connection: Connection, webhook_id: UUID, event_type: str) -> UUID:
     parameters = {"webhook_id": webhook_id, "event_type": event_type, "job_id": SAMPLE_JOB}
     delivery_id: UUID | None = connection.execute(_ADD_TEST, parameters).scalar_one_or_none()
     if delivery_id is None:
-        raise _not_found(public_id(webhook_id))
+        raise ID.not_found()
     return delivery_id
 
 

@@ -25,6 +25,7 @@ from tests.support.batches import CHAT, chat_line, jsonl, wait_for
 from tests.support.servers import ROOT, valkey_server, wait_until
 
 LINES = 50_000
+FILES = 20
 MIB = 2**20
 
 
@@ -140,6 +141,36 @@ def upload_large(table: Table, sdk, stack, uploads, firsts) -> None:
     table.add("spine-2b-memory", "gateway memory growth during it", grown, "MiB", "≤ 100", grown <= 100)
     first = max(firsts)
     table.add("spine-2c", "first slice running after create, worst of three", first, "s", "≤ 2", first <= 2, firsts)
+
+
+def bench_million(table: Table) -> None:
+    """A million lines in twenty files, one batch: joined, planned, answered, downloaded, each line once."""
+    with running_stack("million") as stack, sdk_for(stack) as sdk:
+        ids = []
+        for number in range(FILES):
+            lines = [chat_line(f"{number}-{i}", f"question {i}?" + " pad" * 20) for i in range(LINES)]
+            ids.append(sdk.files.create(file=("part.jsonl", jsonl(lines)), purpose="batch").id)
+        with Memory(stack.processes["preprocessor"].running.pid) as preprocessor:
+            started = time.perf_counter()
+            batch = sdk.batches.create(
+                input_file_id="", endpoint=CHAT, completion_window="24h", extra_body={"input_file_ids": ids}
+            )
+            wait_until(lambda: sdk.batches.retrieve(batch.id).input_file_id, 600)
+            joined = time.perf_counter() - started
+            grown = (preprocessor.highest - preprocessor.before) / MIB
+        done = wait_for(sdk, batch.id, seconds=3600, poll_seconds=0.5)
+        seen: set[str] = set()
+        count = 0
+        for line in sdk.files.content(done.output_file_id).iter_lines():
+            seen.add(json.loads(line)["custom_id"])
+            count += 1
+        rate = FILES * LINES / (time.perf_counter() - started)
+    what = f"{FILES * LINES:,} lines in {FILES} files"
+    once = count == len(seen) == FILES * LINES and done.request_counts.completed == count
+    table.add("spine-5a", f"{what}: each answered once", float(count), "lines", "all", once)
+    table.add("spine-5b", f"{what}: create to joined", joined, "s", "said", None)
+    table.add("spine-5c", f"{what}: create to downloaded", rate, "lines/s", "≥ 3,000", rate >= 3000)
+    table.add("spine-5d", "preprocessor memory growth while joining", grown, "MiB", "≤ 300", grown <= 300)
 
 
 def bench_engine_share(table: Table, rounds: int) -> None:
@@ -275,7 +306,7 @@ def model_loads(native: Client) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=["echo", "engine", "embeddings"])
+    parser.add_argument("--only", choices=["echo", "engine", "embeddings", "million"])
     arguments = parser.parse_args()
     table = Table("spine")
     if arguments.only in (None, "echo"):
@@ -284,6 +315,8 @@ def main() -> int:
         bench_engine_share(table, arguments.rounds)
     if arguments.only in (None, "embeddings"):
         bench_embeddings(table, max(1, arguments.rounds - 1))  # the peer takes minutes
+    if arguments.only in (None, "million"):
+        bench_million(table)
     table.write()
     table.show()
     return 0 if table.holds else 1

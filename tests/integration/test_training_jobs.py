@@ -17,7 +17,7 @@ from services.worker.training import TrainingParts, TrainingRunner, _Work
 from shared.db import files, jobs, model_registry, slices, training
 from shared.db.fine_tuning import accept_fine_tuning
 from shared.db.quotas import FULL_RETRY_SECONDS
-from shared.db.session import tenant_transaction
+from shared.db.session import tenant_transaction, try_lock
 from shared.db.tenants import Caller
 from shared.db.training import NewTraining
 from shared.db.workers import WorkerIdentity
@@ -234,9 +234,10 @@ def test_data_that_brings_the_preprocessor_down_fails_its_job_alone(database, jo
 
 def test_one_preprocessor_at_a_time_and_its_death_frees_the_job(database, job):
     one, other = (database.engine("preprocessor").connect() for _ in range(2))
-    assert training.preparation_lock(one, job) and not training.preparation_lock(other, job)
+    name = training.lock_name(job)
+    assert try_lock(one, name) and not try_lock(other, name)
     one.invalidate()
-    wait_until(lambda: training.preparation_lock(other, job), 10, "Postgres has noticed the end of a connection")
+    wait_until(lambda: try_lock(other, name), 10, "Postgres has noticed the end of a connection")
     other.invalidate()
 
 

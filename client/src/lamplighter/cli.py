@@ -606,6 +606,10 @@ def erase(
         typer.confirm(f"Delete the tenant {tenant!r} with its jobs, results, files, models and keys?", abort=True)
     with client() as api:
         erasure = api.request("DELETE", f"/v1/tenants/{tenant}")
+        if wait and not as_json:
+            errors.print(
+                "Its keys are useless now. Its data goes once its jobs have ended and no call can be under way."
+            )
         while wait and erasure["status"] != "erased":
             time.sleep(1)
             erasure = api.request("GET", f"/v1/erasures/{erasure['id']}")

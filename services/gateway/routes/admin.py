@@ -69,12 +69,12 @@ def list_erasures(
 @router.get("/erasures/{erasure_id}")
 def get_erasure(erasure_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        return _erasure_object(erasures.get(connection, erasures.parse_id(erasure_id)))
+        return _erasure_object(erasures.get(connection, erasures.ID.parse(erasure_id)))
 
 
 def _erasure_object(erasure: ErasureView) -> dict[str, Any]:
     return {
-        "id": erasures.public_id(erasure.erasure_id),
+        "id": erasures.ID.show(erasure.erasure_id),
         "object": "erasure",
         "tenant": erasure.erased_tenant,
         "status": "erasing" if erasure.ended_at is None else "erased",

@@ -49,7 +49,7 @@ def list_schedules(
 @router.get("/{schedule_id}")
 def get_schedule(schedule_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        return _object(schedules.get(connection, schedules.parse_id(schedule_id)))
+        return _object(schedules.get(connection, schedules.ID.parse(schedule_id)))
 
 
 @router.post("/{schedule_id}")
@@ -57,7 +57,7 @@ def change_schedule(
     schedule_id: str, body: SchedulePatch, parts: PartsDependency, caller: Writer, key: IdempotencyKey
 ) -> Response:
     """Change what is given. One that is active again, or recurs otherwise, waits for its next slot from now on."""
-    row_id = schedules.parse_id(schedule_id)
+    row_id = schedules.ID.parse(schedule_id)
 
     def change(connection: Connection) -> dict[str, Any]:
         known = schedules.get(connection, row_id, for_update=True)
@@ -80,7 +80,7 @@ def change_schedule(
 def delete_schedule(schedule_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
     """Forget a schedule and its slots; its jobs stay."""
     with parts.transaction(caller) as connection:
-        schedules.delete(connection, schedules.parse_id(schedule_id))
+        schedules.delete(connection, schedules.ID.parse(schedule_id))
     return {"id": schedule_id, "object": "schedule.deleted", "deleted": True}
 
 
@@ -93,7 +93,7 @@ def run_schedule(
     body: NoFields | None = None,  # noqa: ARG001  # what has fields is refused
 ) -> Response:
     """Make a job now, beside the slots, also of a schedule that is not active."""
-    row_id = schedules.parse_id(schedule_id)
+    row_id = schedules.ID.parse(schedule_id)
 
     def note(connection: Connection) -> dict[str, Any]:
         run_id = schedules.run_now(connection, schedules.get(connection, row_id, for_update=True))
@@ -114,9 +114,9 @@ def list_runs(
     after: str | None = None,
 ) -> dict[str, Any]:
     """List the slots that have come, the latest first: with their jobs, or why there is none."""
-    last = schedules.parse_run_id(after, "after") if after is not None else None
+    last = schedules.RUN_ID.parse(after) if after is not None else None
     with parts.transaction(caller) as connection:
-        schedule = schedules.get(connection, schedules.parse_id(schedule_id))
+        schedule = schedules.get(connection, schedules.ID.parse(schedule_id))
         found = schedules.runs(connection, schedule, limit=limit + 1, after=last)
     return list_page([_run_object(each) for each in found[:limit]], has_more=len(found) > limit)
 
@@ -134,7 +134,7 @@ def _seconds(duration: str | None) -> float | None:
 
 def _object(schedule: ScheduleView) -> dict[str, Any]:
     return {
-        "id": schedules.public_id(schedule.schedule_id),
+        "id": schedules.ID.show(schedule.schedule_id),
         "object": "schedule",
         "name": schedule.name,
         "tenant": schedule.tenant_id,
@@ -153,9 +153,9 @@ def _object(schedule: ScheduleView) -> dict[str, Any]:
 
 def _run_object(run: RunView) -> dict[str, Any]:
     return {
-        "id": schedules.public_run_id(run.run_id),
+        "id": schedules.RUN_ID.show(run.run_id),
         "object": "schedule.run",
-        "schedule": schedules.public_id(run.schedule_id),
+        "schedule": schedules.ID.show(run.schedule_id),
         "slot": unix(run.slot),
         "missed": run.missed,
         "status": run.state,

@@ -70,7 +70,7 @@ def list_webhooks(
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
 def get_webhook(webhook_endpoint_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        return _object(webhooks.get(connection, webhooks.parse_id(webhook_endpoint_id)))
+        return _object(webhooks.get(connection, webhooks.ID.parse(webhook_endpoint_id)))
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}")
@@ -80,7 +80,7 @@ def change_webhook(
     """Change what is given; a target that was disabled takes events again."""
     if body.url is not None:
         _check_url(parts, body.url)
-    webhook_id = webhooks.parse_id(webhook_endpoint_id)
+    webhook_id = webhooks.ID.parse(webhook_endpoint_id)
     events = list(dict.fromkeys(body.event_types)) if body.event_types else None
 
     def change(connection: Connection) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def change_webhook(
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
 def delete_webhook(webhook_endpoint_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        webhooks.delete(connection, webhooks.parse_id(webhook_endpoint_id))
+        webhooks.delete(connection, webhooks.ID.parse(webhook_endpoint_id))
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
 
 
@@ -107,7 +107,7 @@ def rotate_secret(
     body: WebhookRotation | None = None,
 ) -> Response:
     """Sign with a new secret, shown this once; for a day with the old one too where that is asked for."""
-    webhook_id, secret = webhooks.parse_id(webhook_endpoint_id), new_secret()
+    webhook_id, secret = webhooks.ID.parse(webhook_endpoint_id), new_secret()
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
 
     def rotate(connection: Connection) -> dict[str, Any]:
@@ -123,7 +123,7 @@ async def test_webhook(
     webhook_endpoint_id: str, body: WebhookTest, parts: PartsDependency, caller: Admin
 ) -> dict[str, Any]:
     """Send a sample event once and say what the target answered; 400 `webhook_unreachable` where nothing did."""
-    webhook_id = webhooks.parse_id(webhook_endpoint_id)
+    webhook_id = webhooks.ID.parse(webhook_endpoint_id)
     sent = await run_in_threadpool(_send_test, parts, caller, webhook_id, body.event_type)
     until = time.monotonic() + parts.settings.webhook_timeout_seconds + TEST_SLACK_SECONDS
     while time.monotonic() < until:
@@ -165,7 +165,7 @@ def list_deliveries(
     """List what was sent, or is to be, newest first: with tries, the last answer or failure, and the next try."""
     last = _event_id(after) if after else None
     with parts.transaction(caller) as connection:
-        webhook_id = webhooks.get(connection, webhooks.parse_id(webhook_endpoint_id))["webhook_id"]
+        webhook_id = webhooks.get(connection, webhooks.ID.parse(webhook_endpoint_id))["webhook_id"]
         found = webhooks.deliveries(connection, webhook_id, after=last, limit=limit + 1)
     return list_page([_delivery(each) for each in found[:limit]], has_more=len(found) > limit)
 
@@ -205,7 +205,7 @@ def _check_url(parts: Parts, url: str) -> None:
 
 def _object(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "id": webhooks.public_id(row["webhook_id"]),
+        "id": webhooks.ID.show(row["webhook_id"]),
         "object": "webhook_endpoint",
         "created_at": row["created_at"],
         "updated_at": row["updated_at"],
