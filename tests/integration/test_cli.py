@@ -63,6 +63,8 @@ def test_a_schedule_from_a_file(cli, tmp_path):
     command = ["schedule", "add", "nightly.yaml", "--idempotency-key", f"cli-{uuid4().hex}", "--json"]
     made = json.loads(cli(*command))
     assert json.loads(cli(*command)) == made and made["spec"]["input_file_id"].startswith("file-")
+    narrow = cli("schedule", COLUMNS="60")
+    assert "…" not in narrow and made["id"][:8] in narrow
     assert "nightly" in cli("schedule") and "22 * * 1-5" in cli("schedule")
     run = json.loads(cli("schedule", "run", made["id"], "--json"))
 

@@ -64,7 +64,7 @@ def show(data: Any, as_json: bool, columns: dict[str, str]) -> None:
         return
     table = Table(box=None)
     for title in columns:
-        table.add_column(title)
+        table.add_column(title, overflow="fold")  # an id that is cut off is none
     for row in data:
         table.add_row(*(_cell(row, path) for path in columns.values()))
     console.print(table)
