@@ -1,8 +1,10 @@
 """The Celery application: a doorbell, never a store (reliability.md B and C)."""
 
+from typing import Any
 from uuid import UUID
 
 from celery import Celery
+from celery.app.amqp import AMQP, task_message
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
@@ -50,9 +52,24 @@ SETTINGS = {
 }
 
 
+class ShownNames(AMQP):
+    """Messages whose `task-sent` events carry the name that is shown, as the worker's events do.
+
+    Celery has the sender say the task's own name and the worker say the message's `shadow`: whichever event came last
+    named the task in Flower, and its metrics had two names for one thing.
+    """
+
+    def as_task_v2(self, *args: Any, **kwargs: Any) -> task_message:
+        """Return the message as Celery makes it, with one name for all events."""
+        message = super().as_task_v2(*args, **kwargs)
+        if message.sent_event and message.headers["shadow"]:
+            message.sent_event["name"] = message.headers["shadow"]
+        return message
+
+
 def create_app(redis_url: str) -> Celery:
     """Return an application on this broker; it knows no tasks and no queues yet."""
-    app = Celery("lamplighter", broker=redis_url, set_as_current=False)
+    app = Celery("lamplighter", broker=redis_url, set_as_current=False, amqp=ShownNames)
     app.conf.update(SETTINGS)
     app.conf.task_queues = [Queue("lamplighter.none")]
     return app
