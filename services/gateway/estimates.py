@@ -66,8 +66,9 @@ class Question:
     def answer(self) -> dict[str, Any]:
         """Run everybody's open jobs and this one forward; return what is to be expected of it."""
         works, lanes, weights = from_basis(self.basis)
-        asked = replace(self.asked, order=len(works))
-        span = run_forward([*works, asked], lanes, datetime.now(UTC), weights=weights).spans[asked.job_id]
+        now = datetime.now(UTC)
+        asked = replace(self.asked, accepted=now.timestamp())
+        span = run_forward([*works, asked], lanes, now, weights=weights).spans[asked.job_id]
         return {
             "object": "estimate",
             "input_tokens": self.size.input_tokens,
@@ -91,7 +92,7 @@ def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict
         job_id=uuid4(),
         tenant_id=hidden_name(caller.tenant_id),
         model=size.model,
-        chunks=chunks(seconds, size.parts, kind),
+        chunks=chunks(seconds, size.parts, kind, devices=size.devices),
         kind=kind,
         priority=body.priority,
         devices_needed=size.devices,

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+from uuid import UUID
 
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
@@ -13,7 +14,7 @@ from shared.db import quotas, slices, tenants, workers
 from shared.db.quotas import Budget
 from shared.db.slices import Candidate
 from shared.db.workers import WorkerLoad
-from shared.domain.scheduling.policy import Fairness, hurries, plan_releases
+from shared.domain.scheduling.policy import Fairness, hurries, kept_for_urgent, plan_releases
 from shared.domain.scheduling.urgency import plan_preemptions
 from shared.domain.slice import SliceKind
 from shared.queueing.celery_app import declare_worker_queue, is_reachable
@@ -67,7 +68,8 @@ class Dispatcher:
         # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
         place = {release.slice_id: number for number, release in enumerate(releases)}
         hurrying = [each for each in backlog if hurries(each, caps) and each.slice_id not in place]
-        return sorted(sent, key=lambda row: place[row.slice_id]), self._victims(connection, hurrying, fleet)
+        kept = kept_for_urgent(self._fairness.reserved, backlog)
+        return sorted(sent, key=lambda row: place[row.slice_id]), self._victims(connection, hurrying, kept, fleet)
 
     def _spent(self, connection: Connection) -> list[str]:
         """Return the tenants that have used their day."""
@@ -75,15 +77,17 @@ class Dispatcher:
             self._budgets, self._budgets_until = quotas.budgets(connection), time.monotonic() + BUDGET_SECONDS
         return [tenant_id for tenant_id, budget in self._budgets.items() if budget.is_spent]
 
-    def _victims(self, connection: Connection, urgent: Sequence[Candidate], fleet: Sequence[WorkerLoad]) -> list[int]:
-        """Return which slices are to make way for urgent ones that found no slot: a later tick finds the slots free."""
-        if not urgent:
+    def _victims(
+        self, connection: Connection, urgent: Sequence[Candidate], kept: Collection[UUID], fleet: Sequence[WorkerLoad]
+    ) -> list[int]:
+        """Return which slices are to make way for urgent ones that found no room: a later tick finds it free."""
+        if not urgent and not kept:
             self._short_since = None
             return []
         self._short_since = self._short_since or time.monotonic()
         waited = time.monotonic() - self._short_since
         training = {worker.worker_id for worker in fleet if worker.is_training}
-        return plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited)
+        return plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited, kept)
 
     def _ring(self, sent: Sequence[Row[Any]]) -> bool:
         """Publish one message a slice, after the commit: the reaper sends a lost one again. False if Redis is away."""

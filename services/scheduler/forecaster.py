@@ -65,7 +65,7 @@ class Forecaster:
         if seen is None:
             return
         now, found, lanes = datetime.now(UTC), {job.job_id: job for job in seen.jobs}, seen.lanes
-        works = [work for order, job in enumerate(seen.jobs) if (work := self._work(job, order, len(seen.jobs)))]
+        works = [work for job in seen.jobs if (work := self._work(job, len(seen.jobs)))]
         works = self._with_urgency(_with_budgets(works, seen.budgets), found, len(lanes), now)
         plan = run_forward(works, lanes, now, weights=seen.weights, caps=seen.caps)
         specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in seen.jobs}
@@ -88,7 +88,10 @@ class Forecaster:
         known = tenants.list_tenants(connection)
         return _Seen(
             jobs=jobs,
-            lanes=[Lane(w.worker_id, w.models) for w in workers.loads(connection, self._settings.lease_seconds)],
+            lanes=[
+                Lane(each.worker_id, each.models, each.host, each.reaches)
+                for each in workers.loads(connection, self._settings.lease_seconds)
+            ],
             weights={row["tenant_id"]: row["weight"] for row in known},
             caps=tenants.device_caps(known),
             budgets=quotas.budgets(connection),
@@ -131,15 +134,15 @@ class Forecaster:
             ends_at=span.ends_at,
             on_time=is_on_time(span, job.deadline),
             is_measured=_has_own_speed(job) or self._speeds.is_measured(job.kind, job.model),
-            seconds_left=lone_seconds(self._seconds_left(job), _parts(job), devices),
+            seconds_left=lone_seconds(self._seconds_left(job) / job.devices_needed, _parts(job), devices),
         )
 
-    def _work(self, job: OpenJob, order: int, jobs: int) -> Work | None:
+    def _work(self, job: OpenJob, jobs: int) -> Work | None:
         """Return a job as forecasts see it; None for one that says what nobody here understands, such as a time zone
         that this machine does not know: it stands in nobody's way.
         """
         try:
-            return _work(job, self._seconds_left(job), order, jobs)
+            return _work(job, self._seconds_left(job), jobs)
         except ValueError:
             log.warning("a job cannot be foretold", extra={"job_id": str(job.job_id)}, exc_info=True)
             return None
@@ -162,17 +165,17 @@ def _has_own_speed(job: OpenJob) -> bool:
     return job.done_seconds > 0 and job.done_tokens > 0 and job.done_tokens >= LEAST_SHARE * job.tokens
 
 
-def _work(job: OpenJob, seconds_left: float, order: int, jobs: int) -> Work:
+def _work(job: OpenJob, seconds_left: float, jobs: int) -> Work:
     kind = slice_kind(job.kind)
     return Work(
         job_id=job.job_id,
         tenant_id=job.tenant_id,
         model=job.base,
-        chunks=chunks(seconds_left, job.slices, kind, jobs),
+        chunks=chunks(seconds_left, job.slices, kind, jobs, job.devices_needed),
         kind=kind,
         slice_class=job.slice_class,
         priority=job.priority,
-        order=order,
+        accepted=job.created_at.timestamp(),
         devices_needed=job.devices_needed,
         windows=windows_of(job.window, job.tenant_window),
         deadline=job.deadline,

@@ -123,6 +123,7 @@ class Heart:
         stats["child_restarts"] = self._child.restarts
         stats |= {"online": self._online.in_flight, "budget_bytes": self._identity.memory_budget_bytes}
         self._rates.look(status)
+        stats["reaches"] = self._identity.reaches
         stats |= msgspec.structs.asdict(self._rates.total)
         if status is not None:
             stats |= {"model_loads": status.model_loads, "model_hits": status.model_hits, "tokens": status.tokens}
@@ -255,6 +256,7 @@ def main(build: Any = build_runner) -> None:
         device=arguments.device,
         slots=settings.slots,
         memory_budget_bytes=arguments.cache_bytes,
+        reaches=settings.trainer_address is not None,
     )
     engine = connect_engine(settings, pool_size=settings.slots + 5)
     with engine.begin() as connection:

@@ -37,6 +37,7 @@ class OpenJob:
     priority: int
     slice_class: int
     started_at: datetime | None
+    created_at: datetime
     deadline: datetime | None
     window: dict[str, Any] | None
     tenant_window: dict[str, Any] | None
@@ -56,7 +57,7 @@ OPEN_JOBS = f"""
         UNION
         (SELECT * FROM job WHERE state IN ('queued', 'running') AND deadline IS NOT NULL ORDER BY deadline LIMIT :dated)
     )
-    SELECT job.tenant_id, job.job_id, job.kind, job.model, job.priority, job.started_at, job.deadline,
+    SELECT job.tenant_id, job.job_id, job.kind, job.model, job.priority, job.created_at, job.started_at, job.deadline,
         CASE WHEN job.is_urgent THEN 1 ELSE 2 END AS slice_class, job.spec -> 'window' AS window,
         tenant.run_window AS tenant_window, live.*,
         coalesce((SELECT base FROM model WHERE name = job.model AND tenant_id IN ('system', job.tenant_id)
@@ -71,13 +72,15 @@ OPEN_JOBS = f"""
             coalesce(sum(part.seconds), 0)::float8 AS done_seconds,
             count(*) FILTER (WHERE part.is_open) AS slices,
             coalesce(max(part.devices_needed), 1) AS devices_needed,
-            coalesce(array_agg(part.worker_id) FILTER (WHERE part.state = 'running'), '{{}}') AS workers
+            coalesce(array_agg(part.worker_id) FILTER (WHERE part.state = 'running'), '{{}}') || ARRAY(
+                SELECT lent.worker_id FROM device_lease AS lent JOIN slice AS mine USING (slice_id, lease_token)
+                WHERE mine.job_id = job.job_id AND mine.devices_needed > 1 ORDER BY lent.worker_id) AS workers
         FROM (
             SELECT slice.estimated_tokens, slice.devices_needed, slice.worker_id, slice.state,
                 slice.state IN ('held', 'queued', 'dispatched', 'running') AS is_open, {SHARE_LEFT} AS share,
                 -- What runs has not said its seconds yet: it shares the device with the others that run there.
                 slice.device_seconds + CASE WHEN slice.state <> 'running' THEN 0
-                    ELSE extract(epoch FROM now() - slice.claimed_at) / (
+                    ELSE slice.devices_needed * extract(epoch FROM now() - slice.claimed_at) / (
                         SELECT count(*) FROM slice AS fellow
                         WHERE fellow.worker_id = slice.worker_id AND fellow.state = 'running') END AS seconds
             FROM slice WHERE slice.job_id = job.job_id) AS part

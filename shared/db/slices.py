@@ -405,9 +405,9 @@ _AFTER_LOSS = text("""
 """)
 
 _ADD_PART = text("""
-    INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, slice_class, priority, model, estimated_tokens,
-                       devices_needed, losses, last_error)
-    SELECT tenant_id, job_id, created_on, :lo, :hi, state, slice_class, priority, model,
+    INSERT INTO slice (tenant_id, job_id, created_on, created_at, lo, hi, state, slice_class, priority, model,
+                       estimated_tokens, devices_needed, losses, last_error)
+    SELECT tenant_id, job_id, created_on, created_at, :lo, :hi, state, slice_class, priority, model,
            ceil(estimated_tokens * (cast(:hi AS float8) - :lo) / greatest(1, hi - lo)),
            devices_needed, losses, last_error
     FROM slice WHERE slice_id = :slice_id
@@ -558,7 +558,10 @@ SHARE_LEFT = """
 RECALL_SECONDS = 10.0
 OCCUPANTS = """
     SELECT slice_id, worker_id, slice_class, kind, stop_reason IS NOT NULL AS is_stopping,
-        coalesce(extract(epoch FROM now() - claimed_at), 0)::float8 AS seconds
+        coalesce(extract(epoch FROM now() - claimed_at), 0)::float8 AS seconds,
+        CASE WHEN devices_needed > 1 THEN
+            ARRAY(SELECT lease.worker_id FROM device_lease AS lease WHERE lease.slice_id = slice.slice_id)
+        ELSE '{}' END AS lent
     FROM slice WHERE state = 'running' AND worker_id IS NOT NULL ORDER BY slice_id
 """
 
@@ -626,6 +629,7 @@ class Candidate:
     """A queued slice, as the scheduling policy sees it.
 
     estimated_tokens: Of what is left. deadline: Of urgent ones. failures: Tries without progress, one after another.
+    seconds: That a training will take, as the last forecast has it.
     """
 
     slice_id: int
@@ -637,6 +641,7 @@ class Candidate:
     devices_needed: int
     deadline: datetime | None = None
     failures: int = 0
+    seconds: float | None = None
 
 
 _ITS_JOB = "FROM job WHERE job.tenant_id = slice.tenant_id AND job.job_id = slice.job_id"
@@ -645,11 +650,19 @@ _TOKENS_LEFT = f"""
     CASE WHEN slice.completed + slice.failed = 0 THEN slice.estimated_tokens
          ELSE (SELECT ceil(slice.estimated_tokens * {SHARE_LEFT})::bigint {_ITS_JOB}) END AS estimated_tokens
 """
-_HEAD_COLUMNS = f"slice_id, tenant_id, slice_class, priority, model, kind, devices_needed, failures, {_TOKENS_LEFT}"
+_TRAINS_FOR = """
+    CASE WHEN slice.kind = 'train' THEN (
+        SELECT seconds_left FROM forecast WHERE forecast.tenant_id = slice.tenant_id AND forecast.job_id = slice.job_id
+    ) END AS seconds
+"""
+_HEAD_COLUMNS = f"""
+    slice_id, tenant_id, slice_class, queue_rank(priority, created_at) AS rank, model, kind, devices_needed, failures,
+    {_TOKENS_LEFT}, {_TRAINS_FOR}
+"""
 # An adapter is warm where its base is.
 _CANDIDATE = """
     head.slice_id, head.tenant_id, head.slice_class, head.estimated_tokens, head.kind, head.devices_needed,
-    head.failures, head.deadline,
+    head.failures, head.deadline, head.seconds,
     coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
               ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
 """
@@ -661,7 +674,7 @@ _HEAD = f"""
     (SELECT {_HEAD_COLUMNS}, {{deadline}} AS deadline FROM slice
     WHERE state = 'queued' AND kind = '{{kind}}' AND tenant_id = waiting.tenant_id AND run_after <= now()
         AND slice_class {{classes}}
-    ORDER BY slice_class, priority DESC, slice_id LIMIT :per_tenant)
+    ORDER BY slice_class, queue_rank(priority, created_at), slice_id LIMIT :per_tenant)
 """
 _CLASSES = {"= 1": f"(SELECT job.deadline {_ITS_JOB} AND job.is_urgent)", "> 1": "cast(NULL AS timestamptz)"}
 _HEADS = " UNION ALL ".join(
@@ -678,7 +691,7 @@ CANDIDATES = f"""
         FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
     SELECT {_CANDIDATE} FROM waiting JOIN LATERAL (
-        {_HEADS} ORDER BY slice_class, priority DESC, slice_id
+        {_HEADS} ORDER BY slice_class, rank, slice_id
     ) AS head ON true
     WHERE waiting.tenant_id IS NOT NULL AND waiting.tenant_id <> ALL (cast(:passed_by AS text[]))
 """

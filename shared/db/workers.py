@@ -16,7 +16,7 @@ from shared.db.models import SYSTEM_TENANT
 class WorkerIdentity:
     """Who a worker process is; `worker_id` is fresh for every process.
 
-    `memory_budget_bytes` is what its loaded models may take in all.
+    `memory_budget_bytes` is what its loaded models may take in all; `reaches`: its device trains with other hosts'.
     """
 
     worker_id: UUID
@@ -26,6 +26,7 @@ class WorkerIdentity:
     device: str
     slots: int
     memory_budget_bytes: int = 0
+    reaches: bool = False
 
 
 _REGISTER = text("""
@@ -50,7 +51,7 @@ def register(connection: Connection, worker: WorkerIdentity, lease_seconds: floa
     if taken.one_or_none() is None:
         return False
     identity |= {"name": worker.name, "pid": worker.pid, "device": worker.device, "slots": worker.slots}
-    identity["stats"] = {"budget_bytes": worker.memory_budget_bytes}
+    identity["stats"] = {"budget_bytes": worker.memory_budget_bytes, "reaches": worker.reaches}
     connection.execute(_REGISTER, identity)
     return True
 
@@ -139,10 +140,23 @@ class WorkerLoad:
     """Its own training, or another's that has taken its device."""
     awaited: int = 0
     """Other workers' devices that its training needs and has not taken yet."""
+    host: str = ""
+    reaches: bool = False
+    """Whether its device trains with those of other hosts, too."""
+    frees_in: float = 0.0
+    """Seconds until its device trains nothing, as the last forecast has it; inf if unknown."""
 
 
 LOADS = """
-    SELECT worker.worker_id, worker.name, worker.slots, worker.models,
+    SELECT worker.worker_id, worker.name, worker.slots, worker.models, worker.host,
+        coalesce((worker.stats ->> 'reaches')::boolean, false) AS reaches,
+        (SELECT max(coalesce(forecast.seconds_left, 'infinity')) FROM (
+            SELECT slice.tenant_id, slice.job_id FROM slice WHERE slice.worker_id = worker.worker_id
+                AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train'
+            UNION ALL
+            SELECT slice.tenant_id, slice.job_id FROM device_lease JOIN slice ON slice.slice_id = device_lease.slice_id
+            WHERE device_lease.worker_id = worker.worker_id
+        ) AS trained LEFT JOIN forecast USING (tenant_id, job_id)) AS frees_in,
         (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
             AND slice.state IN ('dispatched', 'running')) AS occupied,
         EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id
@@ -164,9 +178,18 @@ def loads(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     rows = connection.execute(text(LOADS), {"age": heartbeat_within_seconds})
     return [
         WorkerLoad(
-            r.worker_id, r.name, r.slots, frozenset(r.models), r.occupied, is_training=r.is_training, awaited=r.awaited
+            row.worker_id,
+            row.name,
+            row.slots,
+            frozenset(row.models),
+            row.occupied,
+            is_training=row.is_training,
+            awaited=row.awaited,
+            host=row.host,
+            reaches=row.reaches,
+            frees_in=row.frees_in or 0.0,
         )
-        for r in rows
+        for row in rows
     ]
 
 
@@ -180,10 +203,23 @@ def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
     return [WorkerLoad(r.worker_id, r.name, r.slots, frozenset(r.models), 0, r.state in ("idle", "busy")) for r in rows]
 
 
-def living(connection: Connection) -> int:
-    """Return how many workers have not been declared lost."""
-    count: int = connection.execute(text("SELECT count(*) FROM worker WHERE state <> 'lost'")).scalar_one()
-    return count
+@dataclass(frozen=True)
+class Devices:
+    """How many devices there are, and how many of them one job can train on."""
+
+    there: int
+    together: int
+
+
+def devices(connection: Connection) -> Devices:
+    """Count the devices of workers that have not been declared lost."""
+    statement = text("""
+        SELECT count(*) AS there, count(*) FILTER (WHERE stats ->> 'reaches' = 'true') AS reaching
+        FROM worker WHERE state <> 'lost' GROUP BY host
+    """)
+    hosts = connection.execute(statement).all()
+    reaching = sum(host.reaching for host in hosts)
+    return Devices(sum(host.there for host in hosts), max([reaching, *(host.there for host in hosts)]))
 
 
 LISTING = """

@@ -95,8 +95,8 @@ def bench_fairness(table: Table) -> None:
     what = "Jain's index over five backlogged tenants, one of them with ten jobs, lowest of the hours"
     table.add("night-2a", what, min(indices), "", "≥ 0.98", min(indices) >= 0.98, indices)
     slices = 1_000_000 // 256
-    large = Work(UUID(int=1), "large", "m", (120.0,) * slices, order=0)
-    small = Work(UUID(int=2), "small", "m", (60.0,), order=1, arrives_at=START + timedelta(hours=1, seconds=7))
+    large = Work(UUID(int=1), "large", "m", (120.0,) * slices, accepted=0)
+    small = Work(UUID(int=2), "small", "m", (60.0,), accepted=1, arrives_at=START + timedelta(hours=1, seconds=7))
     found = run_forward([large, small], lanes(4), START, horizon=timedelta(hours=3)).spans[small.job_id]
     assert found.starts_at is not None
     waited = (found.starts_at - START - timedelta(hours=1, seconds=7)).total_seconds() / 120
@@ -117,7 +117,7 @@ def bench_scale(table: Table) -> None:
     milliseconds = 1000 * statistics.median(times)
     table.add("night-4a", what, milliseconds, "ms", "≤ 100 ms", milliseconds <= 100, times)
     parts = chunks(24 * 300.0, 24, SliceKind.GENERATE, 1000)
-    works = [Work(UUID(int=n + 1), f"t{n % 8}", f"m{n % 5}", parts, order=n) for n in range(1000)]
+    works = [Work(UUID(int=n + 1), f"t{n % 8}", f"m{n % 5}", parts, accepted=n) for n in range(1000)]
     times = [_seconds(lambda: run_forward(works, lanes(16), START)) for _ in range(3)]
     what = f"a forecast over 1,000 open jobs of {len(parts)} chunks on 16 workers"
     table.add("night-forecast", what, statistics.median(times), "s", "said", True, times)

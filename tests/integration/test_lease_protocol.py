@@ -13,6 +13,7 @@ from shared.db.session import tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import LeaseLost, NotFound
+from shared.domain.scheduling.ageing import queue_rank
 from shared.domain.slice import AttemptOutcome, SliceState
 from tests.support.batches import chat_lines, make_job, rows, scalar
 
@@ -375,3 +376,33 @@ def test_a_file_is_deleted_or_taken_by_a_job_never_both(database, store):
         for thread in threads:
             thread.join()
     assert len(outcomes) == 20 and set(outcomes) <= {None, "gone"}
+
+
+def test_a_queue_goes_by_priority_until_another_has_waited_a_day_for_each_step(database, store):
+    """In Postgres as in the forecast."""
+    scheduler = database.engine("scheduler")
+    first, later, latest = (
+        make_job(database.engine("gateway"), store, chat_lines(8), priority=priority) for priority in (3, 5, 5)
+    )
+    for _ in range(3):
+        Planner(scheduler, database.settings("scheduler", slice_lines=50), store).tick()
+    ages = {first: 49.0, later: 0.5, latest: 0.0}
+    with database.engine("migration").begin() as connection:
+        for job_id, hours in ages.items():
+            statement = (
+                "UPDATE slice SET created_at = now() - make_interval(secs => 3600 * :hours) WHERE job_id = :job_id"
+            )
+            connection.execute(text(statement), {"hours": hours, "job_id": job_id})
+    jobs_of = {row.slice_id: row.job_id for row in rows(scheduler, "SELECT slice_id, job_id FROM slice")}
+
+    def queue():
+        with scheduler.begin() as connection:
+            return [jobs_of[each.slice_id] for each in slices.candidates(connection, 64) if each.slice_id in jobs_of]
+
+    assert queue() == [first, later, latest]
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        found = connection.execute(text("SELECT queue_rank(5::smallint, to_timestamp(1e9))")).scalar_one()
+    assert found == queue_rank(5, 1e9)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE slice SET created_at = now() WHERE job_id = :j"), {"j": first})
+    assert queue() == [later, latest, first]

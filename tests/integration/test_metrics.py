@@ -432,7 +432,7 @@ def test_postgres_is_read_once_a_second_at_most(planned):
 
 @pytest.fixture(scope="module")
 def worked(seeded):  # noqa: F811
-    """The seeded database with an attempt for each slice, a few of them of the last hour, and dead slices.
+    """The seeded database with slices of ended jobs, an attempt for each other one, some of this hour, and dead slices.
 
     All slices of one job are dead; 10 of its 5,000 lines were given up.
     """
@@ -445,7 +445,9 @@ def worked(seeded):  # noqa: F811
             " CASE WHEN slice_id % 50 = 0 THEN 'lost' ELSE 'done' END, CASE WHEN slice_id % 50 = 0 THEN 'lease expired' END FROM slice",
             "UPDATE attempt SET ended_at = now() - interval '10 minutes' WHERE slice_id % 200 = 0",
             "UPDATE attempt SET outcome = 'failed' WHERE slice_id % 1000 = 0",
-            "UPDATE slice SET state = 'dead' WHERE slice_id % 1000 = 0",
+            "INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state) SELECT tenant_id, job_id, created_on, n, n + 1, 'done'"
+            " FROM job, generate_series(0, 1) n WHERE job.state = 'succeeded'",
+            "UPDATE slice SET state = 'dead' WHERE slice_id % 1000 = 0 AND state = 'queued'",
             f"UPDATE slice SET state = 'dead' WHERE job_id IN {given_up}",
             "UPDATE attempt SET outcome = 'failed', lease_token = 1, ended_at = now() - interval '5 minutes'"
             f" WHERE job_id IN {given_up}",
@@ -485,4 +487,4 @@ def test_lines_given_up_are_found_among_many(worked):
 def test_the_queue_is_counted_without_its_table(worked):
     with tenant_transaction(worked.engine("gateway"), "system", is_admin=True) as connection:
         plan = "\n".join(connection.execute(text("EXPLAIN (ANALYZE) " + metrics.QUEUES)).scalars())
-    assert "Index Only Scan using slice_queue_idx" in plan
+    assert "Index Only Scan using slice_queue_rank_idx" in plan

@@ -158,6 +158,23 @@ def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, st
     assert wait_for(sdk, second.id).status == "succeeded"
 
 
+def test_nobody_who_came_later_trains_before_a_job_for_both_devices(sdk, native, stack):
+    """One device trains and the other is free: it is kept for who needs both, and lines are computed there meanwhile."""
+    first = create(sdk, "tunable", hyper={"n_epochs": 50, "batch_size": 1})
+    wait_until(lambda: is_training(sdk, first.id), 60)
+    both = start(sdk)
+    wait_until(lambda: sdk.fine_tuning.jobs.retrieve(both.id).status == "queued", 30)
+    single = create(sdk, "tunable", hyper={"n_epochs": 90, "batch_size": 1})
+    answer = sdk.chat.completions.create(
+        model="tunable", messages=[{"role": "user", "content": "say red"}], max_tokens=3
+    )
+    assert answer.usage.completion_tokens > 0 and len(trainers(stack)) == 1
+    jobs = [wait_for(sdk, job.id) for job in (first, both, single)]
+    assert [job.status for job in jobs] == ["succeeded"] * 3
+    begun = {each.id: min(a["started_at"] for a in attempts_of(native, each.id)) for each in (first, both, single)}
+    assert begun[first.id] < begun[both.id] < begun[single.id]
+
+
 def test_a_job_for_more_devices_than_there_are_says_so(sdk, native):
     job = create(sdk, "tunable", extra_body={"parallelism": {"data": 3}})
     wait_for(sdk, job.id, ("queued",), seconds=60)

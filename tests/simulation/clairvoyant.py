@@ -24,12 +24,12 @@ class _Open:
     def rank(self) -> tuple[bool, datetime, int]:
         """Deadlines first, the earliest of all in front; then as they came."""
         deadline = self.work.deadline
-        return (deadline is None, deadline or self.work.arrives_at or START, self.work.order)
+        return (deadline is None, deadline or self.work.arrives_at or START, self.work.accepted)
 
 
 def run(trace: Trace, counted: timedelta) -> tuple[dict[UUID, datetime], float]:
     """Return when each job ends, and the busy seconds of so long from the start."""
-    arrivals = deque(sorted(trace.works, key=lambda work: (work.arrives_at or START, work.order)))
+    arrivals = deque(sorted(trace.works, key=lambda work: (work.arrives_at or START, work.accepted)))
     gpus, now, busy, counted_until = len(trace.lanes), START, 0.0, START + counted
     queue: list[tuple[tuple[bool, datetime, int], int, _Open]] = []
     jobs: list[_Open] = []

@@ -12,7 +12,7 @@ def backlogged(tenants: int, hours: int, chunk_seconds: float = 120.0) -> list[W
     """Return one endless batch for each tenant, and for the first one ten."""
     jobs = [0] * 9 + list(range(tenants))
     return [
-        Work(UUID(int=number + 1), f"t{tenant}", "m", (chunk_seconds,) * (hours * 30 * 8), order=number)
+        Work(UUID(int=number + 1), f"t{tenant}", "m", (chunk_seconds,) * (hours * 30 * 8), accepted=number)
         for number, tenant in enumerate(jobs)
     ]
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from shared.domain.scheduling import forecast
 from shared.domain.scheduling.forecast import Work, run_forward
+from shared.domain.slice import SliceKind
 from tests.simulation import clairvoyant
 from shared.domain.scheduling.simulation import outages, simulate, START, lanes, missed, week
 from tests.simulation.fleets import backlogged, busy_seconds, busy_until, idle_while_waiting, jain, served
@@ -55,13 +56,50 @@ def test_endless_deadlines_starve_nobody():
     """One tenant's jobs are all urgent; another's, which has none, gets its tenth of the fleet."""
     hours = timedelta(hours=12)
     urgent = [
-        Work(UUID(int=number), "hasty", "m", (60.0,) * 400, deadline=START + timedelta(hours=1 + number), order=number)
+        Work(
+            UUID(int=number), "hasty", "m", (60.0,) * 400, deadline=START + timedelta(hours=1 + number), accepted=number
+        )
         for number in range(1, 12)
     ]
-    patient = Work(UUID(int=99), "patient", "m", (60.0,) * 400, order=99)
+    patient = Work(UUID(int=99), "patient", "m", (60.0,) * 400, accepted=99)
     plan = run_forward([*urgent, patient], lanes(4), START, horizon=hours, review=timedelta(minutes=1))
     seconds = served(plan, [*urgent, patient], START, START + hours)
     assert seconds["patient"] >= 0.08 * sum(seconds.values())
+
+
+def test_a_job_for_all_devices_gets_them_beside_endless_others():
+    """Of another tenant, who asks for nothing but trainings of one device; and of its own tenant's batches."""
+    gang = Work(
+        UUID(int=1), "t", "m", (600.0,), SliceKind.TRAIN, devices_needed=4, arrives_at=START + timedelta(hours=1)
+    )
+    others = [
+        Work(UUID(int=number), "u", "m", (60.0 * (5 + number % 13),), SliceKind.TRAIN, accepted=number)
+        for number in range(2, 400)
+    ]
+    batch = Work(UUID(int=999), "t", "m", (60.0,) * 4000)
+    for works in ([gang, *others], [gang, *others, batch]):
+        plan = run_forward(works, lanes(4), START, horizon=timedelta(hours=6))
+        span = plan.spans[gang.job_id]
+        assert span.starts_at - gang.arrives_at <= timedelta(minutes=2 * 17)
+        assert {b.worker_id for b in plan.blocks if b.job_id == gang.job_id} == {lane.worker_id for lane in lanes(4)}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_jobs_for_several_devices_neither_block_each_other_nor_leave_devices_idle_in_vain(seed):
+    trace = week(seed, gpus=16, tenants=4, days=2, load=0.9, gangs=0.6, deadlines=0.1)
+    plan, idle = run_watched(trace)
+    gangs = [work for work in trace.works if work.devices_needed > 1]
+    assert len(gangs) > 20 and idle < 1
+    assert all(span.ends_at is not None for span in plan.spans.values())
+    host_of = {lane.worker_id: lane.host for lane in trace.lanes}
+    for work in gangs:
+        blocks = [block for block in plan.blocks if block.job_id == work.job_id]
+        for block in blocks:
+            middle = block.starts_at + (block.ends_at - block.starts_at) / 2
+            together = [each.worker_id for each in blocks if each.starts_at <= middle < each.ends_at]
+            assert len(set(together)) == work.devices_needed and len({host_of[each] for each in together}) == 1
+    asked = sum(sum(work.chunks) * work.devices_needed for work in trace.works)
+    assert busy_seconds(plan) == pytest.approx(asked)
 
 
 def test_failures_cost_what_was_not_recorded_and_nothing_else():
@@ -99,10 +137,25 @@ def test_overlapping_failures_of_one_worker_end_with_the_last():
 
 
 def test_the_command_line_says_what_the_simulation_does():
-    asked = ["--gpus", "4", "--tenants", "3", "--days", "1", "--failures", "2", "--deadlines", "0.5", "--seed", "3"]
+    asked = [
+        "--gpus",
+        "4",
+        "--tenants",
+        "3",
+        "--days",
+        "1",
+        "--failures",
+        "2",
+        "--deadlines",
+        "0.5",
+        "--seed",
+        "3",
+        "--gangs",
+        "0.5",
+    ]
     printed, again = (CliRunner().invoke(app, ["simulate", *asked, "--json"]) for _ in range(2))
     assert printed.exit_code == 0 and printed.stdout == again.stdout
-    trace = week(3, gpus=4, tenants=3, days=1, deadlines=0.5)
+    trace = week(3, gpus=4, tenants=3, days=1, deadlines=0.5, gangs=0.5)
     _, report = simulate(trace, outages(3, trace.lanes, days=1, per_day=2), days=1)
     assert json.loads(printed.stdout) == asdict(report) and report.deadlines_met > 0
     shown = CliRunner().invoke(app, ["simulate", *asked]).stdout
@@ -135,8 +188,8 @@ def test_weights_are_shares():
 
 
 def test_a_large_batch_delays_anothers_first_result_by_a_chunk_at_most():
-    large = Work(UUID(int=1), "large", "m", (120.0,) * 4000, order=0)
-    small = Work(UUID(int=2), "small", "m", (60.0,), order=1, arrives_at=START + timedelta(hours=1, seconds=7))
+    large = Work(UUID(int=1), "large", "m", (120.0,) * 4000, accepted=0)
+    small = Work(UUID(int=2), "small", "m", (60.0,), accepted=1, arrives_at=START + timedelta(hours=1, seconds=7))
     plan = run_forward([large, small], lanes(4), START, horizon=timedelta(hours=3))
     assert plan.spans[small.job_id].starts_at - small.arrives_at <= timedelta(seconds=120)
 

@@ -45,9 +45,9 @@ def test_the_first_estimate_of_a_line():
 def test_what_an_estimate_is_told_runs_forward_to_the_same_plan_and_names_nobody():
     lanes = [Lane(UUID(int=n), frozenset({"m"})) for n in (1, 2)]
     works = [
-        Work(UUID(int=10), "secret-tenant", "m", (60.0, 60.0), priority=9, order=0, on=(UUID(int=1),)),
-        Work(UUID(int=11), "other", "n", (600.0,), SliceKind.TRAIN, order=1, devices_needed=2, deadline=NOW),
-        Work(UUID(int=12), "other", None, (30.0,), order=2, parents=frozenset({UUID(int=10)})),
+        Work(UUID(int=10), "secret-tenant", "m", (60.0, 60.0), priority=9, accepted=0, on=(UUID(int=1),)),
+        Work(UUID(int=11), "other", "n", (600.0,), SliceKind.TRAIN, accepted=1, devices_needed=2, deadline=NOW),
+        Work(UUID(int=12), "other", None, (30.0,), accepted=2, parents=frozenset({UUID(int=10)})),
     ]
     specs = {UUID(int=12): [NIGHT]}
     named = [*works[:2], Work(**{**works[2].__dict__, "windows": ()})]

@@ -1,6 +1,7 @@
 """The night run forward: what it promises, and what holds for every plan."""
 
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.domain.scheduling import forecast
+from shared.domain.scheduling.ageing import STEP_SECONDS
 from shared.domain.scheduling.forecast import Lane, Work, is_on_time, run_forward
 from shared.domain.scheduling.gates import gate
 from shared.domain.scheduling.windows import Window
@@ -28,7 +30,9 @@ def lanes(count, models=()):
 
 
 def work(number, *chunks, **fields):
-    return Work(ident(number), fields.pop("tenant_id", "t"), fields.pop("model", "m"), chunks, order=number, **fields)
+    return Work(
+        ident(number), fields.pop("tenant_id", "t"), fields.pop("model", "m"), chunks, accepted=number, **fields
+    )
 
 
 def hours(span):
@@ -52,6 +56,18 @@ def test_priorities_and_classes_go_first():
     works = [work(1, 3600), work(2, 3600, priority=9), work(3, 3600, slice_class=1, priority=0)]
     plan = run_forward(works, lanes(1, ["m"]), NOW)
     assert [hours(plan.spans[ident(n)])[0] for n in (3, 2, 1)] == [0, 1, 2]
+
+
+def test_a_step_of_priority_is_worth_a_day_of_waiting_and_no_more():
+    """A flood of later jobs passes an earlier one of lower priority for a day."""
+    day = STEP_SECONDS / 3600
+    flood = [replace(work(2 + number, 3600, priority=6), accepted=3600.0 * number) for number in range(48)]
+    flood = [replace(each, arrives_at=NOW + timedelta(seconds=each.accepted)) for each in flood]
+    low = replace(work(1, 3600, priority=5), accepted=0.0)
+    plan = run_forward([*flood, low], lanes(1, ["m"]), NOW)
+    assert day - 1 <= hours(plan.spans[ident(1)])[0] <= day + 1
+    same = run_forward([*flood[:20], low], lanes(1, ["m"]), NOW)
+    assert hours(same.spans[ident(1)])[0] == 20
 
 
 def test_a_window_stops_a_job_and_lets_it_go_on_the_next_night():

@@ -19,6 +19,7 @@ class Slice:
     devices_needed: int = 1
     deadline: object = None
     failures: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Worker:
     models: frozenset = frozenset()
     is_training: bool = False
     awaited: int = 0
+    host: str = "here"
+    reaches: bool = False
+    frees_in: float = 0.0
     worker_id: UUID = field(default_factory=uuid4)
 
 

@@ -313,12 +313,13 @@ def simulate(
     days: Annotated[int, typer.Option(min=1, max=60)] = 7,
     load: Annotated[float, typer.Option(min=0.01, max=10, help="Of the fleet's time that jobs ask for.")] = 0.9,
     deadlines: Annotated[float, typer.Option(min=0, max=1, help="Share of the jobs that have one.")] = 0.3,
+    gangs: Annotated[float, typer.Option(min=0, max=1, help="Share of trainings that need 2 to 8 GPUs.")] = 0.0,
     failures: Annotated[float, typer.Option(min=0, max=100, help="Of each GPU, a day.")] = 0.0,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Run the scheduling policy over a made-up fleet and what arrives at it; the same seed gives the same answer."""
-    asked = {"gpus": gpus, "tenants": tenants, "load": load, "deadlines": deadlines}
+    asked = {"gpus": gpus, "tenants": tenants, "load": load, "deadlines": deadlines, "gangs": gangs}
     report = _server_part("simulation").run(seed, days=days, failures=failures, **asked)
     if as_json:
         print(json.dumps(asdict(report), indent=2))

@@ -30,6 +30,7 @@ from shared.db.jobs import JobView
 from shared.db.quotas import Budget
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
+from shared.db.workers import Devices
 from shared.domain.errors import InvalidRequest
 from shared.domain.fine_tuning import parallelism_of
 from shared.domain.job import JobKind, JobState, parse_job_id
@@ -93,7 +94,7 @@ def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any
     queued = [job for job in found if job.state is JobState.QUEUED]
     places = jobs.queue_places(connection, [job.job_id for job in queued])
     needed = {job.job_id: parallelism_of(job.spec).devices for job in queued}
-    there = workers.living(connection) if max(needed.values(), default=1) > 1 else 0
+    there = workers.devices(connection) if max(needed.values(), default=1) > 1 else Devices(0, 0)
     parents = gates.parents_of(connection, [job.job_id for job in found])
     expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
     budgets, caps = (quotas.budgets(connection), _caps(connection)) if queued else ({}, Caps())
@@ -152,15 +153,19 @@ def _gated(job: JobView) -> dict[str, Any] | None:
     return {"reason": job.gate_reason, "detail": detail, "place": None, "until": unix(job.gate_until)}
 
 
-def _waiting(job: JobView, place: int | None, needed: int, there: int) -> dict[str, Any] | None:
-    """Return why a job waits; None when it does not. `needed`: devices at once; `there`: those of all workers."""
+def _waiting(job: JobView, place: int | None, needed: int, fleet: Devices) -> dict[str, Any] | None:
+    """Return why a job waits; None when it does not. `needed`: devices at once."""
     if job.state is JobState.PAUSED:
         return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
     if job.state is not JobState.QUEUED:
         return None
     detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
     if needed > 1:
-        detail = f"It needs {needed} devices at once; {there} {'is' if there == 1 else 'are'} there."
+        detail = f"It needs {needed} devices at once; {fleet.there} {'is' if fleet.there == 1 else 'are'} there."
+        if fleet.together < fleet.there:
+            detail += (
+                f" One job can train on {fleet.together} of them: the others are on hosts that do not reach these."
+            )
     return {"reason": "capacity", "detail": detail, "place": place, "until": None}
 
 

@@ -60,8 +60,12 @@ class Speeds:
         return iter(self._known.values())
 
 
-def chunks(seconds: float, slices: int, kind: SliceKind, jobs: int = 1) -> tuple[float, ...]:
-    """Divide what is left of one of so many jobs into parts that may run side by side; training has one."""
+def chunks(seconds: float, slices: int, kind: SliceKind, jobs: int = 1, devices: int = 1) -> tuple[float, ...]:
+    """Divide the device seconds that are left of one of so many jobs into parts that may run side by side.
+
+    Training has one part, on all its devices at once.
+    """
+    seconds /= devices
     most = max(1, min(MOST_CHUNKS, CHUNKS_IN_ALL // max(1, jobs)))
     count = 1 if kind is SliceKind.TRAIN else max(1, min(slices, most))
     return (seconds / count,) * count if seconds > 0 else ()
@@ -99,7 +103,10 @@ def basis_of(
     specs: By job, its windows as they were asked for. `from_basis` reads it.
     """
     return {
-        "lanes": [{"id": lane.worker_id.hex, "models": sorted(lane.models)} for lane in lanes],
+        "lanes": [
+            {"id": each.worker_id.hex, "models": sorted(each.models), "host": each.host, "reaches": each.reaches}
+            for each in lanes
+        ],
         "speeds": [list(astuple(speed)) for speed in speeds],
         "weights": {hidden_name(tenant): weight for tenant, weight in weights.items()},
         "works": [
@@ -111,7 +118,7 @@ def basis_of(
                 "kind": work.kind,
                 "class": work.slice_class,
                 "priority": work.priority,
-                "order": work.order,
+                "accepted": work.accepted,
                 "devices": work.devices_needed,
                 "windows": specs.get(work.job_id, []),
                 "deadline": work.deadline.isoformat() if work.deadline else None,
@@ -134,7 +141,7 @@ def from_basis(basis: Mapping[str, Any]) -> tuple[list[Work], list[Lane], dict[s
             kind=SliceKind(each["kind"]),
             slice_class=each["class"],
             priority=each["priority"],
-            order=each["order"],
+            accepted=each.get("accepted", 0.0),
             devices_needed=each["devices"],
             windows=windows_of(*each["windows"]),
             deadline=datetime.fromisoformat(each["deadline"]) if each["deadline"] else None,
@@ -143,5 +150,8 @@ def from_basis(basis: Mapping[str, Any]) -> tuple[list[Work], list[Lane], dict[s
         )
         for each in basis["works"]
     ]
-    lanes = [Lane(UUID(lane["id"]), frozenset(lane["models"])) for lane in basis["lanes"]]
+    lanes = [
+        Lane(UUID(lane["id"]), frozenset(lane["models"]), lane.get("host", ""), lane.get("reaches", False))
+        for lane in basis["lanes"]
+    ]
     return works, lanes, dict(basis["weights"])

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from shared.domain.scheduling.ageing import queue_rank
 from shared.domain.scheduling.gates import gate
-from shared.domain.scheduling.policy import Caps, Fairness, hurries, plan_releases
+from shared.domain.scheduling.policy import Caps, Fairness, hurries, kept_for_urgent, plan_releases
 from shared.domain.scheduling.urgency import Demand, Running, lone_seconds, plan_preemptions, review_pause, urgent_jobs
 from shared.domain.scheduling.windows import Window, next_common_change
 from shared.domain.slice import SliceClass, SliceKind
@@ -25,6 +26,8 @@ MOST_SECONDS = (HORIZON + timedelta(days=1)).total_seconds()
 """That a chunk runs on without a look at it: no calendar has the end of a training that was asked for by mistake."""
 LOST_SECONDS = 60.0
 """What a worker that fails has not recorded, at most: a flush is half a second, a checkpoint some minutes."""
+CHUNK_BITS = 20
+"""Of a chunk's id, after its job's number."""
 _TOKENS_PER_SECOND = 1000
 """By which chunks are weighed against each other: the policy counts tokens, and here a second is as good as any."""
 
@@ -33,8 +36,8 @@ _TOKENS_PER_SECOND = 1000
 class Work:
     """An open job. `chunks`: device seconds of the parts of what is left, which may run on several workers at once.
 
-    order: Of acceptance. on: Workers that run parts of it now; they go on with it. arrives_at: When it is handed in,
-        for a simulation; None: it is there.
+    accepted: When it was, in seconds. on: Workers that run parts of it now, or its one part together; they go on with
+        it. arrives_at: When it is handed in, for a simulation; None: it is there.
     """
 
     job_id: UUID
@@ -44,7 +47,7 @@ class Work:
     kind: SliceKind = SliceKind.GENERATE
     slice_class: int = 2
     priority: int = 5
-    order: int = 0
+    accepted: float = 0.0
     devices_needed: int = 1
     windows: tuple[Window, ...] = ()
     deadline: datetime | None = None
@@ -55,10 +58,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Lane:
-    """A worker, and the models that are warm on it."""
+    """A worker, and the models that are warm on it. `reaches`: it trains with those of other hosts, too."""
 
     worker_id: UUID
     models: frozenset[str] = frozenset()
+    host: str = ""
+    reaches: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,23 +111,28 @@ class _Waiting:
     kind: str
     devices_needed: int
     deadline: datetime | None
+    seconds: float | None
     failures: int = 0
 
 
 @dataclass
 class _Host:
-    """A free lane, as the policy sees it."""
+    """A lane, as the policy sees it: free, or busy with whatever for so long."""
 
     worker_id: UUID
     models: frozenset[str]
-    slots: int = 1
+    host: str
+    reaches: bool
     occupied: int = 0
     is_training: bool = False
+    frees_in: float = 0.0
+    slots: int = 1
     awaited: int = 0
 
 
 @dataclass
 class _Job:
+    number: int
     work: Work
     chunks: deque[float]
     slice_class: int
@@ -132,10 +142,12 @@ class _Job:
     ends_at: datetime | None = None
 
     @property
-    def place(self) -> tuple[int, float, int, int]:
+    def place(self) -> tuple[int, float, float, int]:
         """Where it stands in its tenant's queue."""
-        deadline = self.work.deadline if self.slice_class == SliceClass.URGENT else None
-        return (self.slice_class, deadline.timestamp() if deadline else 0.0, -self.work.priority, self.work.order)
+        work = self.work
+        deadline = work.deadline if self.slice_class == SliceClass.URGENT else None
+        rank = queue_rank(work.priority, work.accepted)
+        return (self.slice_class, deadline.timestamp() if deadline else 0.0, rank, self.number)
 
 
 @dataclass(order=True)
@@ -168,7 +180,9 @@ class _Run:
         outages: Sequence[Outage] = (),
     ) -> None:
         self._now, self._weights, self._load_seconds, self._caps = now, weights, load_seconds, caps or {}
-        self._jobs = {work.job_id: _Job(work, deque(work.chunks), work.slice_class) for work in works}
+        self._jobs = {
+            work.job_id: _Job(number, work, deque(work.chunks), work.slice_class) for number, work in enumerate(works)
+        }
         self._began, self._review_at, self._review_pause = now, now, review
         self._with_deadlines = [job for job in self._jobs.values() if job.work.deadline is not None]
         self._short_since: datetime | None = None
@@ -177,6 +191,7 @@ class _Run:
         self._outages += [(each.ends_at, -1, each.worker_id.hex) for each in outages]
         heapq.heapify(self._outages)
         self._free = {lane.worker_id: None for lane in lanes}  # in their order
+        self._lanes = {lane.worker_id: lane for lane in lanes}
         self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
         self._queues: dict[str, list[_Job]] = defaultdict(list)
         self._children: dict[UUID, list[_Job]] = defaultdict(list)
@@ -253,21 +268,53 @@ class _Run:
     def _continue_running(self) -> None:
         """Let workers go on with what they run."""
         for job in sorted(self._jobs.values(), key=lambda each: each.place):
-            for worker_id in job.work.on:
-                if job.chunks and worker_id in self._free and job in self._queues[job.work.tenant_id]:
-                    self._start(job, [worker_id])
+            needed = job.work.devices_needed
+            for number in range(0, len(job.work.on), needed):
+                lanes = [each for each in job.work.on[number : number + needed] if each in self._free]
+                if job.chunks and len(lanes) == needed and job in self._queues[job.work.tenant_id]:
+                    self._start(job, lanes)
 
     def _release(self) -> None:
         """Ask the policy what the free workers do next, until it has nothing for them."""
+        kept = None
         while self._free:
-            offered = [job for queue in self._queues.values() for job in self._heads(queue, len(self._free))]
-            backlog = [self._waiting(number, job) for number, job in enumerate(offered)]
-            hosts = [_Host(worker_id, frozenset(self._warm[worker_id])) for worker_id in self._free]
+            offered = self._offered()
+            backlog = [self._waiting(slice_id, job) for slice_id, job in offered.items()]
+            hosts = [self._host(worker_id) for worker_id in self._free]
+            if any(job.work.devices_needed > 1 for job in offered.values()):
+                hosts += self._busy_hosts()
             caps = Caps(self._caps, self._held())
-            releases = plan_releases(backlog, hosts, self._fairness, window=0, weights=self._weights, caps=caps)
-            has_started = [self._start_release(offered[each.slice_id], each.worker_id) for each in releases]
-            if not any(has_started):
+            releases = plan_releases(
+                backlog, hosts, self._fairness, window=0, weights=self._weights, caps=caps, alone=True
+            )
+            for each in releases:
+                self._start(offered[each.slice_id], [each.worker_id, *each.others])
+            if not releases and kept == self._fairness.reserved:
                 return
+            kept = self._fairness.reserved  # for another than before, whose devices are others' again
+
+    def _offered(self) -> dict[int, _Job]:
+        """Return the jobs of the next chunks of all queues, by ids that a chunk keeps: its job's and a number."""
+        offered: dict[int, _Job] = {}
+        for queue in self._queues.values():
+            for job in self._heads(queue, len(self._free)):
+                for number in range(min(len(job.chunks), len(self._free))):
+                    offered[job.number << CHUNK_BITS | number] = job
+        return offered
+
+    def _host(self, worker_id: UUID) -> _Host:
+        lane = self._lanes[worker_id]
+        return _Host(worker_id, frozenset(self._warm[worker_id]), lane.host, lane.reaches)
+
+    def _busy_hosts(self) -> list[_Host]:
+        """Return the lanes that compute: who needs several waits for them to end."""
+        busy = []
+        for running in self._running:
+            frees_in = (running.until - self._now).total_seconds()
+            busy += [
+                replace(self._host(each), occupied=1, is_training=True, frees_in=frees_in) for each in running.lanes
+            ]
+        return busy
 
     def _held(self) -> dict[str, set[UUID]]:
         """Return the lanes on which tenants run whose number is limited."""
@@ -277,31 +324,23 @@ class _Run:
                 held[running.job.work.tenant_id].update(running.lanes)
         return held
 
-    def _start_release(self, job: _Job, worker_id: UUID) -> bool:
-        """Start a job's next chunk if all its lanes are still free: a job before it may have taken several."""
-        others = [lane for lane in self._free if lane != worker_id][: job.work.devices_needed - 1]
-        is_possible = worker_id in self._free and len(others) == job.work.devices_needed - 1
-        if is_possible:
-            self._start(job, [worker_id, *others])
-        return is_possible
-
     @staticmethod
     def _heads(queue: list[_Job], most: int) -> list[_Job]:
-        """Return the jobs of a queue's next chunks, each as often as it has chunks; training stands in no one's way."""
+        """Return the jobs of a queue's next chunks; training stands in no one's way."""
         heads: list[_Job] = []
         generating = 0
         for job in queue:
-            heads += [job] * min(len(job.chunks), most)
+            heads.append(job)
             generating += len(job.chunks) if job.work.kind is SliceKind.GENERATE else 0
             if generating >= most:
                 break
         return heads
 
-    def _waiting(self, number: int, job: _Job) -> _Waiting:
+    def _waiting(self, slice_id: int, job: _Job) -> _Waiting:
         work = job.work
         tokens = round(job.chunks[0] * _TOKENS_PER_SECOND)
         return _Waiting(
-            slice_id=number,
+            slice_id=slice_id,
             tenant_id=work.tenant_id,
             slice_class=job.slice_class,
             model=work.model,
@@ -309,6 +348,7 @@ class _Run:
             kind=work.kind,
             devices_needed=work.devices_needed,
             deadline=work.deadline,
+            seconds=job.chunks[0],
         )
 
     def _review_urgency(self) -> None:
@@ -357,7 +397,7 @@ class _Run:
         """Stop what runs for urgent chunks that find no free worker."""
         most = self._living
         urgent = [
-            self._waiting(0, job)
+            self._waiting(job.number << CHUNK_BITS, job)
             for queue in self._queues.values()
             for job in queue
             if job.slice_class <= SliceClass.URGENT
@@ -366,7 +406,8 @@ class _Run:
         urgent.sort(key=lambda each: each.deadline.timestamp() if each.deadline else 0.0)
         caps = Caps(self._caps, self._held())
         wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if hurries(each, caps)]
-        if not wanting:
+        kept = kept_for_urgent(self._fairness.reserved, urgent)
+        if not wanting and not kept:
             self._short_since = None
             return
         self._short_since = self._short_since or self._now
@@ -377,12 +418,13 @@ class _Run:
                 slice_class=each.job.slice_class,
                 kind=each.job.work.kind,
                 seconds=(self._now - each.since).total_seconds(),
+                lent=each.lanes[1:],
             )
             for each in self._running
         ]
         training = {lane for each in self._running if each.job.work.kind is SliceKind.TRAIN for lane in each.lanes}
         waited = (self._now - self._short_since).total_seconds()
-        chosen = set(plan_preemptions(wanting, running, training, most, waited))
+        chosen = set(plan_preemptions(wanting, running, training, most, waited, kept))
         stopped = [each for each in self._running if each.number in chosen]
         self._running = [each for each in self._running if each.number not in chosen]
         heapq.heapify(self._running)

@@ -3,7 +3,8 @@
 Between tenants: weighted round-robin over estimated tokens (deficit round-robin, Shreedhar and Varghese 1996) within a
 class; inside a tenant the queue's own order. Urgent work goes first, by deadlines; it leaves a tenth of the tokens to
 the class behind it, so that no amount of deadlines starves anybody. Placement prefers a worker that has the model warm,
-then the emptiest one, so that one large batch spreads over all workers.
+then the emptiest one, so that one large batch spreads over all workers. Who needs several devices has them kept for it
+once its turn has come (`gangs`).
 """
 
 import heapq
@@ -15,6 +16,7 @@ from datetime import datetime
 from typing import Protocol, TypeGuard, TypeVar
 from uuid import UUID
 
+from shared.domain.scheduling.gangs import Device, Reservation, TrainingDevices, ends_before
 from shared.domain.slice import SliceClass, SliceKind
 
 CLASS_SHARES: dict[int, float] = {SliceClass.URGENT: 9.0, SliceClass.BATCH: 1.0}
@@ -46,29 +48,28 @@ class Waiting(Protocol):
     def deadline(self) -> datetime | None: ...
     @property
     def failures(self) -> int: ...
+    @property
+    def seconds(self) -> float | None: ...
 
 
-class Host(Protocol):
+class Host(Device, Protocol):
     """A live worker."""
 
-    @property
-    def worker_id(self) -> UUID: ...
     @property
     def slots(self) -> int: ...
     @property
     def models(self) -> frozenset[str]: ...
     @property
     def occupied(self) -> int: ...
-    @property
-    def is_training(self) -> bool: ...
-    @property
-    def awaited(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Release:
+    """A slice for a worker; `others`: whose devices it is expected to take, too."""
+
     slice_id: int
     worker_id: UUID
+    others: tuple[UUID, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Fairness:
     served: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     classes: dict[int, float] = field(default_factory=dict)
     """Tokens that each class was served, by its share."""
+    reserved: Reservation | None = None
+    """Devices that are kept for a slice whose turn has come."""
 
     def charge(self, tenant_id: str, tokens: int, weight: float) -> None:
         self.served[tenant_id] += max(1, tokens) / weight
@@ -136,6 +139,7 @@ def plan_releases(
     window: int,
     weights: Mapping[str, float],
     caps: Caps = Caps(),
+    alone: bool = False,
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
 
@@ -144,34 +148,107 @@ def plan_releases(
 
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
     each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds fewer
-    workers than it needs devices waits, and what is behind it goes on.
+    workers than it needs devices waits, and what is behind it goes on. alone: A device that trains computes nothing
+    else, and the other way round; as forecasts have it.
     """
-    devices, capped = _TrainingDevices(workers), _CappedTenants(caps, workers)
-    room = _Room(workers, window)
+    placing = _Placing(backlog, workers, fairness, window, caps, alone=alone)
     queues = _Queues(backlog, fairness)
-    if sum(hurries(waiting, caps) for waiting in backlog) > room.slots:
-        room.keep_to_slots()
     releases: list[Release] = []
-    while queues and room.is_left:
-        waiting = queues.pop()
-        is_training, is_urgent = waiting.kind == SliceKind.TRAIN, waiting.slice_class == SliceClass.URGENT
-        among = devices.hosts(waiting) if is_training else None
-        among, is_capped = capped.among(waiting, among)
-        if among is None:
-            worker = room.best(waiting.model, needs_slot=is_urgent)
-        else:
-            worker = room.best_of(among, waiting.model, needs_slot=is_urgent)
-        if worker is None:
-            if hurries(waiting, caps) and not is_capped:
-                room.keep_to_slots()
-            continue
-        if is_training:
-            devices.promise(waiting, worker)
-        capped.note(waiting, worker)
-        room.take(worker)
+
+    def release(found: Release, waiting: Waiting) -> None:
         queues.charge(waiting, weights.get(waiting.tenant_id, 1.0))
-        releases.append(Release(waiting.slice_id, worker.worker_id))
+        releases.append(found)
+
+    standing = placing.standing
+    if standing is not None and (found := placing.place(standing)):
+        release(found, standing)
+    while queues and placing.has_room:
+        waiting = queues.pop()
+        if waiting is not standing and (found := placing.place(waiting)):
+            release(found, waiting)
+    fairness.reserved = placing.reserved
     return releases
+
+
+class _Placing:
+    """Where slices go, one after another in the order in which they are offered."""
+
+    def __init__(
+        self,
+        backlog: Sequence[Waiting],
+        workers: Sequence[Host],
+        fairness: Fairness,
+        window: int,
+        caps: Caps,
+        *,
+        alone: bool,
+    ) -> None:
+        self._devices, self._capped = TrainingDevices(workers), _CappedTenants(caps, workers)
+        self._room, self._workers, self._caps, self._alone = _Room(workers, window), workers, caps, alone
+        if sum(hurries(waiting, caps) for waiting in backlog) > self._room.slots:
+            self._room.keep_to_slots()
+        self.standing = self._renew(backlog, fairness.reserved)
+        """The slice for which devices are kept: its turn has come, so it goes first once it has them all."""
+        self._kept_for = self.standing
+
+    def _renew(self, backlog: Sequence[Waiting], kept: Reservation | None) -> Waiting | None:
+        if kept is not None:
+            for waiting in backlog:
+                if waiting.slice_id == kept.slice_id and self._caps.leave_room(waiting):
+                    return waiting if self._devices.keep_for(waiting, kept.seconds) else None
+        return None
+
+    @property
+    def has_room(self) -> bool:
+        return self._room.is_left
+
+    @property
+    def reserved(self) -> Reservation | None:
+        return self._devices.reserved
+
+    def place(self, waiting: Waiting) -> Release | None:
+        """Give a slice to the best worker, or to none now."""
+        is_urgent = waiting.slice_class == SliceClass.URGENT
+        among, is_capped = self._capped.among(waiting, self._hosts(waiting))
+        if among is None:
+            worker = self._room.best(waiting.model, needs_slot=is_urgent)
+        else:
+            worker = self._room.best_of(among, waiting.model, needs_slot=is_urgent)
+        if worker is not None:
+            return self._give(waiting, worker)
+        if not is_capped:
+            if hurries(waiting, self._caps):
+                self._room.keep_to_slots()
+            self._keep_devices(waiting)
+        return None
+
+    def _hosts(self, waiting: Waiting) -> list[Host] | None:
+        """Return the workers on which a slice may run now; None: any."""
+        if waiting.kind == SliceKind.TRAIN:
+            return self._devices.hosts(waiting)
+        reserved = self.reserved
+        if not self._alone or reserved is None or ends_before(waiting.seconds, reserved):
+            return None
+        return [worker for worker in self._workers if worker.worker_id not in reserved.workers]
+
+    def _keep_devices(self, waiting: Waiting) -> None:
+        """Have devices kept for a slice that needs several; for one at a time, and for who is urgent before others."""
+        kept_for = self._kept_for
+        if waiting.devices_needed > 1 and (kept_for is None or waiting.slice_class < kept_for.slice_class):
+            self._kept_for = waiting if self._devices.keep_for(waiting) else None
+
+    def _give(self, waiting: Waiting, worker: Host) -> Release:
+        others: list[Host] = []
+        if waiting.kind == SliceKind.TRAIN:
+            others = self._devices.promise(waiting, worker)
+        elif self._alone:
+            self._devices.take([worker])
+        if self._kept_for is waiting:
+            self._devices.reserved = self._kept_for = None
+        for each in (worker, *others) if self._alone else (worker,):
+            self._room.take(each)
+        self._capped.note(waiting, worker)
+        return Release(waiting.slice_id, worker.worker_id, tuple(each.worker_id for each in others))
 
 
 def hurries(waiting: Waiting, caps: Caps) -> bool:
@@ -181,6 +258,15 @@ def hurries(waiting: Waiting, caps: Caps) -> bool:
     """
     is_urgent = waiting.slice_class == SliceClass.URGENT and not waiting.failures
     return is_urgent and waiting.devices_needed == 1 and caps.leave_room(waiting)
+
+
+def kept_for_urgent(reserved: Reservation | None, backlog: Sequence[Waiting]) -> Collection[UUID]:
+    """Return the devices that are kept for a slice for which others make way."""
+    for waiting in backlog:
+        if reserved is not None and waiting.slice_id == reserved.slice_id:
+            is_urgent = waiting.slice_class == SliceClass.URGENT and not waiting.failures
+            return reserved.workers if is_urgent else ()
+    return ()
 
 
 class _Queues:
@@ -262,23 +348,6 @@ class _CappedTenants:
         if waiting.tenant_id in self._held:
             self._held[waiting.tenant_id].add(worker.worker_id)
             self._promised[waiting.tenant_id] += waiting.devices_needed - 1
-
-
-class _TrainingDevices:
-    """Which devices may train, less those that were promised to a job that needs several and has not taken them yet."""
-
-    def __init__(self, workers: Sequence[Host]) -> None:
-        self._free = {worker.worker_id: worker for worker in workers if not worker.is_training}
-        self._promised = sum(worker.awaited for worker in workers)
-
-    def hosts(self, waiting: Waiting) -> Sequence[Host]:
-        """Return the workers that a training slice may go to; none while it would wait there for others."""
-        enough = waiting.devices_needed <= len(self._free) - self._promised
-        return list(self._free.values()) if enough else []
-
-    def promise(self, waiting: Waiting, worker: Host) -> None:
-        del self._free[worker.worker_id]
-        self._promised += waiting.devices_needed - 1
 
 
 class _Room:

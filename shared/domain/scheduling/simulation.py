@@ -17,6 +17,7 @@ START = datetime(2026, 7, 6, tzinfo=UTC)
 REVIEW = timedelta(minutes=1)
 AFTER = timedelta(days=60)
 """How much longer a run may take than jobs arrive."""
+HOST_DEVICES = 8
 REPAIR_MINUTES = (2.0, 5.0, 60.0)
 """Shortest, likeliest and longest time until a failed device is back: most are restarted, some are mended."""
 
@@ -28,7 +29,7 @@ class Trace:
 
 
 def lanes(count: int) -> list[Lane]:
-    return [Lane(UUID(int=10**9 + number)) for number in range(count)]
+    return [Lane(UUID(int=10**9 + number), host=f"host-{number // HOST_DEVICES}") for number in range(count)]
 
 
 def week(
@@ -40,11 +41,13 @@ def week(
     days: int = 7,
     models: int = 12,
     deadlines: float = 0.0,
+    gangs: float = 0.0,
 ) -> Trace:
     """Return batches large and small, and training, of several tenants; `load` is the share of the fleet they ask for.
 
     More comes in the afternoon than at night, and sizes are log-normal, as the traces of shared clusters have them.
     A share of `deadlines` of the jobs has one: half an hour and 1.5 to 8 times as long as it would take by itself.
+    A share of `gangs` of the trainings needs 2, 4 or 8 devices of one host.
     """
     generator = random.Random(seed)  # noqa: S311  # no secret
     asked, works, number = 0.0, list[Work](), 0
@@ -56,6 +59,9 @@ def week(
         is_training = generator.random() < 0.15
         seconds = min(12 * 3600.0, generator.lognormvariate(8.3 if is_training else 7.6, 1.2))
         count = 1 if is_training else max(1, min(200, round(seconds / 120)))
+        devices = generator.choice((2, 4, 8)) if is_training and gangs and generator.random() < gangs else 1
+        devices = min(devices, gpus)
+        seconds /= devices
         deadline = None
         if generator.random() < deadlines:
             alone = seconds / min(count, gpus) * generator.uniform(1.5, 8)
@@ -68,12 +74,13 @@ def week(
                 chunks=(seconds / count,) * count,
                 kind=SliceKind.TRAIN if is_training else SliceKind.GENERATE,
                 priority=generator.choice((3, 5, 5, 5, 7)),
-                order=round((arrives - START).total_seconds()),
+                devices_needed=devices,
+                accepted=round((arrives - START).total_seconds()),
                 deadline=deadline,
                 arrives_at=arrives,
             )
         )
-        asked += seconds
+        asked += seconds * devices
     return Trace(works, lanes(gpus))
 
 

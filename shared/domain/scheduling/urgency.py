@@ -85,7 +85,9 @@ class Wanting(Protocol):
 
 @dataclass(frozen=True)
 class Running:
-    """A slice on a worker. `seconds`: since it began. `is_stopping`: it was asked to make way already."""
+    """A slice on a worker. `seconds`: since it began. `is_stopping`: it was asked to make way already. `lent`: workers
+    whose devices it has taken.
+    """
 
     slice_id: int
     worker_id: UUID
@@ -93,6 +95,7 @@ class Running:
     kind: str
     seconds: float
     is_stopping: bool = False
+    lent: Sequence[UUID] = ()
 
 
 def plan_preemptions(
@@ -101,18 +104,21 @@ def plan_preemptions(
     training: Collection[UUID],
     workers: int,
     waited_seconds: float,
+    kept: Collection[UUID] = (),
 ) -> list[int]:
     """Return which slices are to make way for urgent ones, each for one: what began last first, as it loses least.
 
     wanting: In the order in which they would go. training: Workers whose device trains; a second training cannot go
-        there, so it takes a slot elsewhere, or has a training end. One that needs several devices has nobody stopped:
-        one after the other they would be stopped, and begin again before it has them all. waited_seconds: For how long
-        urgent slices have found no room; what began since then did so by its class's share, and keeps it.
+        there, so it takes a slot elsewhere, or has a training end. One that needs several devices has whatever trains
+        on those that are kept for it make way. waited_seconds: For how long urgent slices have found no room; what
+        began since then did so by its class's share, and keeps it. kept: Devices that are kept for an urgent slice.
     """
     free = workers - len(training)
     stopping = [each for each in running if each.is_stopping]
     victims = _victims(running, waited_seconds)
-    chosen: list[int] = []
+    in_the_way = [each for each in victims if _trains(each) and not set(kept).isdisjoint((each.worker_id, *each.lent))]
+    victims = [each for each in victims if each not in in_the_way]
+    chosen = [each.slice_id for each in in_the_way]
     for slice_ in wanting:
         if slice_.devices_needed > 1:
             continue
