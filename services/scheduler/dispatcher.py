@@ -10,6 +10,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import Connection, Engine, Row
 
+from services.scheduler.measured import Measured
 from shared.db import quotas, slices, tenants, workers
 from shared.db.quotas import Budget
 from shared.db.slices import Candidate
@@ -35,7 +36,7 @@ class Dispatcher:
 
     def __init__(self, engine: Engine, app: Celery, settings: Settings) -> None:
         self._engine, self._app, self._settings = engine, app, settings
-        self._fairness = Fairness()
+        self._fairness, self._measured = Fairness(), Measured()
         self._budgets: dict[str, Budget] = {}
         self._budgets_until = 0.0
         self._short_since: float | None = None
@@ -63,7 +64,11 @@ class Dispatcher:
         known = tenants.list_tenants(connection)
         weights = {row["tenant_id"]: row["weight"] for row in known}
         window, caps = self._settings.queue_window, quotas.caps(connection, tenants.device_caps(known))
-        releases = plan_releases(backlog, fleet, self._fairness, window=window, weights=weights, caps=caps)
+        self._measured.refresh(connection)
+        costs = self._measured.load_tokens
+        releases = plan_releases(
+            backlog, fleet, self._fairness, window=window, weights=weights, caps=caps, load_tokens=costs
+        )
         sent = slices.dispatch(connection, [(release.slice_id, release.worker_id) for release in releases])
         # A worker takes its messages as they come: in the policy's order, or an urgent slice stands behind others.
         place = {release.slice_id: number for number, release in enumerate(releases)}

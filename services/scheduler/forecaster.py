@@ -9,10 +9,11 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 
+from services.scheduler.measured import Measured
 from shared.db import forecasts, quotas, tenants, urgency, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.db.quotas import Budget
-from shared.domain.scheduling.estimates import LEAST_SHARE, Speeds, basis_of, chunks, slice_kind, windows_of
+from shared.domain.scheduling.estimates import LEAST_SHARE, basis_of, chunks, slice_kind, windows_of
 from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
 from shared.domain.scheduling.urgency import Demand, lone_seconds, urgent_jobs
 from shared.domain.slice import SliceClass, SliceKind
@@ -20,8 +21,6 @@ from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
-SPEEDS_SECONDS = 30.0
-"""How long speeds of ended jobs are taken for what they were."""
 MOST_BLOCKS = 20_000
 REST = 10
 """Times as long as a forecast took is the pause after it, at least."""
@@ -43,7 +42,7 @@ class Forecaster:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
-        self._speeds, self._speeds_until = Speeds(()), 0.0
+        self._measured = Measured()
         self._said_anything = True
         self.pause_seconds = settings.forecast_seconds
         """For how long the last forecast should do."""
@@ -67,9 +66,10 @@ class Forecaster:
         now, found, lanes = datetime.now(UTC), {job.job_id: job for job in seen.jobs}, seen.lanes
         works = [work for job in seen.jobs if (work := self._work(job, len(seen.jobs)))]
         works = self._with_urgency(_with_budgets(works, seen.budgets), found, len(lanes), now)
-        plan = run_forward(works, lanes, now, weights=seen.weights, caps=seen.caps)
+        loads = {work.model: self._measured.load_seconds(work.model) for work in works if work.model is not None}
+        plan = run_forward(works, lanes, now, weights=seen.weights, caps=seen.caps, load_seconds=loads)
         specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in seen.jobs}
-        basis = basis_of(works, specs, lanes, seen.weights, self._speeds)
+        basis = basis_of(works, specs, lanes, seen.weights, self._measured.speeds)
         expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
         with self._engine.begin() as connection:
             # Another scheduler that is writing looked a moment ago, too.
@@ -82,9 +82,7 @@ class Forecaster:
         jobs = forecasts.open_jobs(connection)
         if not jobs and not self._said_anything:
             return None
-        if time.monotonic() >= self._speeds_until:
-            self._speeds = Speeds(forecasts.speeds(connection))
-            self._speeds_until = time.monotonic() + SPEEDS_SECONDS
+        self._measured.refresh(connection)
         known = tenants.list_tenants(connection)
         return _Seen(
             jobs=jobs,
@@ -123,7 +121,7 @@ class Forecaster:
         """Return the device seconds that what is left will take: at its own speed, once that says something."""
         if _has_own_speed(job):
             return job.tokens_left * job.done_seconds / job.done_tokens
-        return job.tokens_left * self._speeds.of(job.kind, job.model).seconds_per_token
+        return job.tokens_left * self._measured.speeds.of(job.kind, job.model).seconds_per_token
 
     def _forecast(self, job: OpenJob, plan: Plan, devices: int) -> NewForecast:
         span = plan.spans[job.job_id]
@@ -133,7 +131,7 @@ class Forecaster:
             starts_at=job.started_at or span.starts_at,
             ends_at=span.ends_at,
             on_time=is_on_time(span, job.deadline),
-            is_measured=_has_own_speed(job) or self._speeds.is_measured(job.kind, job.model),
+            is_measured=_has_own_speed(job) or self._measured.speeds.is_measured(job.kind, job.model),
             seconds_left=lone_seconds(self._seconds_left(job) / job.devices_needed, _parts(job), devices),
         )
 

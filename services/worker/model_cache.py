@@ -120,6 +120,12 @@ class ModelCache:
         return loaded + sum(loading.bytes for loading in self._loading.values())
 
     @property
+    def load_seconds(self) -> dict[str, float]:
+        """What loading each of `names` took."""
+        entries = [entry for entry in self._entries.values() if not entry.spec.adapter]
+        return {name: entry.load_seconds for entry in entries for name in sorted(entry.names)}
+
+    @property
     def names(self) -> list[str]:
         """Names by which loaded models were asked for; adapters go by their bases'."""
         return sorted({name for entry in self._entries.values() if not entry.spec.adapter for name in entry.names})

@@ -206,7 +206,7 @@ class Pong(msgspec.Struct, tag="pong"):
 
     `model_hits`: how often requests found their model loaded. `engines` are by the model's name; `at_seconds` is the
     host's monotonic clock. `budget_bytes`: what its models may take just now. `lacking_room`: requests whose model
-    waits until others, or a trainer, have given room.
+    waits until others, or a trainer, have given room. `load_seconds`: what loading each of `models` took.
     """
 
     progress: int
@@ -220,6 +220,7 @@ class Pong(msgspec.Struct, tag="pong"):
     at_seconds: float = 0.0
     budget_bytes: int = 0
     lacking_room: int = 0
+    load_seconds: dict[str, float] = {}
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, omit_defaults=True):

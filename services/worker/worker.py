@@ -128,6 +128,7 @@ class Heart:
         if status is not None:
             stats |= {"model_loads": status.model_loads, "model_hits": status.model_hits, "tokens": status.tokens}
             stats |= {"cache_bytes": status.cache_bytes, "in_flight": status.in_flight}
+            stats["load_seconds"] = status.load_seconds
             stats["engines"] = {name: self._engine_stats(name, engine) for name, engine in status.engines.items()}
         return stats
 

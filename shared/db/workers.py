@@ -145,6 +145,8 @@ class WorkerLoad:
     """Whether its device trains with those of other hosts, too."""
     frees_in: float = 0.0
     """Seconds until its device trains nothing, as the last forecast has it; inf if unknown."""
+    arriving: frozenset[str] = frozenset()
+    """Models of slices that it has been given: it will load them, if it has not yet."""
 
 
 LOADS = """
@@ -157,6 +159,11 @@ LOADS = """
             SELECT slice.tenant_id, slice.job_id FROM device_lease JOIN slice ON slice.slice_id = device_lease.slice_id
             WHERE device_lease.worker_id = worker.worker_id
         ) AS trained LEFT JOIN forecast USING (tenant_id, job_id)) AS frees_in,
+        ARRAY(SELECT DISTINCT coalesce((SELECT base FROM model
+                WHERE name = slice.model AND model.tenant_id IN ('system', slice.tenant_id)
+                ORDER BY model.tenant_id = 'system' LIMIT 1), slice.model) FROM slice
+            WHERE slice.worker_id = worker.worker_id AND slice.state IN ('dispatched', 'running')
+                AND slice.kind = 'generate' AND slice.model IS NOT NULL) AS arriving,
         (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
             AND slice.state IN ('dispatched', 'running')) AS occupied,
         EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id
@@ -188,9 +195,22 @@ def loads(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
             host=row.host,
             reaches=row.reaches,
             frees_in=row.frees_in or 0.0,
+            arriving=frozenset(row.arriving),
         )
         for row in rows
     ]
+
+
+LOAD_SECONDS = """
+    SELECT loaded.key AS model, max(loaded.value::float8) AS seconds
+    FROM worker, jsonb_each_text(worker.stats -> 'load_seconds') AS loaded
+    WHERE worker.state <> 'lost' GROUP BY loaded.key
+"""
+
+
+def load_seconds(connection: Connection) -> dict[str, float]:
+    """Return what loading took of each model that is warm on a worker that lives; the longest."""
+    return {row.model: row.seconds for row in connection.execute(text(LOAD_SECONDS))}
 
 
 def fleet(connection: Connection, heartbeat_within_seconds: float) -> list[WorkerLoad]:

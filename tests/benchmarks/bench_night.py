@@ -22,11 +22,13 @@ from shared.domain.scheduling.simulation import START, Report, Trace, lanes, mis
 from shared.domain.slice import SliceKind
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
+from tests.simulation.affinity import blind_loads, clairvoyant_bound
 from tests.simulation.fleets import backlogged, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_watched
 
 HOURS = 4
-WEEK = timedelta(days=7)
+WEEK, LONG = timedelta(days=7), timedelta(days=60)
+ROOM, LOAD_SECONDS = 4, 20.0
 
 
 def bench_work(table: Table) -> None:
@@ -104,6 +106,34 @@ def bench_fairness(table: Table) -> None:
     table.add("night-2b", what, waited, "slices", "≤ 1", waited <= 1)
 
 
+def bench_affinity(table: Table) -> None:
+    """Row 3: loads of models, beside the least that the clairvoyant schedule needs and dispatchers that look at none."""
+    loads = {f"model-{number}": LOAD_SECONDS for number in range(50)}
+    traces = [week(seed, gpus=8, models=50) for seed in (1, 2, 3)]
+    bounds = [clairvoyant_bound(trace, ROOM) for trace in traces]
+
+    def ratios(patience: float) -> list[float]:
+        with mock.patch.object(policy, "PATIENCE", patience):
+            plans = [
+                run_forward(each.works, each.lanes, START, horizon=LONG, load_seconds=loads, room=ROOM)
+                for each in traces
+            ]
+        return [plan.loads / bound for plan, bound in zip(plans, bounds, strict=True)]
+
+    what = f"50 models, 8 GPUs with room for {ROOM}, {LOAD_SECONDS:.0f} s a load, a week, 3 seeds: loads ÷ Belady's bound, highest"
+    found = ratios(policy.PATIENCE)
+    table.add("night-3", what, max(found), "×", "≤ 1.2×", max(found) <= 1.2, found)
+    for number, patience in enumerate((0.0, 1.0, 2.0, 5.0), 1):
+        found = ratios(patience)
+        table.add(
+            f"night-3-patience-{number}", f"the same, patience {patience:.0f}", max(found), "×", "said", True, found
+        )
+    for name, by_tenant in (("fifo", False), ("round-robin", True)):
+        blind = [blind_loads(trace, ROOM, LOAD_SECONDS, by_tenant=by_tenant) for trace in traces]
+        found = [loads / bound for loads, bound in zip(blind, bounds, strict=True)]
+        table.add(f"night-3-{name}", f"the same by {name}", max(found), "×", "said", True, found)
+
+
 def bench_scale(table: Table) -> None:
     """Rows 4: one tick over the heads of 100,000 slices, and a forecast over 1,000 jobs."""
     tenants = 50
@@ -142,7 +172,7 @@ def _seconds(act) -> float:
 
 def main() -> int:
     table = Table("night")
-    for part in (bench_work, bench_deadlines, bench_urgency, bench_fairness, bench_scale, bench_day):
+    for part in (bench_work, bench_deadlines, bench_urgency, bench_fairness, bench_affinity, bench_scale, bench_day):
         part(table)
         table.write()
     table.show()

@@ -21,13 +21,15 @@ from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.finalizer import Finalizer
 from services.scheduler.forecaster import Forecaster
 from services.scheduler.main import Scheduler
+from services.scheduler.measured import Measured
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
-from shared.db import events, slices, workers
-from shared.db.session import connect_engine
+from shared.db import events, slices, tenants, workers
+from shared.db.session import connect_engine, tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
+from shared.domain.scheduling.estimates import GUESSED_SECONDS_PER_TOKEN
 from shared.domain.slice import SliceState
 from shared.queueing.celery_app import create_app, declare_worker_queue
 from shared.queueing.names import CANARY_KEY, GENERATE_TASK, worker_queue
@@ -65,6 +67,43 @@ def test_the_window_in_redis_is_thin_and_messages_carry_ids_only(database, store
     assert redis_client.llen(queue) == 4
     message = redis_client.lindex(queue, 0)
     assert b"hello" not in message and b"generate[echo]" in message
+
+
+def test_what_a_load_costs_is_what_workers_say(database):
+    """The longest of a model's; that of others for one that nobody has loaded; remembered when nobody has it warm."""
+    idle = {"state": "idle", "models": [], "lease_seconds": 60}
+    for loads in ({"a": 2.0, "b": 4.0}, {"a": 3.0}):
+        worker = register(database)
+        with database.engine("worker").begin() as connection:
+            workers.heartbeat(connection, worker.worker_id, stats={"load_seconds": loads}, **idle)
+    measured = Measured()
+    with database.engine("scheduler").begin() as connection:
+        measured.refresh(connection)
+    assert [measured.load_seconds(model) for model in ("a", "b", "c")] == [3.0, 4.0, 3.5]
+    assert measured.load_tokens("b") == 4.0 / GUESSED_SECONDS_PER_TOKEN
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE worker SET state = 'lost'"))
+    measured._until, fresh = 0.0, Measured()
+    with database.engine("scheduler").begin() as connection:
+        measured.refresh(connection)
+        fresh.refresh(connection)
+    assert measured.load_seconds("a") == 3.0 and fresh.load_seconds("a") == fresh.load_tokens("a") == 0
+
+
+def test_a_tenant_whose_model_is_warm_goes_before_one_whose_model_must_be_loaded(database, store, redis_server):
+    """Both have been served the same; the dispatcher reads the load's cost and the warm models in Postgres."""
+    worker = register(database, slots=1)
+    beat = {"state": "idle", "models": ["warm"], "lease_seconds": 60, "stats": {"load_seconds": {"cold": 5.0}}}
+    with database.engine("worker").begin() as connection:
+        workers.heartbeat(connection, worker.worker_id, **beat)
+    with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+        tenants.create_tenant(connection, "other", "other")
+    for tenant, model in (("default", "cold"), ("other", "warm")):
+        make_job(database.engine("gateway"), store, chat_lines(4, model=model), tenant_id=tenant)
+        Planner(database.engine("scheduler"), database.settings("scheduler"), store).tick()
+    assert dispatcher(database, redis_server, queue_window=0).tick() == 1
+    sent = rows(database.engine("scheduler"), "SELECT tenant_id FROM slice WHERE state = 'dispatched'")
+    assert [row.tenant_id for row in sent] == ["other"]
 
 
 def test_a_slice_for_nobody_waits_in_postgres(database, store, redis_server, redis_client):

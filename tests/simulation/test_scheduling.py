@@ -14,6 +14,7 @@ from shared.domain.scheduling.forecast import Work, run_forward
 from shared.domain.slice import SliceKind
 from tests.simulation import clairvoyant
 from shared.domain.scheduling.simulation import outages, simulate, START, lanes, missed, week
+from tests.simulation.affinity import blind_loads, clairvoyant_bound, least_loads
 from tests.simulation.fleets import backlogged, busy_seconds, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_watched
 
@@ -202,3 +203,27 @@ def test_a_higher_priority_never_ends_later():
             for p in (2, 8)
         )
         assert high.spans[work.job_id].starts_at <= low.spans[work.job_id].starts_at
+
+
+def test_least_loads_are_those_of_a_cache_that_knows_what_comes():
+    assert least_loads("abcabc", 2) == 4, "LRU would load six times"
+    assert least_loads("aaaa", 1) == 1 and least_loads("abab", 2) == 2 and least_loads("abab", 1) == 4
+
+
+def test_models_are_loaded_hardly_more_often_than_a_schedule_needs_that_knows_everything():
+    trace, loads = week(1, gpus=8, models=50, days=3), {f"model-{number}": 20.0 for number in range(50)}
+    plan = run_forward(trace.works, trace.lanes, START, horizon=timedelta(days=60), load_seconds=loads, room=4)
+    assert plan.loads <= 1.2 * clairvoyant_bound(trace, 4)
+    assert plan.loads < blind_loads(trace, 4, 20.0, by_tenant=False) < blind_loads(trace, 4, 20.0, by_tenant=True)
+
+
+def test_loads_that_are_saved_cost_no_tenant_its_share():
+    """Twelve tenants with a model each, on four devices with room for one: hour by hour all have the same."""
+    works = [replace(work, model=work.tenant_id) for work in backlogged(12, 6)]
+    loads = {work.model: 20.0 for work in works}
+    end, lane = timedelta(hours=6), lanes(4)
+    plan = run_forward(works, lane, START, horizon=end, load_seconds=loads, room=1)
+    for hour in range(1, 5):
+        start = START + timedelta(hours=hour)
+        assert jain(list(served(plan, works, start, start + timedelta(hours=1)).values())) >= 0.98
+    assert plan.loads < 0.8 * run_forward(works, lane, START, horizon=end, room=1).loads

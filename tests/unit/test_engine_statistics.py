@@ -279,6 +279,7 @@ def test_a_pong_names_models_and_counts_hits():
     found = Channel(ours).receive_in_worker()
     assert isinstance(found, Pong) and (found.model_loads, found.model_hits) == (3, 2)
     assert {name: engine.tokens for name, engine in found.engines.items()} == {"x": 6, "y": 4}
+    assert found.load_seconds.keys() == {"x", "y"} and all(0 < each < 10 for each in found.load_seconds.values())
     assert found.engines["x"].steps == 3 and 0 < found.at_seconds <= time.monotonic()
     for end in (ours, theirs):
         end.close()

@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.scheduling.policy import Caps, Fairness, _Room, hurries, plan_releases
+from shared.domain.scheduling.policy import PATIENCE, Caps, Fairness, _Room, hurries, plan_releases
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Worker:
     slots: int = 2
     occupied: int = 0
     models: frozenset = frozenset()
+    arriving: frozenset = frozenset()
     is_training: bool = False
     awaited: int = 0
     host: str = "here"
@@ -229,3 +230,33 @@ def test_a_capped_tenants_training_takes_no_more_devices_than_it_may():
     pair = Slice(1, kind="train", devices_needed=2)
     assert len(capped([pair], fleet, 2)) == 1 and capped([pair], fleet, 1) == []
     assert len(capped([pair, Slice(2, kind="train")], fleet, 2)) == 1, "the second device is promised"
+
+
+def test_a_tenant_lets_others_go_first_that_need_no_load_for_as_long_as_that_pays():
+    cold, warm = [Slice(i, "a", model="cold") for i in range(9)], [Slice(10 + i, "b", model="warm") for i in range(9)]
+    fairness = Fairness()
+    fairness.served = {"a": 0.0, "b": 1.0}
+
+    def tick(served=None):
+        host = [Worker(slots=1, models=frozenset({"warm"}), worker_id=UUID(int=1))]
+        fairness.served |= served or {}
+        (release,) = plan_releases([*cold, *warm], host, fairness, window=0, weights={}, load_tokens=lambda _: 100.0)
+        return release.slice_id
+
+    assert tick() == 10 and tick({"b": 100.0 * PATIENCE - 1}) == 10
+    assert tick({"b": 100.0 * PATIENCE + 1}) == 0
+    assert fairness.served["a"] == 200.0, "it is charged for the load, too"
+
+
+def test_a_load_is_charged_once_where_it_is_on_its_way():
+    fairness = Fairness()
+    backlog = [Slice(i, model="m") for i in range(3)]
+    workers = [Worker(slots=3, worker_id=UUID(int=1))]
+    costs = {"weights": {}, "window": 0, "load_tokens": lambda _: 50.0}
+    assert len(plan_releases(backlog, workers, fairness, **costs)) == 3
+    assert fairness.served["a"] == 350.0
+    workers = [Worker(slots=3, arriving=frozenset({"m"}), worker_id=UUID(int=1))]
+    plan_releases(backlog, workers, fairness, **costs)
+    assert fairness.served["a"] == 650.0
+    plan_releases([Slice(9, kind="train")], [Worker(worker_id=UUID(int=2))], fairness, **costs)
+    assert fairness.served["a"] == 750.0, "a training has its own copy in any case"

@@ -178,6 +178,7 @@ class EngineProcess:
                 progress=progress,
                 in_flight=len(self._owner) + n_waiting,
                 models=self._cache.names,
+                load_seconds=self._cache.load_seconds,
                 model_loads=self._cache.loads,
                 cache_bytes=self._cache.used_bytes,
                 tokens=sum(engine.tokens for engine in engines),

@@ -97,6 +97,8 @@ class Span:
 class Plan:
     blocks: list[Block]
     spans: dict[UUID, Span]
+    loads: int = 0
+    """Of models, on workers on which they were not warm."""
 
 
 @dataclass
@@ -128,6 +130,7 @@ class _Host:
     frees_in: float = 0.0
     slots: int = 1
     awaited: int = 0
+    arriving: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -178,6 +181,7 @@ class _Run:
         review: timedelta | None = None,
         caps: Mapping[str, int] | None = None,
         outages: Sequence[Outage] = (),
+        room: int | None = None,
     ) -> None:
         self._now, self._weights, self._load_seconds, self._caps = now, weights, load_seconds, caps or {}
         self._jobs = {
@@ -192,7 +196,8 @@ class _Run:
         heapq.heapify(self._outages)
         self._free = {lane.worker_id: None for lane in lanes}  # in their order
         self._lanes = {lane.worker_id: lane for lane in lanes}
-        self._warm = {lane.worker_id: set(lane.models) for lane in lanes}
+        self._warm = {lane.worker_id: dict.fromkeys(sorted(lane.models)) for lane in lanes}  # used last, last
+        self._room, self._loads = room, 0
         self._queues: dict[str, list[_Job]] = defaultdict(list)
         self._children: dict[UUID, list[_Job]] = defaultdict(list)
         self._asleep: list[tuple[datetime, int, _Job]] = []
@@ -229,7 +234,7 @@ class _Run:
                 self._look_at(heapq.heappop(self._asleep)[2])
         spans = {job_id: Span(job.starts_at, job.ends_at) for job_id, job in self._jobs.items()}
         blocks = [block for lane in self._blocks.values() for block in lane]
-        return Plan(sorted(blocks, key=lambda block: (block.starts_at, block.worker_id.hex)), spans)
+        return Plan(sorted(blocks, key=lambda block: (block.starts_at, block.worker_id.hex)), spans, self._loads)
 
     def _look_at(self, job: _Job) -> None:
         """Put a job into its tenant's queue if its gate is open, or take it out; note when to look again."""
@@ -285,7 +290,14 @@ class _Run:
                 hosts += self._busy_hosts()
             caps = Caps(self._caps, self._held())
             releases = plan_releases(
-                backlog, hosts, self._fairness, window=0, weights=self._weights, caps=caps, alone=True
+                backlog,
+                hosts,
+                self._fairness,
+                window=0,
+                weights=self._weights,
+                caps=caps,
+                load_tokens=lambda model: self._load_seconds.get(model, 0.0) * _TOKENS_PER_SECOND,
+                alone=True,
             )
             for each in releases:
                 self._start(offered[each.slice_id], [each.worker_id, *each.others])
@@ -436,7 +448,7 @@ class _Run:
         self._down[worker_id] += change
         if self._down[worker_id] > 0:
             self._free.pop(worker_id, None)
-            self._warm[worker_id] = set()
+            self._warm[worker_id] = {}
             for each in [running for running in self._running if worker_id in running.lanes]:
                 self._running.remove(each)
                 heapq.heapify(self._running)
@@ -457,9 +469,8 @@ class _Run:
     def _start(self, job: _Job, lanes: list[UUID]) -> None:
         """Put a job's next chunk on its lanes, until it is done or its window closes."""
         model, seconds = job.work.model, job.chunks.popleft()
-        if model is not None and model not in self._warm[lanes[0]]:
+        if model is not None and not self._warm_up(lanes[0], model):
             seconds += self._load_seconds.get(model, 0.0)
-            self._warm[lanes[0]].add(model)
         until = self._now + timedelta(seconds=min(seconds, MOST_SECONDS))
         left = max(0.0, seconds - MOST_SECONDS)
         closing = self._closing(job.work)
@@ -472,6 +483,18 @@ class _Run:
         job.starts_at = job.starts_at or self._now
         self._number += 1
         heapq.heappush(self._running, _Running(until, self._number, job, lanes, left, self._now))
+
+    def _warm_up(self, lane: UUID, model: str) -> bool:
+        """Have a model on a lane, in place of the one that was used least lately; return whether it was there."""
+        warm = self._warm[lane]
+        is_warm = model in warm
+        warm.pop(model, None)
+        warm[model] = None
+        if not is_warm:
+            self._loads += 1
+            if self._room is not None and len(warm) > self._room:
+                del warm[next(iter(warm))]
+        return is_warm
 
     def _closing(self, work: Work) -> datetime | None:
         """Return when a job that may run now has to stop; None where its deadline goes before its windows."""
@@ -508,14 +531,17 @@ def run_forward(
     review: timedelta | None = None,
     caps: Mapping[str, int] | None = None,
     outages: Iterable[Outage] = (),
+    room: int | None = None,
 ) -> Plan:
     """Return what every worker does from now on, and when every job begins and ends.
 
     weights: Of tenants. load_seconds: What loading a model takes where it is not warm. review: How often it is asked
         what is urgent; by default ever more seldom, as a forecast is made again long before. caps: Devices that tenants
-        may occupy at once. outages: Workers that fail and come back.
+        may occupy at once. outages: Workers that fail and come back. room: Models that a worker can have warm; None:
+        as many as there are.
     """
-    return _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps, tuple(outages)).forward(horizon)
+    run = _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps, tuple(outages), room)
+    return run.forward(horizon)
 
 
 def is_on_time(span: Span, deadline: datetime | None) -> bool | None:

@@ -10,7 +10,7 @@ once its turn has come (`gangs`).
 import heapq
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol, TypeGuard, TypeVar
@@ -25,6 +25,13 @@ MOST_COUNTED_TOKENS = 10_000_000
 """Of one slice, where classes take turns: about what a device trains in an hour. A training is one slice for its whole
 run; counted whole, it and all that is behind it would wait for nine times as many urgent tokens. Counted for much less
 than they are, trainings would have far more than a tenth of the devices beside jobs with deadlines."""
+
+
+PATIENCE = 3.0
+"""How many times as much as a load costs others may be served first that need none. Once would be even; what that saves
+costs a tenant some seconds of the whole fleet, and a load some of one device (`make bench-night`, affinity)."""
+LoadTokens = Callable[[str], float]
+"""What loading a model costs, in tokens that could be computed meanwhile."""
 
 
 class Waiting(Protocol):
@@ -53,12 +60,14 @@ class Waiting(Protocol):
 
 
 class Host(Device, Protocol):
-    """A live worker."""
+    """A live worker; `arriving`: models of slices that it has been given, to be loaded if they are not."""
 
     @property
     def slots(self) -> int: ...
     @property
     def models(self) -> frozenset[str]: ...
+    @property
+    def arriving(self) -> frozenset[str]: ...
     @property
     def occupied(self) -> int: ...
 
@@ -139,6 +148,7 @@ def plan_releases(
     window: int,
     weights: Mapping[str, float],
     caps: Caps = Caps(),
+    load_tokens: LoadTokens = lambda _: 0.0,
     alone: bool = False,
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
@@ -148,24 +158,27 @@ def plan_releases(
 
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
     each tenant's queue, in that queue's order. A device trains one job at a time: a training slice that finds fewer
-    workers than it needs devices waits, and what is behind it goes on. alone: A device that trains computes nothing
-    else, and the other way round; as forecasts have it.
+    workers than it needs devices waits, and what is behind it goes on.
+
+    A tenant is charged for the loads of its slices, too, and lets others go first that need none, for as long as that
+    pays (`PATIENCE`). alone: A device that trains computes nothing else, and the other way round; as forecasts have it.
     """
-    placing = _Placing(backlog, workers, fairness, window, caps, alone=alone)
-    queues = _Queues(backlog, fairness)
+    placing = _Placing(backlog, workers, fairness, window, caps, load_tokens, alone=alone)
+    queues = _Queues(backlog, fairness, weights, placing.load_cost)
     releases: list[Release] = []
 
-    def release(found: Release, waiting: Waiting) -> None:
-        queues.charge(waiting, weights.get(waiting.tenant_id, 1.0))
+    def release(found: Release, waiting: Waiting, cost: float) -> None:
+        queues.charge(waiting, cost)
         releases.append(found)
 
     standing = placing.standing
     if standing is not None and (found := placing.place(standing)):
-        release(found, standing)
+        release(found, standing, 0.0)
     while queues and placing.has_room:
         waiting = queues.pop()
+        cost = placing.load_cost(waiting)
         if waiting is not standing and (found := placing.place(waiting)):
-            release(found, waiting)
+            release(found, waiting, cost)
     fairness.reserved = placing.reserved
     return releases
 
@@ -180,9 +193,11 @@ class _Placing:
         fairness: Fairness,
         window: int,
         caps: Caps,
+        load_tokens: LoadTokens,
         *,
         alone: bool,
     ) -> None:
+        self._load_tokens, self._coming = load_tokens, set[tuple[UUID, str | None]]()
         self._devices, self._capped = TrainingDevices(workers), _CappedTenants(caps, workers)
         self._room, self._workers, self._caps, self._alone = _Room(workers, window), workers, caps, alone
         if sum(hurries(waiting, caps) for waiting in backlog) > self._room.slots:
@@ -222,6 +237,15 @@ class _Placing:
             self._keep_devices(waiting)
         return None
 
+    def load_cost(self, waiting: Waiting) -> float:
+        """Return what would have to be loaded for a slice now, in tokens; a training loads its own in any case."""
+        model = waiting.model
+        cost = self._load_tokens(model) if model is not None and waiting.kind == SliceKind.GENERATE else 0.0
+        worker = self._room.best(model) if cost else None
+        if worker is None or model in worker.models or model in worker.arriving:
+            return 0.0
+        return 0.0 if (worker.worker_id, model) in self._coming else cost
+
     def _hosts(self, waiting: Waiting) -> list[Host] | None:
         """Return the workers on which a slice may run now; None: any."""
         if waiting.kind == SliceKind.TRAIN:
@@ -241,8 +265,10 @@ class _Placing:
         others: list[Host] = []
         if waiting.kind == SliceKind.TRAIN:
             others = self._devices.promise(waiting, worker)
-        elif self._alone:
-            self._devices.take([worker])
+        else:
+            self._coming.add((worker.worker_id, waiting.model))
+            if self._alone:
+                self._devices.take([worker])
         if self._kept_for is waiting:
             self._devices.reserved = self._kept_for = None
         for each in (worker, *others) if self._alone else (worker,):
@@ -272,8 +298,14 @@ def kept_for_urgent(reserved: Reservation | None, backlog: Sequence[Waiting]) ->
 class _Queues:
     """The heads of all queues: urgent work by its deadlines, the rest by class and tenant."""
 
-    def __init__(self, backlog: Sequence[Waiting], fairness: Fairness) -> None:
-        self._fairness = fairness
+    def __init__(
+        self,
+        backlog: Sequence[Waiting],
+        fairness: Fairness,
+        weights: Mapping[str, float],
+        load_cost: Callable[[Waiting], float],
+    ) -> None:
+        self._fairness, self._weights, self._load_cost = fairness, weights, load_cost
         self._urgent: list[tuple[float, int, Waiting]] = []
         self._classes: dict[int, dict[str, deque[Waiting]]] = defaultdict(lambda: defaultdict(deque))
         for place, waiting in enumerate(backlog):
@@ -308,7 +340,20 @@ class _Queues:
         return waiting
 
     def _next_tenant(self, slice_class: int) -> str:
-        return min(self._classes[slice_class], key=lambda each: (self._fairness.served[each], each))
+        """Return who was served least, loads counted that its next slice would need now."""
+        queues, served = self._classes[slice_class], self._fairness.served
+        first = min(queues, key=lambda each: (served[each], each))
+        turn = self._turn(first, queues[first][0])
+        if turn == served[first]:
+            return first
+        turns = {each: self._turn(each, queue[0]) for each, queue in queues.items() if served[each] <= turn}
+        return min(turns, key=lambda each: (turns[each], each))
+
+    def _turn(self, tenant_id: str, waiting: Waiting) -> float:
+        return self._fairness.served[tenant_id] + PATIENCE * self._load_cost(waiting) / self._weight(tenant_id)
+
+    def _weight(self, tenant_id: str) -> float:
+        return self._weights.get(tenant_id, 1.0)
 
     def _class_turn(self, slice_class: int) -> tuple[float, int]:
         """By what a class will have had with its next slice (virtual finish times; Demers, Keshav and Shenker 1989): a
@@ -320,8 +365,9 @@ class _Queues:
         waiting = self._urgent[0][2] if urgent else self._classes[slice_class][self._next_tenant(slice_class)][0]
         return (self._fairness.class_after(slice_class, waiting.estimated_tokens), slice_class)
 
-    def charge(self, waiting: Waiting, weight: float) -> None:
-        self._fairness.charge(waiting.tenant_id, waiting.estimated_tokens, weight)
+    def charge(self, waiting: Waiting, load_cost: float) -> None:
+        tokens = waiting.estimated_tokens + round(load_cost)
+        self._fairness.charge(waiting.tenant_id, tokens, self._weight(waiting.tenant_id))
         self._fairness.charge_class(waiting.slice_class, waiting.estimated_tokens)
 
 

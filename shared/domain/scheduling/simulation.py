@@ -56,12 +56,7 @@ def week(
         number += 1
         hour = min(23.99, max(0.0, generator.gauss(15, 5)))
         arrives = START + timedelta(days=generator.randrange(days), hours=hour)
-        is_training = generator.random() < 0.15
-        seconds = min(12 * 3600.0, generator.lognormvariate(8.3 if is_training else 7.6, 1.2))
-        count = 1 if is_training else max(1, min(200, round(seconds / 120)))
-        devices = generator.choice((2, 4, 8)) if is_training and gangs and generator.random() < gangs else 1
-        devices = min(devices, gpus)
-        seconds /= devices
+        kind, seconds, count, devices = _size(generator, gpus, gangs)
         deadline = None
         if generator.random() < deadlines:
             alone = seconds / min(count, gpus) * generator.uniform(1.5, 8)
@@ -72,7 +67,7 @@ def week(
                 tenant_id=f"tenant-{generator.randrange(tenants)}",
                 model=f"model-{generator.randrange(models)}",
                 chunks=(seconds / count,) * count,
-                kind=SliceKind.TRAIN if is_training else SliceKind.GENERATE,
+                kind=kind,
                 priority=generator.choice((3, 5, 5, 5, 7)),
                 devices_needed=devices,
                 accepted=round((arrives - START).total_seconds()),
@@ -82,6 +77,17 @@ def week(
         )
         asked += seconds * devices
     return Trace(works, lanes(gpus))
+
+
+def _size(generator: random.Random, gpus: int, gangs: float) -> tuple[SliceKind, float, int, int]:
+    """Draw a job's kind, how many seconds it takes, in how many parts, and on how many devices at once."""
+    is_training = generator.random() < 0.15
+    seconds = min(12 * 3600.0, generator.lognormvariate(8.3 if is_training else 7.6, 1.2))
+    if not is_training:
+        return SliceKind.GENERATE, seconds, max(1, min(200, round(seconds / 120))), 1
+    is_gang = gangs > 0 and generator.random() < gangs
+    devices = min(gpus, generator.choice((2, 4, 8))) if is_gang else 1
+    return SliceKind.TRAIN, seconds / devices, 1, devices
 
 
 def outages(seed: int, fleet: Sequence[Lane], *, days: int, per_day: float) -> list[Outage]:

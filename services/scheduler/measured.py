@@ -1,0 +1,39 @@
+"""What jobs and loads of models took lately: forecasts go by it, and the dispatcher, which weighs loads."""
+
+import statistics
+import time
+
+from sqlalchemy import Connection
+
+from shared.db import forecasts, workers
+from shared.domain.job import JobKind
+from shared.domain.scheduling.estimates import Speeds
+
+LEAST_SECONDS = 1e-9
+"""Of a token."""
+FRESH_SECONDS = 30.0
+"""How long what was measured is taken for what it is."""
+
+
+class Measured:
+    """Read again now and then. Loads of models that are warm nowhere now are remembered; harmless to lose."""
+
+    def __init__(self) -> None:
+        self.speeds = Speeds(())
+        self._loads: dict[str, float] = {}
+        self._until = 0.0
+
+    def refresh(self, connection: Connection) -> None:
+        if time.monotonic() >= self._until:
+            self.speeds = Speeds(forecasts.speeds(connection))
+            self._loads |= workers.load_seconds(connection)
+            self._until = time.monotonic() + FRESH_SECONDS
+
+    def load_seconds(self, model: str) -> float:
+        """Return what loading a model takes: what others take, for one that nobody has loaded yet."""
+        known = self._loads.get(model)
+        return known if known is not None else statistics.median(self._loads.values() or [0.0])
+
+    def load_tokens(self, model: str) -> float:
+        """Return how many tokens a device could compute in that time."""
+        return self.load_seconds(model) / max(LEAST_SECONDS, self.speeds.of(JobKind.BATCH, model).seconds_per_token)
