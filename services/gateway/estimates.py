@@ -30,7 +30,7 @@ from shared.domain.scheduling.estimates import (
     slice_kind,
     windows_of,
 )
-from shared.domain.scheduling.forecast import Work, is_on_time, run_forward
+from shared.domain.scheduling.forecast import Work, cautious, is_on_time, run_forward
 from shared.domain.slice import estimated_tokens
 from shared.domain.submission import BatchCreate, Scheduled
 from shared.settings import Settings
@@ -69,6 +69,10 @@ class Question:
         now = datetime.now(UTC)
         asked = replace(self.asked, accepted=now.timestamp())
         span = run_forward([*works, asked], lanes, now, weights=weights).spans[asked.job_id]
+        on_time = None
+        if asked.deadline is not None:
+            promised = run_forward(cautious([*works, asked]), lanes, now, weights=weights)
+            on_time = is_on_time(promised.spans[asked.job_id], asked.deadline)
         return {
             "object": "estimate",
             "input_tokens": self.size.input_tokens,
@@ -76,7 +80,7 @@ class Question:
             "device_seconds": round(self.seconds, 3),
             "starts_at": unix(span.starts_at),
             "ends_at": unix(span.ends_at),
-            "on_time": is_on_time(span, asked.deadline),
+            "on_time": on_time,
             "confidence": "measured" if self.is_measured else "guess",
         }
 
@@ -99,6 +103,7 @@ def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict
         windows=windows_of(body.schedule["window"], window),
         deadline=body.deadline_at,
         parents=frozenset(gates.find_parents(connection, caller.tenant_id, body.after or ())),
+        margin=speeds.of(size.kind, size.model).margin,
     )
     return Question(size, seconds, speeds.is_measured(size.kind, size.model), asked, basis)
 

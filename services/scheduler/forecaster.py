@@ -13,8 +13,8 @@ from services.scheduler.measured import Measured
 from shared.db import forecasts, quotas, tenants, urgency, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.db.quotas import Budget
-from shared.domain.scheduling.estimates import LEAST_SHARE, basis_of, chunks, slice_kind, windows_of
-from shared.domain.scheduling.forecast import Lane, Plan, Work, is_on_time, run_forward
+from shared.domain.scheduling.estimates import LEAST_SHARE, OWN_MARGIN, basis_of, chunks, slice_kind, windows_of
+from shared.domain.scheduling.forecast import Lane, Plan, Work, cautious, is_on_time, run_forward, starts_by
 from shared.domain.scheduling.urgency import Demand, lone_seconds, urgent_jobs
 from shared.domain.slice import SliceClass, SliceKind
 from shared.settings import Settings
@@ -70,7 +70,12 @@ class Forecaster:
         plan = run_forward(works, lanes, now, weights=seen.weights, caps=seen.caps, load_seconds=loads)
         specs = {job.job_id: [spec for spec in (job.window, job.tenant_window) if spec] for job in seen.jobs}
         basis = basis_of(works, specs, lanes, seen.weights, self._measured.speeds)
-        expected = [self._forecast(found[work.job_id], plan, len(lanes)) for work in works]
+        promised = plan
+        if any(work.deadline is not None for work in works):
+            promised = run_forward(
+                cautious(works), lanes, now, weights=seen.weights, caps=seen.caps, load_seconds=loads
+            )
+        expected = [self._forecast(work, found[work.job_id], plan, promised, len(lanes)) for work in works]
         with self._engine.begin() as connection:
             # Another scheduler that is writing looked a moment ago, too.
             if forecasts.try_lock(connection):
@@ -100,7 +105,9 @@ class Forecaster:
     ) -> list[Work]:
         """Have jobs go first that would miss their deadlines, until they have ended; return all as they are then."""
         demands = [
-            Demand(work.job_id, work.deadline, sum(work.chunks), _parts(found[work.job_id]), work.windows)
+            Demand(
+                work.job_id, work.deadline, work.cautious(sum(work.chunks)), _parts(found[work.job_id]), work.windows
+            )
             for work in works
             if work.deadline is not None and work.arrives_at is None
         ]
@@ -123,16 +130,22 @@ class Forecaster:
             return job.tokens_left * job.done_seconds / job.done_tokens
         return job.tokens_left * self._measured.speeds.of(job.kind, job.model).seconds_per_token
 
-    def _forecast(self, job: OpenJob, plan: Plan, devices: int) -> NewForecast:
+    def _margin(self, job: OpenJob) -> float:
+        return OWN_MARGIN if _has_own_speed(job) else self._measured.speeds.of(job.kind, job.model).margin
+
+    def _forecast(self, work: Work, job: OpenJob, plan: Plan, promised: Plan, devices: int) -> NewForecast:
+        """Return what to say of a job. `promised`: the plan if everything takes as long as it hardly ever does."""
         span = plan.spans[job.job_id]
+        seconds_left = lone_seconds(self._seconds_left(job) / job.devices_needed, _parts(job), devices)
         return NewForecast(
             tenant_id=job.tenant_id,
             job_id=job.job_id,
             starts_at=job.started_at or span.starts_at,
             ends_at=span.ends_at,
-            on_time=is_on_time(span, job.deadline),
+            on_time=is_on_time(promised.spans[job.job_id], job.deadline),
             is_measured=_has_own_speed(job) or self._measured.speeds.is_measured(job.kind, job.model),
-            seconds_left=lone_seconds(self._seconds_left(job) / job.devices_needed, _parts(job), devices),
+            seconds_left=seconds_left,
+            starts_by=starts_by(work, seconds_left),
         )
 
     def _work(self, job: OpenJob, jobs: int) -> Work | None:
@@ -140,7 +153,7 @@ class Forecaster:
         that this machine does not know: it stands in nobody's way.
         """
         try:
-            return _work(job, self._seconds_left(job), jobs)
+            return _work(job, self._seconds_left(job), jobs, self._margin(job))
         except ValueError:
             log.warning("a job cannot be foretold", extra={"job_id": str(job.job_id)}, exc_info=True)
             return None
@@ -163,7 +176,7 @@ def _has_own_speed(job: OpenJob) -> bool:
     return job.done_seconds > 0 and job.done_tokens > 0 and job.done_tokens >= LEAST_SHARE * job.tokens
 
 
-def _work(job: OpenJob, seconds_left: float, jobs: int) -> Work:
+def _work(job: OpenJob, seconds_left: float, jobs: int, margin: float) -> Work:
     kind = slice_kind(job.kind)
     return Work(
         job_id=job.job_id,
@@ -179,6 +192,7 @@ def _work(job: OpenJob, seconds_left: float, jobs: int) -> Work:
         deadline=job.deadline,
         parents=frozenset(job.parents),
         on=tuple(dict.fromkeys(job.workers)),
+        margin=margin,
     )
 
 

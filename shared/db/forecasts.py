@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from shared.db.models import SYSTEM_TENANT
 from shared.db.slices import SHARE_LEFT
-from shared.domain.scheduling.estimates import Speed
+from shared.domain.scheduling.estimates import OWN_MARGIN, USUAL_MARGIN, Speed
 
 MOST_JOBS = 1000
 """Open jobs that a forecast looks at, oldest first; of later ones it says nothing, unless they have deadlines."""
@@ -19,6 +19,7 @@ MOST_WITH_DEADLINES = 500
 RECENT_JOBS = 500
 """Ended jobs from which speeds are learnt."""
 JOBS_OF_A_MODEL = 5
+SPEED_PARAMETERS = {"recent": RECENT_JOBS, "each": JOBS_OF_A_MODEL, "margin": USUAL_MARGIN, "least_margin": OWN_MARGIN}
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,17 @@ SPEEDS = """
             AND NOT job.spec ? 'resume_from'
     )
     SELECT kind, model, (sum(device_seconds) / sum(tokens))::float8 AS seconds_per_token,
-        sum(input_tokens)::float8 / nullif(sum(bytes), 0)::float8 AS input_tokens_per_byte
+        sum(input_tokens)::float8 / nullif(sum(bytes), 0)::float8 AS input_tokens_per_byte,
+        CASE WHEN count(*) < :each THEN :margin ELSE greatest(:least_margin,
+            percentile_cont(0.9) WITHIN GROUP (ORDER BY (device_seconds / tokens)::float8)
+            / (sum(device_seconds) / sum(tokens))::float8) END AS margin
     FROM recent WHERE place <= :each GROUP BY GROUPING SETS ((kind, model), (kind))
 """
 
 
 def speeds(connection: Connection) -> list[Speed]:
     """Return what the last jobs of each kind and model took; the rows of a kind alone have no model."""
-    rows = connection.execute(text(SPEEDS), {"recent": RECENT_JOBS, "each": JOBS_OF_A_MODEL}).mappings()
+    rows = connection.execute(text(SPEEDS), SPEED_PARAMETERS).mappings()
     return [Speed(**row) for row in rows]
 
 
@@ -127,6 +131,7 @@ class NewForecast:
     on_time: bool | None
     is_measured: bool
     seconds_left: float
+    starts_by: datetime | None
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,14 @@ _FORGET = text("""
     DELETE FROM forecast WHERE NOT job_id = ANY(:job_ids)
 """)
 _PUT = text("""
-    INSERT INTO forecast AS known (tenant_id, job_id, starts_at, ends_at, on_time, is_measured, seconds_left)
+    INSERT INTO forecast AS known (tenant_id, job_id, starts_at, ends_at, on_time, is_measured, seconds_left,
+                                   starts_by)
     SELECT * FROM unnest(cast(:tenants AS text[]), cast(:job_ids AS uuid[]), cast(:starts AS timestamptz[]),
                          cast(:ends AS timestamptz[]), cast(:on_time AS boolean[]), cast(:measured AS boolean[]),
-                         cast(:seconds_left AS float8[]))
+                         cast(:seconds_left AS float8[]), cast(:starts_by AS timestamptz[]))
     ON CONFLICT (tenant_id, job_id) DO UPDATE SET starts_at = excluded.starts_at, ends_at = excluded.ends_at,
-        on_time = excluded.on_time, is_measured = excluded.is_measured, seconds_left = excluded.seconds_left
+        on_time = excluded.on_time, is_measured = excluded.is_measured, seconds_left = excluded.seconds_left,
+        starts_by = excluded.starts_by
 """)
 _PUT_BLOCKS = text("""
     INSERT INTO forecast_block (tenant_id, worker_id, starts_at, ends_at, job_id)
@@ -181,6 +188,7 @@ def replace(
         "on_time": [each.on_time for each in found],
         "measured": [each.is_measured for each in found],
         "seconds_left": [each.seconds_left for each in found],
+        "starts_by": [each.starts_by for each in found],
     }
     connection.execute(_PUT, columns)
     rows = {

@@ -546,6 +546,8 @@ class Forecast(Base):
     """Whether its speed was measured, on itself or on earlier jobs, and not guessed."""
     seconds_left: Mapped[float]
     """How long what is left of it takes on as many workers as it can use."""
+    starts_by: Mapped[datetime | None]
+    """When it must begin at the latest to meet its deadline, should it take longer than expected."""
 
     __table_args__ = (
         UniqueConstraint("job_id"),

@@ -628,8 +628,8 @@ def set_class(connection: Connection, job_ids: Sequence[UUID], slice_class: Slic
 class Candidate:
     """A queued slice, as the scheduling policy sees it.
 
-    estimated_tokens: Of what is left. deadline: Of urgent ones. failures: Tries without progress, one after another.
-    seconds: That a training will take, as the last forecast has it.
+    estimated_tokens: Of what is left. starts_by: Of urgent ones, when they must begin at the latest. failures: Tries
+    without progress, one after another. seconds: That a training will take, as the last forecast has it.
     """
 
     slice_id: int
@@ -639,7 +639,7 @@ class Candidate:
     estimated_tokens: int
     kind: str
     devices_needed: int
-    deadline: datetime | None = None
+    starts_by: datetime | None = None
     failures: int = 0
     seconds: float | None = None
 
@@ -662,24 +662,28 @@ _HEAD_COLUMNS = f"""
 # An adapter is warm where its base is.
 _CANDIDATE = """
     head.slice_id, head.tenant_id, head.slice_class, head.estimated_tokens, head.kind, head.devices_needed,
-    head.failures, head.deadline, head.seconds,
+    head.failures, head.starts_by, head.seconds,
     coalesce((SELECT base FROM model WHERE name = head.model AND tenant_id IN ('system', head.tenant_id)
               ORDER BY tenant_id = 'system' LIMIT 1), head.model) AS model
 """
 # A loose index scan: one probe a tenant instead of reading every queued slice, then the head of each tenant's queue.
 # Training has a head of its own: however much of it waits for a free device, lines behind it are seen. So have urgent
 # slices: they hide none of the others, whose share is a tenth, and those that the next statement leaves out are seen
-# all the same. One whose job is not urgent any more has no deadline and goes behind the others.
+# all the same. One whose job is not urgent any more has no such moment and goes behind the others.
 _HEAD = f"""
-    (SELECT {_HEAD_COLUMNS}, {{deadline}} AS deadline FROM slice
+    (SELECT {_HEAD_COLUMNS}, {{starts_by}} AS starts_by FROM slice
     WHERE state = 'queued' AND kind = '{{kind}}' AND tenant_id = waiting.tenant_id AND run_after <= now()
         AND slice_class {{classes}}
     ORDER BY slice_class, queue_rank(priority, created_at), slice_id LIMIT :per_tenant)
 """
-_CLASSES = {"= 1": f"(SELECT job.deadline {_ITS_JOB} AND job.is_urgent)", "> 1": "cast(NULL AS timestamptz)"}
+_STARTS_BY = """
+    coalesce((SELECT starts_by FROM forecast WHERE forecast.tenant_id = job.tenant_id AND forecast.job_id = job.job_id),
+        job.deadline)
+"""
+_CLASSES = {"= 1": f"(SELECT {_STARTS_BY} {_ITS_JOB} AND job.is_urgent)", "> 1": "cast(NULL AS timestamptz)"}
 _HEADS = " UNION ALL ".join(
-    _HEAD.format(classes=classes, deadline=deadline, kind=kind)
-    for classes, deadline in _CLASSES.items()
+    _HEAD.format(classes=classes, starts_by=starts_by, kind=kind)
+    for classes, starts_by in _CLASSES.items()
     for kind in SliceKind
 )
 CANDIDATES = f"""
@@ -698,8 +702,8 @@ CANDIDATES = f"""
 # Jobs of which nothing is queued are left out before they are counted: others may wait behind them.
 URGENT_CANDIDATES = f"""
     SELECT {_CANDIDATE} FROM (
-        SELECT part.*, job.deadline FROM (
-            SELECT job.job_id, job.deadline FROM job CROSS JOIN LATERAL (
+        SELECT part.*, job.starts_by FROM (
+            SELECT job.job_id, {_STARTS_BY} AS starts_by FROM job CROSS JOIN LATERAL (
                 SELECT FROM slice WHERE slice.job_id = job.job_id AND state = 'queued' AND run_after <= now() LIMIT 1
             ) AS queued
             WHERE job.is_urgent AND job.state IN ('queued', 'running')
@@ -709,14 +713,14 @@ URGENT_CANDIDATES = f"""
             SELECT {_HEAD_COLUMNS} FROM slice
             WHERE slice.job_id = job.job_id AND state = 'queued' AND slice_class = 1 AND run_after <= now()
             ORDER BY slice_id LIMIT :each
-        ) AS part ORDER BY job.deadline, part.slice_id LIMIT :most
+        ) AS part ORDER BY job.starts_by, part.slice_id LIMIT :most
     ) AS head
 """
 URGENT_HEADS = {"jobs": 256, "each": 128, "most": 1024}
 
 
 def candidates(connection: Connection, per_tenant: int, passed_by: Collection[str] = ()) -> list[Candidate]:
-    """Return the heads of the queues, each slice once: of urgent jobs by their deadlines, and of every tenant
+    """Return the heads of the queues, each slice once: of urgent jobs by when they must begin, and of every tenant
     `per_tenant` slices of each class and kind. Tenants that are passed by hide nobody.
     """
     without = {"passed_by": sorted(passed_by)}

@@ -219,8 +219,7 @@ def test_a_forecast_reads_open_jobs_and_lately_ended_ones(seeded):
     limits = {"limit": forecasts.MOST_JOBS, "dated": forecasts.MOST_WITH_DEADLINES}
     sequential, read, milliseconds = explain(seeded, forecasts.OPEN_JOBS, **limits)
     assert not {"job", "slice"} & set(sequential) and read <= 1000 * 110 and milliseconds < 5000
-    parameters = {"recent": forecasts.RECENT_JOBS, "each": forecasts.JOBS_OF_A_MODEL}
-    sequential, read, _ = explain(seeded, forecasts.SPEEDS, **parameters)
+    sequential, read, _ = explain(seeded, forecasts.SPEEDS, **forecasts.SPEED_PARAMETERS)
     assert not {"job", "slice"} & set(sequential) and read <= 500 * 4
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shared.domain.scheduling import forecast
 from shared.domain.scheduling.ageing import STEP_SECONDS
-from shared.domain.scheduling.forecast import Lane, Work, is_on_time, run_forward
+from shared.domain.scheduling.forecast import Lane, Work, cautious, is_on_time, run_forward, starts_by
 from shared.domain.scheduling.gates import gate
 from shared.domain.scheduling.windows import Window
 from shared.domain.slice import SliceKind
@@ -56,6 +56,22 @@ def test_priorities_and_classes_go_first():
     works = [work(1, 3600), work(2, 3600, priority=9), work(3, 3600, slice_class=1, priority=0)]
     plan = run_forward(works, lanes(1, ["m"]), NOW)
     assert [hours(plan.spans[ident(n)])[0] for n in (3, 2, 1)] == [0, 1, 2]
+
+
+def test_what_must_begin_first_goes_first_and_not_what_is_due_first():
+    """Both are urgent; by their deadlines the long one would begin in an hour, and be late."""
+    long = work(1, 5 * 3600, tenant_id="a", kind=SliceKind.TRAIN, slice_class=1, deadline=NOW + timedelta(hours=5.5))
+    short = work(2, 3600, tenant_id="b", slice_class=1, deadline=NOW + timedelta(hours=5))
+    plan = run_forward([short, long], lanes(1, ["m"]), NOW)
+    assert hours(plan.spans[ident(1)]) == (0, 5) and starts_by(long, 5 * 3600) < starts_by(short, 3600)
+
+
+def test_what_is_promised_is_in_time_also_if_everything_takes_long():
+    works = [work(1, 3600, margin=1.5, deadline=NOW + timedelta(hours=1.4)), work(2, 600, margin=2.0, error=4.0)]
+    (first, second), lane = cautious(works), lanes(1, ["m"])
+    assert first.chunks == (5400.0,) and second.chunks == (300.0,) and (first.margin, second.error) == (1.0, 1.0)
+    assert is_on_time(run_forward(works[:1], lane, NOW).spans[ident(1)], works[0].deadline)
+    assert not is_on_time(run_forward([first], lane, NOW).spans[ident(1)], first.deadline)
 
 
 def test_a_step_of_priority_is_worth_a_day_of_waiting_and_no_more():

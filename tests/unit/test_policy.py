@@ -17,7 +17,7 @@ class Slice:
     estimated_tokens: int = 100
     kind: str = "generate"
     devices_needed: int = 1
-    deadline: object = None
+    starts_by: object = None
     failures: int = 0
     seconds: float | None = None
 
@@ -76,10 +76,10 @@ def test_a_higher_class_goes_first_whatever_a_tenant_was_served():
     assert [r.slice_id for r in plan(backlog, [Worker(slots=1)], fairness)] == [2]
 
 
-def test_urgent_slices_go_by_deadline_across_tenants_and_priorities():
+def test_urgent_slices_go_by_when_they_must_begin_across_tenants_and_priorities():
     noon = datetime(2026, 7, 6, 12, tzinfo=UTC)
     deadlines = [noon + timedelta(hours=hours) for hours in (5, 3, 4, 1)]
-    backlog = [Slice(i, "ab"[i % 2], 1, deadline=at) for i, at in enumerate(deadlines)] + [Slice(9, "c", 1)]
+    backlog = [Slice(i, "ab"[i % 2], 1, starts_by=at) for i, at in enumerate(deadlines)] + [Slice(9, "c", 1)]
     fairness = Fairness()
     fairness.served["b"] = 10**9
     assert [r.slice_id for r in plan(backlog, [Worker(slots=5)], fairness)] == [3, 1, 2, 0, 9]

@@ -17,6 +17,8 @@ LEAST_SHARE = 0.05
 GUESSED_SECONDS_PER_TOKEN = 1e-3
 """For kinds of jobs of which none has ended yet."""
 GUESSED_TOKENS_PER_BYTE = 0.25
+OWN_MARGIN, USUAL_MARGIN, GUESSED_MARGIN = 1.25, 1.5, 3.0
+"""What nine of ten jobs take at most ÷ what is foretold: by a job's own speed, by too few others, by a guess."""
 BASIS_CHUNKS = 500
 """Of all works that an estimate runs forward: it is somebody's call, and does with less detail than a forecast."""
 MOST_CHUNKS = 24
@@ -30,13 +32,15 @@ class Speed:
     """What the last jobs of a kind on a model took; `model` None: on any.
 
     seconds_per_token: Device seconds for a token of `shared.domain.slice.estimated_tokens`, or of training.
-    input_tokens_per_byte: Of a batch's file; None where nothing is known of it.
+    input_tokens_per_byte: Of a batch's file; None where nothing is known of it. margin: What nine of ten of these jobs
+        took at most for a token ÷ `seconds_per_token`.
     """
 
     kind: str
     model: str | None
     seconds_per_token: float
     input_tokens_per_byte: float | None = None
+    margin: float = USUAL_MARGIN
 
 
 class Speeds:
@@ -51,7 +55,7 @@ class Speeds:
 
     def of(self, kind: str, model: str | None) -> Speed:
         """Return the speed of a model; that of others of its kind, if nothing of it has ended yet."""
-        usual = Speed(kind, None, GUESSED_SECONDS_PER_TOKEN)
+        usual = Speed(kind, None, GUESSED_SECONDS_PER_TOKEN, margin=GUESSED_MARGIN)
         if self.is_measured(kind, model):
             return self._known[kind, model]
         return self._known.get((kind, None), usual)
@@ -124,6 +128,7 @@ def basis_of(
                 "deadline": work.deadline.isoformat() if work.deadline else None,
                 "parents": sorted(parent.hex for parent in work.parents),
                 "on": [worker.hex for worker in work.on],
+                "margin": work.margin,
             }
             for work in works
         ],
@@ -147,6 +152,7 @@ def from_basis(basis: Mapping[str, Any]) -> tuple[list[Work], list[Lane], dict[s
             deadline=datetime.fromisoformat(each["deadline"]) if each["deadline"] else None,
             parents=frozenset(UUID(parent) for parent in each["parents"]),
             on=tuple(UUID(worker) for worker in each["on"]),
+            margin=each.get("margin", 1.0),
         )
         for each in basis["works"]
     ]

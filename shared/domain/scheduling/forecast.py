@@ -37,7 +37,8 @@ class Work:
     """An open job. `chunks`: device seconds of the parts of what is left, which may run on several workers at once.
 
     accepted: When it was, in seconds. on: Workers that run parts of it now, or its one part together; they go on with
-        it. arrives_at: When it is handed in, for a simulation; None: it is there.
+        it. margin: What it takes at most in nine of ten cases ÷ what is foretold of it. For a simulation, arrives_at:
+        when it is handed in (None: it is there), and error: what it takes ÷ what is foretold.
     """
 
     job_id: UUID
@@ -54,6 +55,12 @@ class Work:
     parents: frozenset[UUID] = frozenset()
     on: tuple[UUID, ...] = ()
     arrives_at: datetime | None = None
+    margin: float = 1.0
+    error: float = 1.0
+
+    def cautious(self, seconds: float) -> float:
+        """Return what so many seconds take at most in nine of ten cases, as far as anybody can know beforehand."""
+        return seconds / self.error * self.margin
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class _Waiting:
     estimated_tokens: int
     kind: str
     devices_needed: int
-    deadline: datetime | None
+    starts_by: datetime | None
     seconds: float | None
     failures: int = 0
 
@@ -359,9 +366,12 @@ class _Run:
             estimated_tokens=tokens,
             kind=work.kind,
             devices_needed=work.devices_needed,
-            deadline=work.deadline,
+            starts_by=self._starts_by(job),
             seconds=job.chunks[0],
         )
+
+    def _starts_by(self, job: _Job) -> datetime | None:
+        return starts_by(job.work, lone_seconds(sum(job.chunks), len(job.chunks), len(self._warm)))
 
     def _review_urgency(self) -> None:
         """Let jobs go first that would miss their deadlines, and what runs make way for them; now and then."""
@@ -379,7 +389,7 @@ class _Run:
             Demand(
                 job_id=job.work.job_id,
                 deadline=job.work.deadline,
-                seconds=sum(job.chunks) + running[job.work.job_id],
+                seconds=job.work.cautious(sum(job.chunks) + running[job.work.job_id]),
                 parts=len(job.chunks) + job.active,
                 windows=job.work.windows,
             )
@@ -415,7 +425,7 @@ class _Run:
             if job.slice_class <= SliceClass.URGENT
             for _ in range(min(len(job.chunks), most))
         ]
-        urgent.sort(key=lambda each: each.deadline.timestamp() if each.deadline else 0.0)
+        urgent.sort(key=lambda each: each.starts_by.timestamp() if each.starts_by else 0.0)
         caps = Caps(self._caps, self._held())
         wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if hurries(each, caps)]
         kept = kept_for_urgent(self._fairness.reserved, urgent)
@@ -542,6 +552,19 @@ def run_forward(
     """
     run = _Run(works, lanes, now, weights or {}, load_seconds or {}, review, caps, tuple(outages), room)
     return run.forward(horizon)
+
+
+def starts_by(work: Work, seconds: float) -> datetime | None:
+    """Return when a job must begin at the latest that takes so long on all workers that it can use."""
+    return work.deadline - timedelta(seconds=min(MOST_SECONDS, work.cautious(seconds))) if work.deadline else None
+
+
+def cautious(works: Iterable[Work]) -> list[Work]:
+    """Return works that all take as long as nine of ten do at most: what is in time then can be promised."""
+    return [
+        replace(work, chunks=tuple(work.cautious(chunk) for chunk in work.chunks), margin=1.0, error=1.0)
+        for work in works
+    ]
 
 
 def is_on_time(span: Span, deadline: datetime | None) -> bool | None:

@@ -1,10 +1,10 @@
 """Who runs what, and where. Pure: `(backlog, workers) → releases`; the dispatcher applies them.
 
 Between tenants: weighted round-robin over estimated tokens (deficit round-robin, Shreedhar and Varghese 1996) within a
-class; inside a tenant the queue's own order. Urgent work goes first, by deadlines; it leaves a tenth of the tokens to
-the class behind it, so that no amount of deadlines starves anybody. Placement prefers a worker that has the model warm,
-then the emptiest one, so that one large batch spreads over all workers. Who needs several devices has them kept for it
-once its turn has come (`gangs`).
+class; inside a tenant the queue's own order. Urgent work goes first, by when it must begin; it leaves a tenth of the
+tokens to the class behind it, so that no amount of deadlines starves anybody. Placement prefers a worker that has the
+model warm, then the emptiest one, so that one large batch spreads over all workers. Who needs several devices has them
+kept for it once its turn has come (`gangs`).
 """
 
 import heapq
@@ -52,7 +52,7 @@ class Waiting(Protocol):
     @property
     def devices_needed(self) -> int: ...
     @property
-    def deadline(self) -> datetime | None: ...
+    def starts_by(self) -> datetime | None: ...
     @property
     def failures(self) -> int: ...
     @property
@@ -153,7 +153,7 @@ def plan_releases(
 ) -> list[Release]:
     """Return which queued slices go to which workers now.
 
-    The next class is the one that would be furthest behind its share. Within urgent work the earliest deadline goes
+    The next class is the one that would be furthest behind its share. Within urgent work goes first what must begin
     first; it is given free slots only, and where it finds none nothing else is put before it into Redis.
 
     A worker may hold `slots + window` slices: those that run and a few that wait in Redis. `backlog` is the head of
@@ -296,7 +296,7 @@ def kept_for_urgent(reserved: Reservation | None, backlog: Sequence[Waiting]) ->
 
 
 class _Queues:
-    """The heads of all queues: urgent work by its deadlines, the rest by class and tenant."""
+    """The heads of all queues: urgent work by when it must begin, the rest by class and tenant."""
 
     def __init__(
         self,
@@ -310,7 +310,7 @@ class _Queues:
         self._classes: dict[int, dict[str, deque[Waiting]]] = defaultdict(lambda: defaultdict(deque))
         for place, waiting in enumerate(backlog):
             if waiting.slice_class == SliceClass.URGENT:
-                by = waiting.deadline.timestamp() if waiting.deadline else math.inf
+                by = waiting.starts_by.timestamp() if waiting.starts_by else math.inf
                 self._urgent.append((by, place, waiting))
             else:
                 self._classes[waiting.slice_class][waiting.tenant_id].append(waiting)

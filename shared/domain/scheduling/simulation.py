@@ -2,6 +2,7 @@
 over them: what to expect of a fleet before it is bought, and of the policy before it is trusted. Pure.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ REVIEW = timedelta(minutes=1)
 AFTER = timedelta(days=60)
 """How much longer a run may take than jobs arrive."""
 HOST_DEVICES = 8
+NINE_OF_TEN = 1.2816
+"""Standard deviations above the mean, below which nine of ten are."""
 REPAIR_MINUTES = (2.0, 5.0, 60.0)
 """Shortest, likeliest and longest time until a failed device is back: most are restarted, some are mended."""
 
@@ -42,13 +45,17 @@ def week(
     models: int = 12,
     deadlines: float = 0.0,
     gangs: float = 0.0,
+    errors: float = 0.0,
 ) -> Trace:
     """Return batches large and small, and training, of several tenants; `load` is the share of the fleet they ask for.
 
     More comes in the afternoon than at night, and sizes are log-normal, as the traces of shared clusters have them.
     A share of `deadlines` of the jobs has one: half an hour and 1.5 to 8 times as long as it would take by itself.
-    A share of `gangs` of the trainings needs 2, 4 or 8 devices of one host.
+    A share of `gangs` of the trainings needs 2, 4 or 8 devices of one host. What jobs take is foretold with log-normal
+    `errors` (standard deviation of the logarithm), and forecasts know how large these are.
     """
+    mistakes = random.Random(f"errors {seed}")  # noqa: S311  # no secret
+    margin = math.exp(NINE_OF_TEN * errors)
     generator = random.Random(seed)  # noqa: S311  # no secret
     asked, works, number = 0.0, list[Work](), 0
     wanted = load * gpus * days * 86_400
@@ -73,6 +80,8 @@ def week(
                 accepted=round((arrives - START).total_seconds()),
                 deadline=deadline,
                 arrives_at=arrives,
+                margin=margin,
+                error=mistakes.lognormvariate(0, errors) if errors else 1.0,
             )
         )
         asked += seconds * devices
