@@ -639,6 +639,22 @@ class ErasureList(Page):
     data: list[Erasure]
 
 
+class RetentionDay(Answer):
+    """What was forgotten on a day, and what was past its retention and still there when that was last looked for."""
+
+    id: Annotated[str, Field(description="The day, by UTC.")]
+    object: Literal["retention.day"]
+    checked_at: Time | None
+    deleted: Annotated[dict[str, Count], Field(description="Rows by table; objects and bytes of the store.")]
+    overdue: Annotated[
+        dict[str, Count], Field(description="Days of results; jobs with details (event, attempt, slice); other rows.")
+    ]
+
+
+class RetentionDayList(Page):
+    data: list[RetentionDay]
+
+
 class WebhookTested(Answer):
     """What a target answered to a sample event."""
 
@@ -1004,6 +1020,7 @@ ANSWERS: dict[tuple[str, str], type[Answer]] = {
     ("delete", "/v1/keys/{key_id}"): Deleted,
     ("delete", "/v1/tenants/{tenant_id}"): Erasure,
     ("get", "/v1/erasures"): ErasureList,
+    ("get", "/v1/retention"): RetentionDayList,
     ("get", "/v1/erasures/{erasure_id}"): Erasure,
     ("get", "/v1/schedules"): ScheduleList,
     ("post", "/v1/schedules"): Schedule,

@@ -1,13 +1,15 @@
 """Forgets on time: drops result partitions past their retention, expires files and removes their contents."""
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from services.scheduler.ticks import run_each
-from shared.db import erasures, files, history, online, quotas, schedules, webhooks
+from shared.db import erasures, files, history, online, quotas, retention, schedules, webhooks
 from shared.domain.recurrence import files_named
 from shared.settings import Settings
 from shared.store import OWN_DIRECTORIES, Store, is_file_path
@@ -27,6 +29,7 @@ SWEEP_PATHS = 1000
 class Retention:
     def __init__(self, engine: Engine, store: Store, settings: Settings) -> None:
         self._engine, self._store, self._settings = engine, store, settings
+        self._metadata_days = settings.metadata_retention_days
 
     def tick(self) -> None:
         """Make the partitions of the next days, forget what is past its time, remove contents that nobody needs."""
@@ -43,6 +46,7 @@ class Retention:
                 self._purge,
                 self._purge_secrets,
                 self._purge_uses,
+                self._check,
             ]
         )
 
@@ -62,7 +66,7 @@ class Retention:
 
     def _expire_files(self) -> None:
         with self._engine.begin() as connection:
-            files.expire_due(connection)
+            retention.note(connection, "file", files.expire_due(connection))
 
     def _close_days(self) -> None:
         with self._engine.begin() as connection:
@@ -76,7 +80,8 @@ class Retention:
                 for paths in removable.values():
                     for path in paths:
                         self._store.remove(path)
-                files.forget_contents(connection, removable)
+                retention.note(connection, "bytes", files.forget_contents(connection, removable))
+                retention.note(connection, "objects", sum(len(paths) for paths in removable.values()))
             if not removable:
                 return
 
@@ -105,17 +110,24 @@ class Retention:
                     log.warning("removed what was written for an erased tenant", extra={"erased_tenant": name})
 
     def _purge(self) -> None:
-        purges = (
-            (history.forget_answers, self._settings.result_retention_days),
-            (webhooks.purge, self._settings.result_retention_days),
-            (history.forget_details, self._settings.metadata_retention_days),
-            (schedules.purge, self._settings.metadata_retention_days),
+        purges: tuple[tuple[str, Callable[[Connection, int, int], int], int], ...] = (
+            ("idempotency", history.forget_answers, self._settings.result_retention_days),
+            ("webhook_delivery", webhooks.purge, self._settings.result_retention_days),
+            *((table, partial(history.forget_details, table), self._metadata_days) for table in history.DETAILS),
+            ("schedule_run", schedules.purge, self._metadata_days),
         )
-        for forget, days in purges:
+        for what, forget, days in purges:
             forgotten = 1
             while forgotten:
                 with self._engine.begin() as connection:
                     forgotten = forget(connection, days, PURGE_ROWS)
+                    retention.note(connection, what, forgotten)
+
+    def _check(self) -> None:
+        """Look whether all is gone that should be, and write it down."""
+        days = {"result_days": self._settings.result_retention_days, "metadata_days": self._metadata_days}
+        with self._engine.begin() as connection:
+            retention.check(connection, **days)
 
     def _purge_uses(self) -> None:
         with self._engine.begin() as connection:
@@ -140,9 +152,11 @@ class Retention:
             with self._engine.begin() as connection:
                 connection.execute(_LOCK_TIMEOUT)
                 # It stays while a job of the day ended lately, or a file that stands for its results is promised.
-                if connection.execute(_DROP, {"day": day, "days": self._settings.result_retention_days}).scalar_one():
-                    connection.execute(_FORGET_RENDERED, {"day": day})
-                    log.info("dropped results", extra={"day": str(day)})
+                dropped = connection.execute(_DROP, {"day": day, "days": self._settings.result_retention_days})
+                if (results := dropped.scalar_one()) is not None:
+                    retention.note(connection, "result", results)
+                    retention.note(connection, "file", connection.execute(_FORGET_RENDERED, {"day": day}).rowcount)
+                    log.info("dropped results", extra={"day": str(day), "results": results})
 
 
 _LOCK_TIMEOUT = text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")

@@ -148,12 +148,13 @@ def removable(connection: Connection) -> dict[UUID, list[str]]:
     return {row.file_id: [path for path in (row.store_path, row.index_path) if path] for row in rows}
 
 
-def forget_contents(connection: Connection, file_ids: Iterable[UUID]) -> None:
-    """Note that contents were removed."""
-    connection.execute(
-        text("UPDATE file SET store_path = NULL, index_path = NULL WHERE file_id = ANY(:ids)"),
+def forget_contents(connection: Connection, file_ids: Iterable[UUID]) -> int:
+    """Note that contents were removed; return how many bytes the files had."""
+    rows = connection.execute(
+        text("UPDATE file SET store_path = NULL, index_path = NULL WHERE file_id = ANY(:ids) RETURNING bytes"),
         {"ids": list(file_ids)},
     )
+    return sum(rows.scalars())
 
 
 def known_contents(connection: Connection, paths: Sequence[str]) -> set[str]:

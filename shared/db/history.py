@@ -14,7 +14,7 @@ _DETAILS = """
         WHERE job.ended_at < now() - make_interval(days => :days)
             AND job.state IN ('succeeded', 'failed', 'cancelled', 'expired') LIMIT :limit)
 """
-_DETAIL_KEYS = {"event": "event_id", "attempt": "attempt_id", "slice": "slice_id"}
+DETAILS = {"event": "event_id", "attempt": "attempt_id", "slice": "slice_id"}
 
 
 def forget_answers(connection: Connection, days: int, limit: int) -> int:
@@ -22,10 +22,7 @@ def forget_answers(connection: Connection, days: int, limit: int) -> int:
     return connection.execute(_ANSWERS, {"days": days, "limit": limit}).rowcount
 
 
-def forget_details(connection: Connection, days: int, limit: int) -> int:
-    """Forget events, attempts and slices of jobs that ended before, up to `limit` of each; return how many."""
-    parameters = {"days": days, "limit": limit}
-    return sum(
-        connection.execute(text(_DETAILS.format(table=table, key=key)), parameters).rowcount
-        for table, key in _DETAIL_KEYS.items()
-    )
+def forget_details(table: str, connection: Connection, days: int, limit: int) -> int:
+    """Forget up to `limit` rows of one of `DETAILS` of jobs that ended before; return how many."""
+    statement = text(_DETAILS.format(table=table, key=DETAILS[table]))
+    return connection.execute(statement, {"days": days, "limit": limit}).rowcount

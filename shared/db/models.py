@@ -763,6 +763,19 @@ class Erasure(Base):
     )
 
 
+class RetentionDay(Base):
+    """How much of one kind was forgotten on a day, and was overdue at its last look (`shared.db.retention`)."""
+
+    __tablename__ = "retention_day"
+
+    tenant_id: Mapped[str] = tenant_column()
+    day: Mapped[date] = mapped_column(primary_key=True)
+    what: Mapped[str] = mapped_column(primary_key=True)
+    deleted: Mapped[int] = mapped_column(server_default="0")
+    overdue: Mapped[int] = mapped_column(server_default="0")
+    checked_at: Mapped[datetime | None]
+
+
 class AuditFinding(Base):
     """An invariant that did not hold when the auditor looked; there should be none."""
 

@@ -43,7 +43,12 @@ WEBHOOK = "/v1/webhook_endpoints/{webhook_endpoint_id}"
 OPERATOR = {
     *(("GET", "/v1/keys"), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/{key_id}")),
     *(("GET", "/v1/tenants"), ("POST", "/v1/tenants"), ("PATCH", "/v1/tenants/{tenant_id}")),
-    *(("DELETE", "/v1/tenants/{tenant_id}"), ("GET", "/v1/erasures"), ("GET", "/v1/erasures/{erasure_id}")),
+    *(
+        ("DELETE", "/v1/tenants/{tenant_id}"),
+        ("GET", "/v1/erasures"),
+        ("GET", "/v1/erasures/{erasure_id}"),
+        ("GET", "/v1/retention"),
+    ),
     *(("POST", "/v1/models"), ("DELETE", "/v1/models/{name:path}"), ("GET", "/metrics")),
     *(("GET", "/v1/webhook_endpoints"), ("POST", "/v1/webhook_endpoints")),
     *(("GET", WEBHOOK), ("POST", WEBHOOK), ("DELETE", WEBHOOK), ("GET", f"{WEBHOOK}/deliveries")),
@@ -88,7 +93,15 @@ OBJECTS = (
 """Where objects are shown."""
 TUNING_ROW_PAGES = {f"{kind}/{{job_id}}/{page}" for kind in (TUNING, TRAINING) for page in ("events", "checkpoints")}
 """Lists within one object, whose `after` is an id of theirs that ends in a number."""
-SHORT_LISTS = {"/v1/keys", "/v1/tenants", "/v1/workers", "/v1/webhook_endpoints", "/v1/schedules", "/v1/erasures"}
+SHORT_LISTS = {
+    "/v1/keys",
+    "/v1/tenants",
+    "/v1/workers",
+    "/v1/webhook_endpoints",
+    "/v1/schedules",
+    "/v1/erasures",
+    "/v1/retention",
+}
 """Lists that are read whole and shown in pages."""
 INNER_PAGES = {f"{WEBHOOK}/deliveries", RUNS}
 """Lists within one object, whose `after` is the id of a row."""
@@ -742,6 +755,7 @@ def round_of_an_operator(http, _):
     assert http.delete("/v1/tenants/default").status_code == 409
     wait_until(lambda: http.get(f"/v1/erasures/{erased['id']}").json()["status"] == "erased", 30)
     assert http.get("/v1/erasures").json()["data"][0]["deleted"]["api_key"] == 1
+    wait_until(lambda: http.get("/v1/retention").json()["data"], 90, "retention says that it has looked")
 
 
 def round_of_webhooks(http):

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from uuid import uuid4
 
 import pytest
@@ -25,7 +25,7 @@ from services.scheduler.measured import Measured
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
-from shared.db import events, slices, tenants, workers
+from shared.db import events, retention, slices, tenants, workers
 from shared.db.session import connect_engine, tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
@@ -163,6 +163,18 @@ def test_expiry_names_every_line_that_did_not_run(database, store):
     assert scalar(database.engine("scheduler"), "SELECT requests FROM usage") == 40
 
 
+def report(database):
+    """Return what the report of retention says of today: deleted and overdue."""
+    with tenant_transaction(database.engine("gateway"), "default", is_admin=True) as connection:
+        day = retention.listing(connection)[0]
+    assert (
+        day.day == datetime.now(UTC).date()
+        and day.checked_at is not None
+        and day.overdue.keys() == retention.OVERDUE.keys()
+    )
+    return day.deleted, {what: count for what, count in day.overdue.items() if count}
+
+
 def test_results_past_retention_go_by_the_day_and_open_jobs_keep_theirs(database, store):
     old, recent = date.today() - timedelta(days=40), date.today() - timedelta(days=5)
     with database.engine("scheduler").begin() as connection:
@@ -171,7 +183,14 @@ def test_results_past_retention_go_by_the_day_and_open_jobs_keep_theirs(database
     job = planned(database, store)
     with database.engine("migration").begin() as connection:
         connection.execute(text("UPDATE job SET created_on = :d"), {"d": old})
-    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
+        connection.execute(
+            text("""
+            INSERT INTO result (created_on, job_id, line_no, tenant_id, slice_id, lease_token, custom_id, input_tokens,
+                output_tokens)
+            SELECT created_on, job_id, line, tenant_id, 1, 1, 'x', 0, 0 FROM job, generate_series(1, 3) AS line
+        """)
+        )
+    forgets = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
 
     def partitions():
         found = rows(
@@ -179,11 +198,12 @@ def test_results_past_retention_go_by_the_day_and_open_jobs_keep_theirs(database
         )
         return {row[0] for row in found}
 
-    retention.tick()
-    assert f"result_{old:%Y%m%d}" in partitions()
+    forgets.tick()
+    assert f"result_{old:%Y%m%d}" in partitions() and report(database) == ({}, {"result": 1})
     with database.engine("migration").begin() as connection:
         connection.execute(text("UPDATE job SET state = 'succeeded' WHERE job_id = :j"), {"j": job})
-    retention.tick()
+    forgets.tick()
+    assert report(database) == ({"result": 3}, {})
     assert f"result_{old:%Y%m%d}" not in partitions() and f"result_{recent:%Y%m%d}" in partitions()
     assert f"result_{date.today() + timedelta(days=2):%Y%m%d}" in partitions()
 
@@ -192,12 +212,15 @@ def test_deleted_files_leave_the_store_once_nobody_reads_them(database, store, t
     job = planned(database, store)
     with database.engine("migration").begin() as connection:
         connection.execute(text("UPDATE file SET expires_at = now() - interval '1 second'"))
-    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
-    retention.tick()
+    forgets = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
+    forgets.tick()
+    assert report(database) == ({"file": 1}, {"objects": 1})
+    size = scalar(database.engine("scheduler"), "SELECT bytes FROM file")
     assert len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 2
     with database.engine("migration").begin() as connection:
         connection.execute(text("UPDATE job SET state = 'failed' WHERE job_id = :j"), {"j": job})
-    retention.tick()
+    forgets.tick()
+    assert report(database) == ({"file": 1, "objects": 2, "bytes": size}, {})
     assert not [p for p in (tmp_path / "store").rglob("*") if p.is_file()]
 
 
@@ -330,7 +353,11 @@ def test_details_and_first_answers_are_forgotten_on_time_and_jobs_stay(database,
         connection.execute(text(f"{answer} now() - interval '31 days')"), {"k": "old"})
         connection.execute(text(f"{answer} now())"), {"k": "new"})
     recent = planned(database, store)
+    slices_before, events_before = (
+        scalar(engine, f"SELECT count(*) FROM {table} WHERE job_id = '{job}'") for table in ("slice", "event")
+    )
     Retention(database.engine("scheduler"), store, database.settings("scheduler")).tick()
+    assert report(database) == ({"slice": slices_before, "event": events_before, "idempotency": 1}, {})
     for table in ("slice", "event"):
         assert {row.job_id for row in rows(engine, f"SELECT DISTINCT job_id FROM {table}")} == {recent}
     assert {row.job_id for row in rows(engine, "SELECT job_id FROM job")} == {job, recent}
@@ -394,12 +421,12 @@ def test_results_are_kept_while_their_job_ended_lately_or_their_file_is_promised
             {"d": old, "j": job_id},
         )
     name = f"result_{old:%Y%m%d}"
-    retention = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
+    forgets = Retention(database.engine("scheduler"), store, database.settings("scheduler", result_retention_days=30))
 
     def is_there():
         return scalar(database.engine("scheduler"), f"SELECT to_regclass('{name}') IS NOT NULL")
 
-    retention.tick()
+    forgets.tick()
     assert is_there()
     with database.engine("migration").begin() as connection:
         connection.execute(text("UPDATE job SET ended_at = now() - interval '31 days'"))
@@ -408,13 +435,13 @@ def test_results_are_kept_while_their_job_ended_lately_or_their_file_is_promised
                     SELECT tenant_id, gen_random_uuid(), 'batch_output', 'x', 1, job_id, now() + interval '1 hour'
                     FROM job""")
         )
-    retention.tick()
+    forgets.tick()
     assert is_there()
     with database.engine("migration").begin() as connection:
         connection.execute(
             text("UPDATE file SET expires_at = now() - interval '1 second' WHERE rendered_job_id IS NOT NULL")
         )
-    retention.tick()
+    forgets.tick()
     assert not is_there()
 
 

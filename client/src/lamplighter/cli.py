@@ -623,6 +623,22 @@ def erase(
 
 
 @app.command()
+def retention(as_json: JsonOption = False) -> None:
+    """Show what was forgotten on each day, and what should have been and is still there (admin)."""
+    with client() as api:
+        days = api.request("GET", "/v1/retention")["data"]
+    if as_json:
+        print(json.dumps(days))
+        return
+    rows = [
+        {"day": day["id"], "what": what, "deleted": day["deleted"].get(what, 0), "overdue": day["overdue"].get(what)}
+        for day in days
+        for what in sorted(day["deleted"].keys() | {what for what, count in day["overdue"].items() if count})
+    ]
+    show(rows, as_json, {name: name for name in ("day", "what", "deleted", "overdue")})
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check the server and say in plain words what is wrong."""
     with client() as api:

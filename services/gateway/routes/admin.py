@@ -10,9 +10,10 @@ from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
 from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, short_page
 from shared.api_objects import unix
-from shared.db import erasures, model_registry, tenants, workers
+from shared.db import erasures, model_registry, retention, tenants, workers
 from shared.db.erasures import ErasureView
 from shared.db.models import DEFAULT_TENANT, SYSTEM_TENANT
+from shared.db.retention import RetentionDay
 from shared.db.submissions import body_digest
 from shared.db.workers import WorkerView
 from shared.domain.errors import Conflict
@@ -83,6 +84,26 @@ def _erasure_object(erasure: ErasureView) -> dict[str, Any]:
         "ended_at": unix(erasure.ended_at),
         "deleted": erasure.counts,
         "problem": erasure.problem,
+    }
+
+
+@router.get("/retention")
+def list_retention(
+    parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
+) -> dict[str, Any]:
+    """Say what was forgotten on each day, the last one first, and what was past its retention and still there."""
+    with parts.transaction(caller) as connection:
+        found = retention.listing(connection)
+    return short_page([_retention_object(day) for day in found], limit, after)
+
+
+def _retention_object(day: RetentionDay) -> dict[str, Any]:
+    return {
+        "id": day.day.isoformat(),
+        "object": "retention.day",
+        "checked_at": unix(day.checked_at),
+        "deleted": day.deleted,
+        "overdue": day.overdue,
     }
 
 
