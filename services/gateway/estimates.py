@@ -104,6 +104,7 @@ def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict
         deadline=body.deadline_at,
         parents=frozenset(gates.find_parents(connection, caller.tenant_id, body.after or ())),
         margin=speeds.of(size.kind, size.model).margin,
+        tokens_per_second=1 / speeds.of(size.kind, size.model).seconds_per_token,
     )
     return Question(size, seconds, speeds.is_measured(size.kind, size.model), asked, basis)
 

@@ -14,7 +14,16 @@ from shared.db import forecasts, quotas, tenants, urgency, workers
 from shared.db.forecasts import NewBlock, NewForecast, OpenJob
 from shared.db.quotas import Budget
 from shared.domain.scheduling.estimates import LEAST_SHARE, OWN_MARGIN, basis_of, chunks, slice_kind, windows_of
-from shared.domain.scheduling.forecast import Lane, Plan, Work, cautious, is_on_time, run_forward, starts_by
+from shared.domain.scheduling.forecast import (
+    TOKENS_PER_SECOND,
+    Lane,
+    Plan,
+    Work,
+    cautious,
+    is_on_time,
+    run_forward,
+    starts_by,
+)
 from shared.domain.scheduling.urgency import Demand, lone_seconds, urgent_jobs
 from shared.domain.slice import SliceClass, SliceKind
 from shared.settings import Settings
@@ -193,6 +202,7 @@ def _work(job: OpenJob, seconds_left: float, jobs: int, margin: float) -> Work:
         parents=frozenset(job.parents),
         on=tuple(dict.fromkeys(job.workers)),
         margin=margin,
+        tokens_per_second=job.tokens_left / seconds_left if seconds_left > 0 else TOKENS_PER_SECOND,
     )
 
 

@@ -1,13 +1,16 @@
 """`make bench-night`: the policy over made-up fleets, and what a look at many jobs costs.
 
-The rows of the night shift that are judged yet; seeds are fixed, so that all but times are the same every time.
+Seeds are fixed, so that what is simulated is the same every time but for its speed. `--only` runs a part.
 """
 
+import argparse
 import contextlib
 import statistics
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 from uuid import UUID
 
@@ -20,6 +23,7 @@ from shared.domain.scheduling.forecast import Work, run_forward
 from shared.domain.scheduling.policy import Fairness, plan_releases
 from shared.domain.scheduling.simulation import START, Report, Trace, lanes, missed, outages, simulate, week
 from shared.domain.slice import SliceKind
+from tests.benchmarks.night_stack import bench_forecast, bench_preemption
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
 from tests.simulation.affinity import blind_loads, clairvoyant_bound
@@ -186,18 +190,28 @@ def _seconds(act) -> float:
     return time.perf_counter() - started
 
 
+def bench_real(table: Table) -> None:
+    """Rows 5 and 7: on a stack of its own."""
+    with tempfile.TemporaryDirectory(prefix="lamplighter-bench-night-") as directory:
+        for part in (bench_preemption, bench_forecast):
+            place = Path(directory) / part.__name__
+            place.mkdir()
+            part(table, place)
+
+
+SIMULATED = (
+    *(bench_work, bench_deadlines, bench_urgency, bench_promises),
+    *(bench_fairness, bench_affinity, bench_scale, bench_day),
+)
+PARTS = {"simulated": SIMULATED, "real": (bench_real,), "affinity": (bench_affinity,), "promises": (bench_promises,)}
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=sorted(PARTS))
+    only = parser.parse_args().only
     table = Table("night")
-    for part in (
-        bench_work,
-        bench_deadlines,
-        bench_urgency,
-        bench_promises,
-        bench_fairness,
-        bench_affinity,
-        bench_scale,
-        bench_day,
-    ):
+    for part in PARTS[only] if only else (*SIMULATED, bench_real):
         part(table)
         table.write()
     table.show()

@@ -30,11 +30,11 @@ MIB = 2**20
 
 
 @contextmanager
-def running_stack(name: str, **environment):
-    """Run the embedded default with one CPU worker, in a directory that Postgres' account can reach."""
+def running_stack(name: str, workers: str = "auto", **environment):
+    """Run the embedded default with one CPU worker, or several, in a directory that Postgres' account can reach."""
     with tempfile.TemporaryDirectory(prefix=f"lamplighter-bench-{name}-") as directory:
         Path(directory).chmod(0o711)
-        stack = Stack(StackOptions(Path(directory) / "stack", device="cpu", environment=environment))
+        stack = Stack(StackOptions(Path(directory) / "stack", device="cpu", workers=workers, environment=environment))
         try:
             stack.start()
             yield stack

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from shared.domain.job import JobKind
-from shared.domain.scheduling.forecast import Lane, Work
+from shared.domain.scheduling.forecast import TOKENS_PER_SECOND, Lane, Work
 from shared.domain.scheduling.windows import Window, WindowSpec
 from shared.domain.slice import SliceKind
 
@@ -129,6 +129,7 @@ def basis_of(
                 "parents": sorted(parent.hex for parent in work.parents),
                 "on": [worker.hex for worker in work.on],
                 "margin": work.margin,
+                "tokens_per_second": work.tokens_per_second,
             }
             for work in works
         ],
@@ -153,6 +154,7 @@ def from_basis(basis: Mapping[str, Any]) -> tuple[list[Work], list[Lane], dict[s
             parents=frozenset(UUID(parent) for parent in each["parents"]),
             on=tuple(UUID(worker) for worker in each["on"]),
             margin=each.get("margin", 1.0),
+            tokens_per_second=each.get("tokens_per_second", TOKENS_PER_SECOND),
         )
         for each in basis["works"]
     ]

@@ -28,8 +28,8 @@ LOST_SECONDS = 60.0
 """What a worker that fails has not recorded, at most: a flush is half a second, a checkpoint some minutes."""
 CHUNK_BITS = 20
 """Of a chunk's id, after its job's number."""
-_TOKENS_PER_SECOND = 1000
-"""By which chunks are weighed against each other: the policy counts tokens, and here a second is as good as any."""
+TOKENS_PER_SECOND = 1000.0
+"""By which chunks are weighed against each other where nothing is said: a second is as good as any."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Work:
 
     accepted: When it was, in seconds. on: Workers that run parts of it now, or its one part together; they go on with
         it. margin: What it takes at most in nine of ten cases ÷ what is foretold of it. For a simulation, arrives_at:
-        when it is handed in (None: it is there), and error: what it takes ÷ what is foretold.
+        when it is handed in (None: it is there), and error: what it takes ÷ what is foretold. tokens_per_second: Of a
+        device; tenants' shares are of tokens.
     """
 
     job_id: UUID
@@ -57,6 +58,7 @@ class Work:
     arrives_at: datetime | None = None
     margin: float = 1.0
     error: float = 1.0
+    tokens_per_second: float = TOKENS_PER_SECOND
 
     def cautious(self, seconds: float) -> float:
         """Return what so many seconds take at most in nine of ten cases, as far as anybody can know beforehand."""
@@ -205,6 +207,10 @@ class _Run:
         self._lanes = {lane.worker_id: lane for lane in lanes}
         self._warm = {lane.worker_id: dict.fromkeys(sorted(lane.models)) for lane in lanes}  # used last, last
         self._room, self._loads = room, 0
+        speeds = {job.work.model: job.work.tokens_per_second for job in self._jobs.values()}
+        self._load_tokens = {
+            model: seconds * speeds.get(model, TOKENS_PER_SECOND) for model, seconds in load_seconds.items()
+        }
         self._queues: dict[str, list[_Job]] = defaultdict(list)
         self._children: dict[UUID, list[_Job]] = defaultdict(list)
         self._asleep: list[tuple[datetime, int, _Job]] = []
@@ -303,7 +309,7 @@ class _Run:
                 window=0,
                 weights=self._weights,
                 caps=caps,
-                load_tokens=lambda model: self._load_seconds.get(model, 0.0) * _TOKENS_PER_SECOND,
+                load_tokens=lambda model: self._load_tokens.get(model, 0.0),
                 alone=True,
             )
             for each in releases:
@@ -357,7 +363,7 @@ class _Run:
 
     def _waiting(self, slice_id: int, job: _Job) -> _Waiting:
         work = job.work
-        tokens = round(job.chunks[0] * _TOKENS_PER_SECOND)
+        tokens = round(job.chunks[0] * work.tokens_per_second)
         return _Waiting(
             slice_id=slice_id,
             tenant_id=work.tenant_id,

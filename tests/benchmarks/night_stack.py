@@ -1,0 +1,193 @@
+"""Rows of `bench-night` on a real stack: what is foretold of a night, and calls that come in the middle of it."""
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from lamplighter import Client
+from tests.benchmarks.bench_spine import native_for, running_stack, sdk_for
+from tests.benchmarks.table import Table
+from tests.integration.test_fine_tuning import create, steps_of
+from tests.integration.test_fine_tuning import wait_for as wait_for_tuning
+from tests.support.batches import CHAT, chat_line, jsonl, wait_for
+from tests.support.models import make_tiny_llama
+from tests.support.servers import wait_until
+
+WIDTHS = {"small": 128, "medium": 192, "large": 256}
+DEPTH = 4
+BATCH_LINES, BATCH_TOKENS = 400, 48
+CALLS, PAUSE_SECONDS = 20, 1.0
+LINES = (120, 200, 280, 360)
+EARLY, QUARTER = 0.10, 0.25
+# As much shorter than the default as these jobs are shorter than a night's.
+STACK = {"LAMPLIGHTER_FORECAST_SECONDS": "1", "LAMPLIGHTER_SLICE_LINES": "20", "LAMPLIGHTER_HEARTBEAT_SECONDS": "1"}
+
+
+def make_models(directory: Path) -> dict[str, Path]:
+    """Write three models of different speed, by their names."""
+    return {
+        name: make_tiny_llama(directory / name, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=DEPTH)
+        for name, width in WIDTHS.items()
+    }
+
+
+def batch_lines(model: str, count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        chat_line(f"line-{i}", f"say {first + i}", model=model, max_tokens=BATCH_TOKENS, temperature=0, ignore_eos=True)
+        for i in range(count)
+    ]
+
+
+def bench_preemption(table: Table, directory: Path) -> None:
+    """Row 7: a call for a warm model while a batch runs, and while a training does, begins within a second."""
+    models = make_models(directory)
+    with running_stack("preemption", **STACK) as stack, sdk_for(stack) as sdk, native_for(stack) as native:
+        native.request("POST", "/v1/models", json={"name": "large", "source": str(models["large"])})
+        lines = batch_lines("large", BATCH_LINES)
+        quiet = answers(sdk, run_batch(sdk, lines))
+
+        def batch() -> Any:
+            # What is asked for is not what was answered before: every line is computed again.
+            return run_batch(sdk, lines)
+
+        busy, seconds, overlapped = with_calls(sdk, batch)
+        same = answers(sdk, busy) == quiet
+        what = f"an online call during a batch, start to first token, worst of {len(seconds)}"
+        table.add("night-7-batch", what, max(seconds), "s", "≤ 1 s", max(seconds) <= 1 and overlapped, seconds)
+        table.add("night-7-batch-same", "the batch's answers are those of a quiet run", int(same), "", "1", same)
+
+        def training() -> Any:
+            return wait_for_tuning(sdk, create(sdk, "large", hyper={"n_epochs": 40, "batch_size": 2}).id, seconds=600)
+
+        quiet_losses = losses(sdk, training())
+        done, seconds, overlapped = with_calls(sdk, training)
+        same = done.status == "succeeded" and losses(sdk, done) == quiet_losses
+        what = f"an online call during a training, start to first token, worst of {len(seconds)}"
+        table.add("night-7-training", what, max(seconds), "s", "≤ 1 s", max(seconds) <= 1 and overlapped, seconds)
+        table.add("night-7-training-same", "every step's loss is that of a quiet run", int(same), "", "1", same)
+
+
+def run_batch(sdk, lines: list[dict[str, Any]]) -> Any:
+    uploaded = sdk.files.create(file=("x.jsonl", jsonl(lines)), purpose="batch")
+    return wait_for(
+        sdk, sdk.batches.create(input_file_id=uploaded.id, endpoint=CHAT, completion_window="24h").id, seconds=600
+    )
+
+
+def answers(sdk, batch: Any) -> dict[str, str]:
+    """Return what a batch answered, by the ids of its lines."""
+    found = map(json.loads, sdk.files.content(batch.output_file_id).iter_lines())
+    return {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in found}
+
+
+def losses(sdk, job: Any) -> dict[int, float]:
+    return {event.data["step"]: event.data["train_loss"] for event in steps_of(sdk, job.id)}
+
+
+def with_calls(sdk, work: Callable[[], Any]) -> tuple[Any, list[float], bool]:
+    """Do some work with a call now and then meanwhile; return what came of it, seconds to each call's first token, and
+    whether the work went on until the last call."""
+    first_token(sdk, "large")  # it is warm
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    seconds, overlapped = [], True
+    for _ in range(CALLS):
+        time.sleep(PAUSE_SECONDS)
+        if not thread.is_alive():
+            break
+        seconds.append(first_token(sdk, "large"))
+        overlapped = thread.is_alive()
+    thread.join()
+    return found[0], seconds, overlapped or len(seconds) >= CALLS // 2
+
+
+def first_token(sdk, model: str) -> float:
+    started = time.perf_counter()
+    messages = [{"role": "user", "content": "say red"}]
+    with sdk.chat.completions.create(
+        model=model, messages=messages, max_tokens=8, stream=True, temperature=0
+    ) as stream:
+        next(chunk for chunk in stream if chunk.choices and chunk.choices[0].delta.content is not None)
+        return time.perf_counter() - started
+
+
+@dataclass
+class Foretold:
+    """A job's forecasts: when it was first seen so far, and what was said then."""
+
+    deadline: float | None = None
+    early: tuple[float, float] | None = None
+    """When a tenth was done, and the end that was foretold then."""
+    on_time: bool | None = None
+    """At a quarter."""
+    ended: float | None = None
+
+    def look(self, job: dict[str, Any]) -> None:
+        now, progress, forecast = time.time(), job["progress"], job["forecast"]
+        share = (progress["done"] + progress["failed"]) / max(1, progress["total"])
+        if self.ended is None and job["status"] in ("succeeded", "failed", "cancelled", "expired"):
+            self.ended = now
+        if forecast and forecast["ends_at"]:
+            if self.early is None and share >= EARLY:
+                self.early = (now, forecast["ends_at"])
+            if self.on_time is None and share >= QUARTER:
+                self.on_time = forecast["on_time"]
+
+    @property
+    def error(self) -> float:
+        """Of the time that was left, how much the foretold end was wrong by."""
+        assert self.early is not None and self.ended is not None
+        at, said = self.early
+        return abs(said - self.ended) / max(1.0, self.ended - at)
+
+
+def bench_forecast(table: Table, directory: Path) -> None:
+    """Row 5: two CPU workers, twelve jobs of three models and three tenants: foretold ends, and promises."""
+    models = make_models(directory)
+    with running_stack("forecast", workers="2", **STACK) as stack, sdk_for(stack) as sdk, native_for(stack) as native:
+        for name, source in models.items():
+            native.request("POST", "/v1/models", json={"name": name, "source": str(source)})
+            run_batch(sdk, batch_lines(name, 20))
+        jobs = submit_night(stack, native)
+        wait_until(lambda: look_at(native, jobs), 900, "all jobs have ended")
+    found = [job for job in jobs.values() if job.early is not None]
+    errors = [100 * job.error for job in found]
+    what = f"{len(found)} of {len(jobs)} jobs, 3 models, 3 tenants, 2 CPU workers: foretold end at a tenth, of the time left, median error"
+    median = statistics.median(errors)
+    table.add("night-5", what, median, "%", "≤ 15 %", median <= 15 and len(found) >= 10, errors)
+    promised = [job for job in jobs.values() if job.on_time]
+    late = sum(job.ended > job.deadline for job in promised if job.ended and job.deadline)
+    what = f"late, of {len(promised)} jobs that were in time at a quarter"
+    table.add("night-5-late", what, late, "jobs", "0", late == 0 and bool(promised))
+
+
+def submit_night(stack, native: Client) -> dict[str, Foretold]:
+    """Hand in four batches a tenant, each tenant on a model of its own; half of them with deadlines."""
+    jobs: dict[str, Foretold] = {}
+    for number, name in enumerate(WIDTHS):
+        tenant = f"team-{name}"
+        native.request("POST", "/v1/tenants", json={"id": tenant})
+        key = native.request("POST", "/v1/keys", json={"tenant": tenant})["key"]
+        with Client(stack.url, key) as own:
+            for place, count in enumerate(LINES):
+                deadline = datetime.now(UTC) + timedelta(minutes=4 + 2 * place) if place % 2 else None
+                more = {"deadline": deadline.isoformat()} if deadline else {}
+                lines = batch_lines(name, count, first=1000 * (number * len(LINES) + place))
+                job = own.submit(lines, endpoint=CHAT, **more)
+                jobs[job["id"]] = Foretold(deadline.timestamp() if deadline else None)
+    return jobs
+
+
+def look_at(native: Client, jobs: dict[str, Foretold]) -> bool:
+    """Look at all jobs; say whether all have ended."""
+    for job_id, foretold in jobs.items():
+        if foretold.ended is None:
+            foretold.look(native.request("GET", f"/v1/jobs/{job_id}"))
+    return all(foretold.ended is not None for foretold in jobs.values())
