@@ -94,9 +94,9 @@ class Forecaster:
     def _look(self, connection: Connection) -> _Seen | None:
         """Read what a forecast is made of, and now and then how fast jobs were; None when there is nothing to say."""
         jobs = forecasts.open_jobs(connection)
-        if not jobs and not self._said_anything:
+        # Estimates go by what was measured, also while no job is open.
+        if not self._measured.refresh(connection) and not jobs and not self._said_anything:
             return None
-        self._measured.refresh(connection)
         known = tenants.list_tenants(connection)
         return _Seen(
             jobs=jobs,

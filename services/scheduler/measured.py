@@ -23,11 +23,14 @@ class Measured:
         self._loads: dict[str, float] = {}
         self._until = 0.0
 
-    def refresh(self, connection: Connection) -> None:
-        if time.monotonic() >= self._until:
+    def refresh(self, connection: Connection) -> bool:
+        """Read what is not fresh any more; return whether it was read."""
+        is_due = time.monotonic() >= self._until
+        if is_due:
             self.speeds = Speeds(forecasts.speeds(connection))
             self._loads |= workers.load_seconds(connection)
             self._until = time.monotonic() + FRESH_SECONDS
+        return is_due
 
     def load_seconds(self, model: str) -> float:
         """Return what loading a model takes: what others take, for one that nobody has loaded yet."""

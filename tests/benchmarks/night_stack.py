@@ -21,9 +21,9 @@ from tests.support.servers import wait_until
 
 WIDTHS = {"small": 128, "medium": 192, "large": 256}
 DEPTH = 4
-BATCH_LINES, BATCH_TOKENS = 400, 48
+BATCH_LINES, BATCH_TOKENS = 4000, 48
 CALLS, PAUSE_SECONDS = 20, 1.0
-LINES = (120, 200, 280, 360)
+LINES = (1200, 2000, 2800, 3600)
 EARLY, QUARTER = 0.10, 0.25
 # As much shorter than the default as these jobs are shorter than a night's.
 STACK = {"LAMPLIGHTER_FORECAST_SECONDS": "1", "LAMPLIGHTER_SLICE_LINES": "20", "LAMPLIGHTER_HEARTBEAT_SECONDS": "1"}
