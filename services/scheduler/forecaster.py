@@ -53,6 +53,7 @@ class Forecaster:
         self._engine, self._settings = engine, settings
         self._measured = Measured()
         self._said_anything = True
+        self._running_speeds: dict[tuple[str, str | None], float] = {}
         self.pause_seconds = settings.forecast_seconds
         """For how long the last forecast should do."""
 
@@ -73,6 +74,7 @@ class Forecaster:
         if seen is None:
             return
         now, found, lanes = datetime.now(UTC), {job.job_id: job for job in seen.jobs}, seen.lanes
+        self._running_speeds = _running_speeds(seen.jobs)
         works = [work for job in seen.jobs if (work := self._work(job, len(seen.jobs)))]
         works = self._with_urgency(_with_budgets(works, seen.budgets), found, len(lanes), now)
         loads = {work.model: self._measured.load_seconds(work.model) for work in works if work.model is not None}
@@ -134,13 +136,18 @@ class Forecaster:
         return [replace(work, slice_class=SliceClass.URGENT) if work.job_id in hasty else work for work in works]
 
     def _seconds_left(self, job: OpenJob) -> float:
-        """Return the device seconds that what is left will take: at its own speed, once that says something."""
-        if _has_own_speed(job):
-            return job.tokens_left * job.done_seconds / job.done_tokens
+        """Return the device seconds that what is left will take: at its own speed, once that says something; as others
+        run on its model just now; or as the last ones did.
+        """
+        own = _own_speed(job)
+        if own is not None:
+            return job.tokens_left * own
+        if (job.kind, job.base) in self._running_speeds:
+            return job.tokens_left * self._running_speeds[job.kind, job.base]
         return job.tokens_left * self._measured.speeds.of(job.kind, job.model).seconds_per_token
 
     def _margin(self, job: OpenJob) -> float:
-        return OWN_MARGIN if _has_own_speed(job) else self._measured.speeds.of(job.kind, job.model).margin
+        return OWN_MARGIN if _own_speed(job) is not None else self._measured.speeds.of(job.kind, job.model).margin
 
     def _forecast(self, work: Work, job: OpenJob, plan: Plan, promised: Plan, devices: int) -> NewForecast:
         """Return what to say of a job. `promised`: the plan if everything takes as long as it hardly ever does."""
@@ -152,7 +159,7 @@ class Forecaster:
             starts_at=job.started_at or span.starts_at,
             ends_at=span.ends_at,
             on_time=is_on_time(promised.spans[job.job_id], job.deadline),
-            is_measured=_has_own_speed(job) or self._measured.speeds.is_measured(job.kind, job.model),
+            is_measured=_own_speed(job) is not None or self._measured.speeds.is_measured(job.kind, job.model),
             seconds_left=seconds_left,
             starts_by=starts_by(work, seconds_left),
         )
@@ -181,8 +188,23 @@ def _parts(job: OpenJob) -> int:
     return max(1, job.slices) if slice_kind(job.kind) is SliceKind.GENERATE else 1
 
 
-def _has_own_speed(job: OpenJob) -> bool:
-    return job.done_seconds > 0 and job.done_tokens > 0 and job.done_tokens >= LEAST_SHARE * job.tokens
+def _running_speeds(jobs: Sequence[OpenJob]) -> dict[tuple[str, str | None], float]:
+    """Return seconds a token of open jobs that have their own speed, by kind and model."""
+    done: dict[tuple[str, str | None], tuple[float, float]] = {}
+    for job in jobs:
+        own = _own_speed(job)
+        if own is not None:
+            seconds, tokens = done.get((job.kind, job.base), (0.0, 0.0))
+            done[job.kind, job.base] = (seconds + own * job.done_tokens, tokens + job.done_tokens)
+    return {key: seconds / tokens for key, (seconds, tokens) in done.items()}
+
+
+def _own_speed(job: OpenJob) -> float | None:
+    """Return seconds a token of a job, once that says something: of its slices that are done, else of all that is."""
+    for seconds, tokens in ((job.ended_seconds, job.ended_tokens), (job.done_seconds, job.done_tokens)):
+        if seconds > 0 and tokens > 0 and tokens >= LEAST_SHARE * job.tokens:
+            return seconds / tokens
+    return None
 
 
 def _work(job: OpenJob, seconds_left: float, jobs: int, margin: float) -> Work:

@@ -46,6 +46,9 @@ class OpenJob:
     tokens_left: float
     done_tokens: float
     done_seconds: float
+    ended_tokens: float
+    ended_seconds: float
+    """Of slices that are done: of what still runs, a part has taken its seconds and is not recorded yet."""
     slices: int
     devices_needed: int
     parents: list[UUID]
@@ -71,6 +74,8 @@ OPEN_JOBS = f"""
             coalesce(sum(part.estimated_tokens * part.share) FILTER (WHERE part.is_open), 0)::float8 AS tokens_left,
             coalesce(sum(part.estimated_tokens * (1 - part.share)), 0)::float8 AS done_tokens,
             coalesce(sum(part.seconds), 0)::float8 AS done_seconds,
+            coalesce(sum(part.estimated_tokens) FILTER (WHERE part.state = 'done'), 0)::float8 AS ended_tokens,
+            coalesce(sum(part.seconds) FILTER (WHERE part.state = 'done'), 0)::float8 AS ended_seconds,
             count(*) FILTER (WHERE part.is_open) AS slices,
             coalesce(max(part.devices_needed), 1) AS devices_needed,
             coalesce(array_agg(part.worker_id) FILTER (WHERE part.state = 'running'), '{{}}') || ARRAY(

@@ -5,14 +5,16 @@ Seeds are fixed, so that what is simulated is the same every time but for its sp
 
 import argparse
 import contextlib
+import datetime as dt
 import statistics
 import sys
 import tempfile
 import time
-from datetime import timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 from unittest import mock
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from services.scheduler.dispatcher import HEAD_OF_QUEUE
 from shared.db.slices import Candidate
@@ -22,8 +24,9 @@ from shared.domain.scheduling.estimates import chunks
 from shared.domain.scheduling.forecast import Work, run_forward
 from shared.domain.scheduling.policy import Fairness, plan_releases
 from shared.domain.scheduling.simulation import START, Report, Trace, lanes, missed, outages, simulate, week
+from shared.domain.scheduling.windows import Window, open_seconds
 from shared.domain.slice import SliceKind
-from tests.benchmarks.night_stack import bench_forecast, bench_preemption
+from tests.benchmarks.night_stack import bench_forecast, bench_preemption, bench_window
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
 from tests.simulation.affinity import blind_loads, clairvoyant_bound
@@ -190,10 +193,27 @@ def _seconds(act) -> float:
     return time.perf_counter() - started
 
 
+def bench_clocks(table: Table) -> None:
+    """Row 6: hours of a window over midnight, on a usual night and on those in which clocks are changed."""
+    night = Window(dt.time(22), dt.time(6), ZoneInfo("Europe/Berlin"))
+    days = {
+        "usual": dt.datetime(2026, 1, 10, 12),
+        "forward": dt.datetime(2026, 3, 28, 12),
+        "back": dt.datetime(2026, 10, 24, 12),
+    }
+    found = []
+    for start in days.values():
+        noon = start.replace(tzinfo=ZoneInfo("Europe/Berlin"))
+        found.append(open_seconds([night], noon.astimezone(UTC), (noon + timedelta(days=1)).astimezone(UTC)) / 3600)
+    what = "22:00 to 06:00 in Berlin: hours on a usual night, in March and in October; off from 8, 7, 9"
+    wrong = sum(abs(one - other) for one, other in zip(found, (8, 7, 9), strict=True))
+    table.add("night-6-clocks", what, wrong, "h", "0 h", wrong == 0, found)
+
+
 def bench_real(table: Table) -> None:
     """Rows 5 and 7: on a stack of its own."""
     with tempfile.TemporaryDirectory(prefix="lamplighter-bench-night-") as directory:
-        for part in (bench_preemption, bench_forecast):
+        for part in (bench_window, bench_preemption, bench_forecast):
             place = Path(directory) / part.__name__
             place.mkdir()
             part(table, place)
@@ -201,7 +221,7 @@ def bench_real(table: Table) -> None:
 
 SIMULATED = (
     *(bench_work, bench_deadlines, bench_urgency, bench_promises),
-    *(bench_fairness, bench_affinity, bench_scale, bench_day),
+    *(bench_fairness, bench_affinity, bench_clocks, bench_scale, bench_day),
 )
 PARTS = {"simulated": SIMULATED, "real": (bench_real,), "affinity": (bench_affinity,), "promises": (bench_promises,)}
 

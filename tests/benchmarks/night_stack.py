@@ -73,6 +73,29 @@ def bench_preemption(table: Table, directory: Path) -> None:
         table.add("night-7-training-same", "every step's loss is that of a quiet run", int(same), "", "1", same)
 
 
+def bench_window(table: Table, _: Path) -> None:
+    """Row 6: how long anything of a batch runs after its window's end."""
+    with running_stack("window") as stack, sdk_for(stack) as sdk, native_for(stack) as native:
+        end = (datetime.now(UTC) + timedelta(seconds=70)).replace(second=0, microsecond=0)  # in 10 to 70 seconds
+        window = {"start": f"{end - timedelta(hours=1):%H:%M}", "end": f"{end:%H:%M}", "tz": "UTC"}
+        lines = jsonl([chat_line(f"line-{i}", delay_ms=60_000) for i in range(600)])
+        uploaded = sdk.files.create(file=("x.jsonl", lines), purpose="batch").id
+        more = {"extra_body": {"window": window}}
+        batch = sdk.batches.create(input_file_id=uploaded, endpoint=CHAT, completion_window="24h", **more)
+
+        def attempts() -> list[dict[str, Any]]:
+            return native.request("GET", f"/v1/jobs/{batch.id}/attempts", params={"limit": 1000})["data"]
+
+        wait_until(attempts, 20, "it runs")
+        wait_until(lambda: time.time() > end.timestamp() + 2, 90)
+        wait_until(lambda: all(each["ended_at"] for each in attempts()), 60, "nothing of it runs")
+        after = max(each["ended_at"] for each in attempts()) - end.timestamp()
+        is_held = native.job(batch.id)["waiting"]["reason"] == "window"
+        sdk.batches.cancel(batch.id)
+    what = "a batch of slow lines at the end of its window: until nothing of it runs"
+    table.add("night-6", what, after, "s", "≤ 30 s", after <= 30 and is_held)
+
+
 def run_batch(sdk, lines: list[dict[str, Any]]) -> Any:
     uploaded = sdk.files.create(file=("x.jsonl", jsonl(lines)), purpose="batch")
     return wait_for(
@@ -82,7 +105,8 @@ def run_batch(sdk, lines: list[dict[str, Any]]) -> Any:
 
 def answers(sdk, batch: Any) -> dict[str, str]:
     """Return what a batch answered, by the ids of its lines."""
-    found = map(json.loads, sdk.files.content(batch.output_file_id).iter_lines())
+    # By line feeds alone: what such a model says has every other separator of lines in it.
+    found = map(json.loads, sdk.files.content(batch.output_file_id).read().rstrip().split(b"\n"))
     return {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in found}
 
 
@@ -142,10 +166,10 @@ class Foretold:
 
     @property
     def error(self) -> float:
-        """Of the time that was left, how much the foretold end was wrong by."""
+        """Of the time that was left, by how much it was foretold to be more."""
         assert self.early is not None and self.ended is not None
         at, said = self.early
-        return abs(said - self.ended) / max(1.0, self.ended - at)
+        return (said - self.ended) / max(1.0, self.ended - at)
 
 
 def bench_forecast(table: Table, directory: Path) -> None:
@@ -154,13 +178,13 @@ def bench_forecast(table: Table, directory: Path) -> None:
     with running_stack("forecast", workers="2", **STACK) as stack, sdk_for(stack) as sdk, native_for(stack) as native:
         for name, source in models.items():
             native.request("POST", "/v1/models", json={"name": name, "source": str(source)})
-            run_batch(sdk, batch_lines(name, 20))
+            run_batch(sdk, batch_lines(name, LINES[0]))  # a night before this one
         jobs = submit_night(stack, native)
         wait_until(lambda: look_at(native, jobs), 900, "all jobs have ended")
     found = [job for job in jobs.values() if job.early is not None]
     errors = [100 * job.error for job in found]
     what = f"{len(found)} of {len(jobs)} jobs, 3 models, 3 tenants, 2 CPU workers: foretold end at a tenth, of the time left, median error"
-    median = statistics.median(errors)
+    median = statistics.median(map(abs, errors))
     table.add("night-5", what, median, "%", "≤ 15 %", median <= 15 and len(found) >= 10, errors)
     promised = [job for job in jobs.values() if job.on_time]
     late = sum(job.ended > job.deadline for job in promised if job.ended and job.deadline)
