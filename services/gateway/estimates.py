@@ -22,12 +22,12 @@ from shared.domain.multi_task import TrainingCreate
 from shared.domain.payloads import invalid_request
 from shared.domain.scheduling.estimates import (
     GUESSED_TOKENS_PER_BYTE,
-    Speed,
     Speeds,
     chunks,
     from_basis,
     hidden_name,
     slice_kind,
+    speeds_of,
     windows_of,
 )
 from shared.domain.scheduling.forecast import Work, cautious, is_on_time, run_forward
@@ -88,7 +88,7 @@ class Question:
 def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict[str, Any]) -> Question:
     """Read what the estimate of such a job needs, and leave nothing behind; raises what handing it in would."""
     basis = forecasts.basis(connection) or NOTHING_KNOWN
-    speeds = Speeds(Speed(*known) for known in basis["speeds"])
+    speeds = speeds_of(basis)
     body, size = _asked(connection, settings, caller, fields, speeds)
     seconds = size.weighed_tokens * speeds.of(size.kind, size.model).seconds_per_token
     kind, window = slice_kind(size.kind), tenants.get_tenant(connection, caller.tenant_id)["window"]

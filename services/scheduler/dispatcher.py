@@ -34,9 +34,9 @@ HEAD_OF_QUEUE = 64
 class Dispatcher:
     """Safe to run twice: a slice is marked by compare-and-set, and a message for one that is gone does nothing."""
 
-    def __init__(self, engine: Engine, app: Celery, settings: Settings) -> None:
+    def __init__(self, engine: Engine, app: Celery, settings: Settings, measured: Measured | None = None) -> None:
         self._engine, self._app, self._settings = engine, app, settings
-        self._fairness, self._measured = Fairness(), Measured()
+        self._fairness, self._measured = Fairness(), measured or Measured()  # somebody else keeps it fresh
         self._budgets: dict[str, Budget] = {}
         self._budgets_until = 0.0
         self._short_since: float | None = None
@@ -58,13 +58,12 @@ class Dispatcher:
         """Mark what the policy releases; return it, in the policy's order, and the slices that are to make way."""
         backlog = slices.candidates(connection, HEAD_OF_QUEUE, passed_by=self._spent(connection))
         if not backlog:
-            self._short_since = None
+            self._short_since = self._fairness.reserved = None
             return [], []
         fleet = workers.loads(connection, self._settings.lease_seconds / 2)
         known = tenants.list_tenants(connection)
         weights = {row["tenant_id"]: row["weight"] for row in known}
         window, caps = self._settings.queue_window, quotas.caps(connection, tenants.device_caps(known))
-        self._measured.refresh(connection)
         costs = self._measured.load_tokens
         releases = plan_releases(
             backlog, fleet, self._fairness, window=window, weights=weights, caps=caps, load_tokens=costs
@@ -86,11 +85,10 @@ class Dispatcher:
         self, connection: Connection, urgent: Sequence[Candidate], kept: Collection[UUID], fleet: Sequence[WorkerLoad]
     ) -> list[int]:
         """Return which slices are to make way for urgent ones that found no room: a later tick finds it free."""
+        self._short_since = (self._short_since or time.monotonic()) if urgent else None
         if not urgent and not kept:
-            self._short_since = None
             return []
-        self._short_since = self._short_since or time.monotonic()
-        waited = time.monotonic() - self._short_since
+        waited = time.monotonic() - self._short_since if self._short_since is not None else 0.0
         training = {worker.worker_id for worker in fleet if worker.is_training}
         return plan_preemptions(urgent, slices.running(connection), training, len(fleet), waited, kept)
 

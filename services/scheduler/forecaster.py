@@ -49,9 +49,9 @@ class _Seen:
 class Forecaster:
     """Runs the policy forward over everybody's open jobs, and writes down what comes of it."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, measured: Measured | None = None) -> None:
         self._engine, self._settings = engine, settings
-        self._measured = Measured()
+        self._measured = measured or Measured()
         self._said_anything = True
         self._running_speeds: dict[tuple[str, str | None], float] = {}
         self.pause_seconds = settings.forecast_seconds
@@ -193,7 +193,7 @@ def _running_speeds(jobs: Sequence[OpenJob]) -> dict[tuple[str, str | None], flo
     done: dict[tuple[str, str | None], tuple[float, float]] = {}
     for job in jobs:
         own = _own_speed(job)
-        if own is not None:
+        if own is not None and job.done_tokens > 0:
             seconds, tokens = done.get((job.kind, job.base), (0.0, 0.0))
             done[job.kind, job.base] = (seconds + own * job.done_tokens, tokens + job.done_tokens)
     return {key: seconds / tokens for key, (seconds, tokens) in done.items()}

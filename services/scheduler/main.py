@@ -14,6 +14,7 @@ from services.scheduler.eraser import Eraser
 from services.scheduler.finalizer import Finalizer
 from services.scheduler.forecaster import Forecaster
 from services.scheduler.gatekeeper import Gatekeeper
+from services.scheduler.measured import Measured
 from services.scheduler.planner import Planner
 from services.scheduler.preparer import Preparer
 from services.scheduler.reaper import Reaper, RedisEpoch
@@ -51,11 +52,12 @@ class Scheduler:
         self._planner = Planner(engine, settings, store)
         self._finalizer, self._gatekeeper = Finalizer(engine, store), Gatekeeper(engine)
         app = create_app(settings.redis_url.get_secret_value())
-        self._dispatcher, self._preparer = Dispatcher(engine, app, settings), Preparer(engine, app)
+        measured = Measured()
+        self._dispatcher, self._preparer = Dispatcher(engine, app, settings, measured), Preparer(engine, app)
         self._timekeeper = Timekeeper(engine, app)
         self._reaper = Reaper(engine, settings)
         self._epoch = RedisEpoch(engine, self._redis)
-        self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings)
+        self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings, measured)
         self._retention = Retention(engine, store, settings)
         self._deliverer, self._eraser = Deliverer(engine, settings), Eraser(engine, store, settings)
 

@@ -21,6 +21,7 @@ class Measured:
     def __init__(self) -> None:
         self.speeds = Speeds(())
         self._loads: dict[str, float] = {}
+        self._usual = 0.0
         self._until = 0.0
 
     def refresh(self, connection: Connection) -> bool:
@@ -29,13 +30,13 @@ class Measured:
         if is_due:
             self.speeds = Speeds(forecasts.speeds(connection))
             self._loads |= workers.load_seconds(connection)
+            self._usual = statistics.median(self._loads.values()) if self._loads else 0.0
             self._until = time.monotonic() + FRESH_SECONDS
         return is_due
 
     def load_seconds(self, model: str) -> float:
         """Return what loading a model takes: what others take, for one that nobody has loaded yet."""
-        known = self._loads.get(model)
-        return known if known is not None else statistics.median(self._loads.values() or [0.0])
+        return self._loads.get(model, self._usual)
 
     def load_tokens(self, model: str) -> float:
         """Return how many tokens a device could compute in that time."""

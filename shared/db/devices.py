@@ -31,7 +31,8 @@ _TAKE = text("""
         SELECT device_lease.host, device_lease.device
         FROM device_lease JOIN worker ON worker.worker_id = device_lease.worker_id
         WHERE device_lease.slice_id IS NULL AND device_lease.lease_until > now() AND worker.state IN ('idle', 'busy')
-            AND device_lease.worker_id <> :worker_id AND (:any_host OR device_lease.host = :host)
+            AND device_lease.worker_id <> :worker_id
+            AND (device_lease.host = :host OR (:any_host AND coalesce((worker.stats ->> 'reaches')::boolean, false)))
             AND NOT EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id AND slice.kind = 'train'
                 AND slice.state = 'running')
         ORDER BY device_lease.host <> :host, worker.state, worker.name LIMIT :count

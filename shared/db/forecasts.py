@@ -55,6 +55,8 @@ class OpenJob:
     workers: list[UUID]
 
 
+# What was taken over from another job cost this one nothing, and says nothing of its speed.
+OWN = "WHERE NOT job.spec ? 'resume_from'"
 OPEN_JOBS = f"""
     WITH open_job AS (
         (SELECT * FROM job WHERE state IN ('queued', 'running') AND kind <> 'online' ORDER BY created_at LIMIT :limit)
@@ -72,9 +74,9 @@ OPEN_JOBS = f"""
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(part.estimated_tokens), 0)::float8 AS tokens,
             coalesce(sum(part.estimated_tokens * part.share) FILTER (WHERE part.is_open), 0)::float8 AS tokens_left,
-            coalesce(sum(part.estimated_tokens * (1 - part.share)), 0)::float8 AS done_tokens,
+            coalesce(sum(part.estimated_tokens * (1 - part.share)) FILTER ({OWN}), 0)::float8 AS done_tokens,
             coalesce(sum(part.seconds), 0)::float8 AS done_seconds,
-            coalesce(sum(part.estimated_tokens) FILTER (WHERE part.state = 'done'), 0)::float8 AS ended_tokens,
+            coalesce(sum(part.estimated_tokens) FILTER ({OWN} AND part.state = 'done'), 0)::float8 AS ended_tokens,
             coalesce(sum(part.seconds) FILTER (WHERE part.state = 'done'), 0)::float8 AS ended_seconds,
             count(*) FILTER (WHERE part.is_open) AS slices,
             coalesce(max(part.devices_needed), 1) AS devices_needed,

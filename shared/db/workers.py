@@ -152,11 +152,13 @@ class WorkerLoad:
 LOADS = """
     SELECT worker.worker_id, worker.name, worker.slots, worker.models, worker.host,
         coalesce((worker.stats ->> 'reaches')::boolean, false) AS reaches,
-        (SELECT max(coalesce(forecast.seconds_left, 'infinity')) FROM (
-            SELECT slice.tenant_id, slice.job_id FROM slice WHERE slice.worker_id = worker.worker_id
+        (SELECT max(CASE WHEN is_stopping THEN 0 ELSE coalesce(forecast.seconds_left, 'infinity') END) FROM (
+            SELECT slice.tenant_id, slice.job_id, slice.stop_reason IS NOT NULL AS is_stopping FROM slice
+            WHERE slice.worker_id = worker.worker_id
                 AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train'
             UNION ALL
-            SELECT slice.tenant_id, slice.job_id FROM device_lease JOIN slice ON slice.slice_id = device_lease.slice_id
+            SELECT slice.tenant_id, slice.job_id, slice.stop_reason IS NOT NULL
+            FROM device_lease JOIN slice ON slice.slice_id = device_lease.slice_id
             WHERE device_lease.worker_id = worker.worker_id
         ) AS trained LEFT JOIN forecast USING (tenant_id, job_id)) AS frees_in,
         ARRAY(SELECT DISTINCT coalesce((SELECT base FROM model
@@ -170,8 +172,9 @@ LOADS = """
             AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train')
             OR EXISTS (SELECT FROM device_lease WHERE device_lease.worker_id = worker.worker_id
                 AND device_lease.slice_id IS NOT NULL) AS is_training,
-        (SELECT coalesce(sum(slice.devices_needed - 1
-                - (SELECT count(*) FROM device_lease WHERE device_lease.slice_id = slice.slice_id)), 0) FROM slice
+        (SELECT greatest(0, sum(slice.devices_needed - 1 - (SELECT count(*) FROM device_lease
+                WHERE device_lease.slice_id = slice.slice_id AND device_lease.lease_token = slice.lease_token)))::int
+            FROM slice
             WHERE slice.worker_id = worker.worker_id AND slice.state IN ('dispatched', 'running')
                 AND slice.kind = 'train') AS awaited
     FROM worker WHERE worker.state IN ('idle', 'busy')

@@ -1,5 +1,6 @@
 """The scheduler's loops on a real Postgres and a real Redis."""
 
+import math
 import os
 import socket
 import threading
@@ -53,9 +54,9 @@ def planned(database, store, count=100, **settings):
     return job
 
 
-def dispatcher(database, redis_server, **settings):
+def dispatcher(database, redis_server, measured=None, **settings):
     settings = database.settings("scheduler", redis_url=redis_server.url, **settings)
-    return Dispatcher(database.engine("scheduler"), create_app(redis_server.url), settings)
+    return Dispatcher(database.engine("scheduler"), create_app(redis_server.url), settings, measured)
 
 
 def test_the_window_in_redis_is_thin_and_messages_carry_ids_only(database, store, redis_server, redis_client):
@@ -101,9 +102,31 @@ def test_a_tenant_whose_model_is_warm_goes_before_one_whose_model_must_be_loaded
     for tenant, model in (("default", "cold"), ("other", "warm")):
         make_job(database.engine("gateway"), store, chat_lines(4, model=model), tenant_id=tenant)
         Planner(database.engine("scheduler"), database.settings("scheduler"), store).tick()
-    assert dispatcher(database, redis_server, queue_window=0).tick() == 1
+    measured = Measured()
+    with database.engine("scheduler").begin() as connection:
+        measured.refresh(connection)
+    assert dispatcher(database, redis_server, measured, queue_window=0).tick() == 1
     sent = rows(database.engine("scheduler"), "SELECT tenant_id FROM slice WHERE state = 'dispatched'")
     assert [row.tenant_id for row in sent] == ["other"]
+
+
+def test_devices_that_a_training_awaits_are_counted_while_its_slice_waits_in_redis(database, store, redis_server):
+    """The tick after it was dispatched, and before its worker has claimed it: lines go on being released."""
+    fleet = [register(database) for _ in range(3)]
+    planned(database, store, 40, slice_lines=20)
+    with database.engine("migration").begin() as connection:
+        gang = "UPDATE slice SET kind = 'train', devices_needed = 2 WHERE slice_id = (SELECT min(slice_id) FROM slice)"
+        connection.execute(text(gang))
+    ring = dispatcher(database, redis_server, queue_window=0)
+    assert ring.tick() > 1
+    planned(database, store, 20, slice_lines=20)
+    with database.engine("scheduler").begin() as connection:
+        found = {load.worker_id: load for load in workers.loads(connection, 60)}
+    (leader,) = [load for load in found.values() if load.is_training]
+    assert (
+        leader.awaited == 1 and type(leader.awaited) is int and leader.frees_in == math.inf and len(found) == len(fleet)
+    )
+    assert ring.tick() >= 1
 
 
 def test_a_slice_for_nobody_waits_in_postgres(database, store, redis_server, redis_client):

@@ -208,7 +208,7 @@ def test_those_that_are_not_among_the_first_go_by_their_deadlines(database, stor
         hasten(database, planned(database, store, tenant_id=tenant_id), minutes)
     found = heads(database)
     assert len({each.slice_id for each in found}) == len(found) == 3, "each is there once"
-    assert [each.tenant_id for each in sorted(found, key=lambda each: each.deadline)] == ["default", "third", "other"]
+    assert [each.tenant_id for each in sorted(found, key=lambda each: each.starts_by)] == ["default", "third", "other"]
 
 
 def test_a_tenants_urgent_slices_hide_none_of_its_others(database, store):

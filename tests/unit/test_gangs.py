@@ -103,8 +103,45 @@ def test_what_trains_on_devices_that_are_kept_for_an_urgent_job_makes_way():
         Running(5, UUID(int=2), 1, "train", 60.0),
         Running(6, UUID(int=2), 2, "train", 60.0, is_stopping=True),
     ]
+    assert plan_preemptions([], running, {UUID(int=1)}, 4, 0.0, kept) == [], "one is ending already"
+    running.pop()
     assert sorted(plan_preemptions([], running, {UUID(int=1)}, 4, 0.0, kept)) == [1, 3]
     assert plan_preemptions([], running, {UUID(int=1)}, 4, 0.0) == []
+
+
+def test_devices_kept_for_a_job_without_haste_are_an_urgent_ones():
+    fairness, fleet = Fairness(), [trains(1, 36_000.0), worker(2)]
+    assert released([PAIR], fleet, fairness) == [] and fairness.reserved.slice_class == 2
+    assert released([PAIR, single(2, slice_class=1)], fleet, fairness) == [2]
+
+
+def test_no_second_training_is_stopped_on_kept_devices_while_the_first_is_ending():
+    kept = {UUID(int=1), UUID(int=2)}
+    running = [
+        Running(1, UUID(int=1), 2, "train", 60.0, is_stopping=True),
+        Running(2, UUID(int=2), 2, "train", 60.0),
+        Running(3, UUID(int=3), 2, "train", 60.0),
+    ]
+    assert plan_preemptions([], running, {UUID(int=n) for n in (1, 2, 3)}, 3, 0.0, kept) == []
+    wanting = [single(9, slice_class=1)]
+    assert plan_preemptions(wanting, running, {UUID(int=n) for n in (1, 2, 3)}, 3, 0.0, kept) == [3]
+    # The second of the kept devices trains nothing: a single training may not go there, so lines on it stay.
+    running = [running[0], Running(4, UUID(int=2), 2, "generate", 60.0), running[2]]
+    assert plan_preemptions(wanting, running, {UUID(int=1), UUID(int=3)}, 3, 0.0, kept) == [3]
+
+
+def test_workers_with_a_free_slot_come_first_where_all_are_free():
+    full = [worker(n, host="x", occupied=4) for n in (1, 2)]
+    idle = [worker(n, host="x") for n in (3, 4)]
+    assert {each.worker_id.int for each in gather(2, [*full, *idle])[0]} == {3, 4}
+    elsewhere = [replace(each, host="y") for each in idle]
+    assert {each.worker_id.int for each in gather(2, [*full, *elsewhere])[0]} == {3, 4}
+    assert released([PAIR], [*full, *idle], Fairness()) == [1]
+
+
+def test_an_urgent_one_takes_the_next_place_that_it_can_have():
+    urgent, fleet = replace(PAIR, slice_class=1), [replace(worker(n), occupied=4) for n in (1, 2)]
+    assert [each.slice_id for each in plan([urgent], fleet, Fairness(), window=2)] == [1]
 
 
 def test_a_tenant_at_its_cap_and_a_job_that_is_gone_have_nothing_kept():

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -111,7 +111,9 @@ def basis_of(
             {"id": each.worker_id.hex, "models": sorted(each.models), "host": each.host, "reaches": each.reaches}
             for each in lanes
         ],
-        "speeds": [list(astuple(speed)) for speed in speeds],
+        # Apart, as a gateway of the last release reads four of a speed.
+        "speeds": [list(astuple(speed))[:4] for speed in speeds],
+        "margins": [speed.margin for speed in speeds],
         "weights": {hidden_name(tenant): weight for tenant, weight in weights.items()},
         "works": [
             {
@@ -123,6 +125,7 @@ def basis_of(
                 "class": work.slice_class,
                 "priority": work.priority,
                 "accepted": work.accepted,
+                "order": work.accepted,  # as the last release calls it
                 "devices": work.devices_needed,
                 "windows": specs.get(work.job_id, []),
                 "deadline": work.deadline.isoformat() if work.deadline else None,
@@ -134,6 +137,13 @@ def basis_of(
             for work in works
         ],
     }
+
+
+def speeds_of(basis: Mapping[str, Any]) -> Speeds:
+    """Return the speeds of `basis_of`."""
+    margins = basis.get("margins") or [USUAL_MARGIN] * len(basis["speeds"])
+    known = zip(basis["speeds"], margins, strict=True)
+    return Speeds(replace(Speed(*speed[:4]), margin=margin) for speed, margin in known)
 
 
 def from_basis(basis: Mapping[str, Any]) -> tuple[list[Work], list[Lane], dict[str, float]]:

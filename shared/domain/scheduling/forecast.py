@@ -207,10 +207,7 @@ class _Run:
         self._lanes = {lane.worker_id: lane for lane in lanes}
         self._warm = {lane.worker_id: dict.fromkeys(sorted(lane.models)) for lane in lanes}  # used last, last
         self._room, self._loads = room, 0
-        speeds = {job.work.model: job.work.tokens_per_second for job in self._jobs.values()}
-        self._load_tokens = {
-            model: seconds * speeds.get(model, TOKENS_PER_SECOND) for model, seconds in load_seconds.items()
-        }
+        self._load_tokens = self._tokens_of_loads()
         self._queues: dict[str, list[_Job]] = defaultdict(list)
         self._children: dict[UUID, list[_Job]] = defaultdict(list)
         self._asleep: list[tuple[datetime, int, _Job]] = []
@@ -222,6 +219,11 @@ class _Run:
             job.open_parents = len(parents)
             for parent in parents:
                 self._children[parent].append(job)
+
+    def _tokens_of_loads(self) -> dict[str, float]:
+        batches = [job.work for job in self._jobs.values() if job.work.kind is SliceKind.GENERATE]
+        speeds = {work.model: work.tokens_per_second for work in batches}
+        return {model: s * speeds.get(model, TOKENS_PER_SECOND) for model, s in self._load_seconds.items()}
 
     def forward(self, horizon: timedelta) -> Plan:
         end = self._now + horizon
@@ -363,7 +365,7 @@ class _Run:
 
     def _waiting(self, slice_id: int, job: _Job) -> _Waiting:
         work = job.work
-        tokens = round(job.chunks[0] * work.tokens_per_second)
+        tokens = round(job.chunks[0] * work.devices_needed * work.tokens_per_second)
         return _Waiting(
             slice_id=slice_id,
             tenant_id=work.tenant_id,
@@ -435,10 +437,9 @@ class _Run:
         caps = Caps(self._caps, self._held())
         wanting = [each for each in urgent[len(self._free) : len(self._free) + most] if hurries(each, caps)]
         kept = kept_for_urgent(self._fairness.reserved, urgent)
+        self._short_since = (self._short_since or self._now) if wanting else None
         if not wanting and not kept:
-            self._short_since = None
             return
-        self._short_since = self._short_since or self._now
         running = [
             Running(
                 slice_id=each.number,
@@ -451,7 +452,7 @@ class _Run:
             for each in self._running
         ]
         training = {lane for each in self._running if each.job.work.kind is SliceKind.TRAIN for lane in each.lanes}
-        waited = (self._now - self._short_since).total_seconds()
+        waited = (self._now - self._short_since).total_seconds() if self._short_since is not None else 0.0
         chosen = set(plan_preemptions(wanting, running, training, most, waited, kept))
         stopped = [each for each in self._running if each.number in chosen]
         self._running = [each for each in self._running if each.number not in chosen]
@@ -485,7 +486,7 @@ class _Run:
     def _start(self, job: _Job, lanes: list[UUID]) -> None:
         """Put a job's next chunk on its lanes, until it is done or its window closes."""
         model, seconds = job.work.model, job.chunks.popleft()
-        if model is not None and not self._warm_up(lanes[0], model):
+        if job.work.kind is SliceKind.GENERATE and model is not None and not self._warm_up(lanes[0], model):
             seconds += self._load_seconds.get(model, 0.0)
         until = self._now + timedelta(seconds=min(seconds, MOST_SECONDS))
         left = max(0.0, seconds - MOST_SECONDS)

@@ -32,6 +32,10 @@ class Device(Protocol):
     @property
     def awaited(self) -> int: ...
     @property
+    def slots(self) -> int: ...
+    @property
+    def occupied(self) -> int: ...
+    @property
     def frees_in(self) -> float: ...
 
 
@@ -44,6 +48,8 @@ class Gang(Protocol):
     def devices_needed(self) -> int: ...
     @property
     def seconds(self) -> float | None: ...
+    @property
+    def slice_class(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Reservation:
     slice_id: int
     workers: frozenset[UUID]
     seconds: float
+    slice_class: int
 
 
 _Device = TypeVar("_Device", bound=Device)
@@ -61,22 +68,33 @@ _Device = TypeVar("_Device", bound=Device)
 def gather(needed: int, devices: Iterable[_Device]) -> tuple[list[_Device], float] | None:
     """Return the devices that are free together soonest, and in how many seconds; None where there are too few.
 
-    One host that has enough of them is preferred to several.
+    Of those that are free at once, workers with a free slot come first, as one of them is needed; and one host that has
+    enough of them before several.
     """
     groups: dict[tuple[bool, str], list[_Device]] = defaultdict(list)
     for device in devices:
         groups[False, device.host].append(device)
         if device.reaches:
             groups[True, ""].append(device)
-    found: list[tuple[float, tuple[bool, str], list[_Device]]] = []
+    found: list[tuple[float, bool, tuple[bool, str], list[_Device]]] = []
     for key, group in groups.items():
         if len(group) >= needed:
-            chosen = sorted(group, key=lambda each: (each.frees_in, each.host, each.worker_id.hex))[:needed]
-            found.append((chosen[-1].frees_in, key, chosen))
+            chosen = sorted(group, key=lambda each: (each.frees_in, _is_full(each), each.host, each.worker_id.hex))[
+                :needed
+            ]
+            found.append((chosen[-1].frees_in, all(map(_is_full, chosen)), key, chosen))
     if not found:
         return None
-    seconds, _, chosen = min(found, key=lambda each: each[:2])
+    seconds, _, _, chosen = min(found, key=lambda each: each[:3])
     return chosen, seconds
+
+
+def _soonest(device: Device) -> tuple[float, bool, str, str]:
+    return (device.frees_in, _is_full(device), device.host, device.worker_id.hex)
+
+
+def _is_full(device: Device) -> bool:
+    return device.occupied >= device.slots
 
 
 class TrainingDevices(Generic[_Device]):
@@ -103,7 +121,10 @@ class TrainingDevices(Generic[_Device]):
             self._left.pop(worker.worker_id, None)
 
     def hosts(self, waiting: Gang) -> list[_Device]:
-        """Return the workers that a slice may go to now; none while it would wait there for others."""
+        """Return the workers that a slice may go to now; none while it would wait there for others.
+
+        What is kept for a job without haste, an urgent one may have.
+        """
         kept = self._kept_from(waiting)
         free = [each for each in self._free.values() if each.worker_id not in kept] if kept else [*self._free.values()]
         if waiting.devices_needed == 1:
@@ -113,7 +134,9 @@ class TrainingDevices(Generic[_Device]):
 
     def _kept_from(self, waiting: Gang) -> Collection[UUID]:
         reserved = self.reserved
-        if reserved is None or reserved.slice_id == waiting.slice_id or ends_before(waiting.seconds, reserved):
+        if reserved is None or reserved.slice_id == waiting.slice_id or waiting.slice_class < reserved.slice_class:
+            return ()
+        if ends_before(waiting.seconds, reserved):
             return ()
         return reserved.workers
 
@@ -134,7 +157,7 @@ class TrainingDevices(Generic[_Device]):
         if found:
             devices, seconds = found
             workers = frozenset(each.worker_id for each in devices)
-            self.reserved = Reservation(waiting.slice_id, workers, min(seconds, expected))
+            self.reserved = Reservation(waiting.slice_id, workers, min(seconds, expected), waiting.slice_class)
         return self.reserved
 
 

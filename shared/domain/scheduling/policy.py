@@ -223,7 +223,8 @@ class _Placing:
 
     def place(self, waiting: Waiting) -> Release | None:
         """Give a slice to the best worker, or to none now."""
-        is_urgent = waiting.slice_class == SliceClass.URGENT
+        # One that needs several devices has no slot made free for it, and takes the next that it can have.
+        is_urgent = waiting.slice_class == SliceClass.URGENT and waiting.devices_needed == 1
         among, is_capped = self._capped.among(waiting, self._hosts(waiting))
         if among is None:
             worker = self._room.best(waiting.model, needs_slot=is_urgent)
@@ -306,6 +307,7 @@ class _Queues:
         load_cost: Callable[[Waiting], float],
     ) -> None:
         self._fairness, self._weights, self._load_cost = fairness, weights, load_cost
+        self._costs: dict[str | None, float] = {}
         self._urgent: list[tuple[float, int, Waiting]] = []
         self._classes: dict[int, dict[str, deque[Waiting]]] = defaultdict(lambda: defaultdict(deque))
         for place, waiting in enumerate(backlog):
@@ -341,16 +343,29 @@ class _Queues:
 
     def _next_tenant(self, slice_class: int) -> str:
         """Return who was served least, loads counted that its next slice would need now."""
-        queues, served = self._classes[slice_class], self._fairness.served
-        first = min(queues, key=lambda each: (served[each], each))
-        turn = self._turn(first, queues[first][0])
-        if turn == served[first]:
-            return first
-        turns = {each: self._turn(each, queue[0]) for each, queue in queues.items() if served[each] <= turn}
-        return min(turns, key=lambda each: (turns[each], each))
+        served, least, chosen = self._fairness.served, math.inf, ""
+        for each, queue in self._classes[slice_class].items():
+            if served[each] < least or (served[each] == least and each < chosen):
+                turn = self._turn(each, queue[0])
+                if turn < least or (turn == least and each < chosen):
+                    least, chosen = turn, each
+        return chosen
 
     def _turn(self, tenant_id: str, waiting: Waiting) -> float:
-        return self._fairness.served[tenant_id] + PATIENCE * self._load_cost(waiting) / self._weight(tenant_id)
+        cost = self._expected_cost(waiting)
+        served = self._fairness.served[tenant_id]
+        return served + PATIENCE * cost / self._weight(tenant_id) if cost else served
+
+    def _expected_cost(self, waiting: Waiting) -> float:
+        """Return what a slice's load costs; a cost is asked for again once a slice of its model has been released."""
+        if waiting.kind == SliceKind.TRAIN:
+            return 0.0
+        cost = self._costs.get(waiting.model)
+        if cost is None:
+            cost = self._load_cost(waiting)
+            if cost:
+                self._costs[waiting.model] = cost
+        return cost
 
     def _weight(self, tenant_id: str) -> float:
         return self._weights.get(tenant_id, 1.0)
@@ -366,6 +381,7 @@ class _Queues:
         return (self._fairness.class_after(slice_class, waiting.estimated_tokens), slice_class)
 
     def charge(self, waiting: Waiting, load_cost: float) -> None:
+        self._costs.pop(waiting.model, None)
         tokens = waiting.estimated_tokens + round(load_cost)
         self._fairness.charge(waiting.tenant_id, tokens, self._weight(waiting.tenant_id))
         self._fairness.charge_class(waiting.slice_class, waiting.estimated_tokens)

@@ -64,10 +64,9 @@ def week(
         hour = min(23.99, max(0.0, generator.gauss(15, 5)))
         arrives = START + timedelta(days=generator.randrange(days), hours=hour)
         kind, seconds, count, devices = _size(generator, gpus, gangs)
-        deadline = None
-        if generator.random() < deadlines:
-            alone = seconds / min(count, gpus) * generator.uniform(1.5, 8)
-            deadline = arrives + timedelta(minutes=30, seconds=alone)
+        has_deadline = generator.random() < deadlines
+        alone = seconds / min(count, gpus) * generator.uniform(1.5, 8) if has_deadline else 0.0
+        deadline = arrives + timedelta(minutes=30, seconds=alone) if has_deadline else None
         works.append(
             Work(
                 job_id=UUID(int=number),

@@ -113,12 +113,14 @@ def plan_preemptions(
         on those that are kept for it make way. waited_seconds: For how long urgent slices have found no room; what
         began since then did so by its class's share, and keeps it. kept: Devices that are kept for an urgent slice.
     """
-    free = workers - len(training)
-    stopping = [each for each in running if each.is_stopping]
-    victims = _victims(running, waited_seconds)
-    in_the_way = [each for each in victims if _trains(each) and not set(kept).isdisjoint((each.worker_id, *each.lent))]
-    victims = [each for each in victims if each not in in_the_way]
-    chosen = [each.slice_id for each in in_the_way]
+    free = workers - len({*training, *kept})
+    on_kept = [each for each in running if _trains(each) and not set(kept).isdisjoint((each.worker_id, *each.lent))]
+    stopping = [each for each in running if each.is_stopping and each not in on_kept]
+    victims = [each for each in _victims(running, waited_seconds) if each not in on_kept]
+    chosen: list[int] = []
+    # One after another's end: which devices are free soonest may look different once these are.
+    if not any(each.is_stopping for each in on_kept):
+        chosen = [each.slice_id for each in _victims(on_kept, 0.0)]
     for slice_ in wanting:
         if slice_.devices_needed > 1:
             continue
