@@ -160,11 +160,11 @@ def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, st
 
 def test_nobody_who_came_later_trains_before_a_job_for_both_devices(sdk, native, stack):
     """One device trains and the other is free: it is kept for who needs both, and lines are computed there meanwhile."""
-    first = create(sdk, "tunable", hyper={"n_epochs": 50, "batch_size": 1})
+    first = create(sdk, "tunable", hyper={"n_epochs": 30, "batch_size": 1})
     wait_until(lambda: is_training(sdk, first.id), 60)
     both = start(sdk)
     wait_until(lambda: sdk.fine_tuning.jobs.retrieve(both.id).status == "queued", 30)
-    single = create(sdk, "tunable", hyper={"n_epochs": 90, "batch_size": 1})
+    single = create(sdk, "tunable", hyper={"n_epochs": 45, "batch_size": 1})
     answer = sdk.chat.completions.create(
         model="tunable", messages=[{"role": "user", "content": "say red"}], max_tokens=3
     )
