@@ -149,36 +149,46 @@ class WorkerLoad:
     """Models of slices that it has been given: it will load them, if it has not yet."""
 
 
+# What runs, or waits in Redis, is read once for all workers: it is a few slices each.
 LOADS = """
+    WITH occupant AS MATERIALIZED (
+        SELECT worker_id, tenant_id, job_id, slice_id, lease_token, kind, model, devices_needed,
+            stop_reason IS NOT NULL AS is_stopping
+        FROM slice WHERE worker_id IS NOT NULL AND state IN ('dispatched', 'running')
+    ), lent AS (
+        SELECT device_lease.worker_id, slice.tenant_id, slice.job_id, slice.stop_reason IS NOT NULL AS is_stopping
+        FROM device_lease LEFT JOIN slice ON slice.slice_id = device_lease.slice_id
+        WHERE device_lease.slice_id IS NOT NULL
+    ), trained AS (
+        SELECT worker_id,
+            max(CASE WHEN is_stopping THEN 0 ELSE coalesce(forecast.seconds_left, 'infinity') END) AS frees_in
+        FROM (
+            SELECT worker_id, tenant_id, job_id, is_stopping FROM occupant WHERE kind = 'train'
+            UNION ALL SELECT worker_id, tenant_id, job_id, is_stopping FROM lent
+        ) AS training LEFT JOIN forecast USING (tenant_id, job_id) GROUP BY worker_id
+    ), taken AS (
+        SELECT slice_id, lease_token, count(*) AS devices FROM device_lease
+        WHERE slice_id IS NOT NULL GROUP BY slice_id, lease_token
+    ), asked AS (
+        SELECT tenant_id, model, coalesce((
+            SELECT base FROM model AS known
+            WHERE known.name = part.model AND known.tenant_id IN ('system', part.tenant_id)
+            ORDER BY known.tenant_id = 'system' LIMIT 1), model) AS base
+        FROM (SELECT DISTINCT tenant_id, model FROM occupant WHERE kind = 'generate' AND model IS NOT NULL) AS part
+    ), load AS (
+        SELECT worker_id, count(*) AS occupied,
+            array_agg(DISTINCT asked.base) FILTER (WHERE kind = 'generate' AND asked.base IS NOT NULL) AS arriving,
+            sum(devices_needed - 1 - coalesce(taken.devices, 0)) FILTER (WHERE kind = 'train') AS awaited
+        FROM occupant LEFT JOIN asked USING (tenant_id, model) LEFT JOIN taken USING (slice_id, lease_token)
+        GROUP BY worker_id
+    )
     SELECT worker.worker_id, worker.name, worker.slots, worker.models, worker.host,
         coalesce((worker.stats ->> 'reaches')::boolean, false) AS reaches,
-        (SELECT max(CASE WHEN is_stopping THEN 0 ELSE coalesce(forecast.seconds_left, 'infinity') END) FROM (
-            SELECT slice.tenant_id, slice.job_id, slice.stop_reason IS NOT NULL AS is_stopping FROM slice
-            WHERE slice.worker_id = worker.worker_id
-                AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train'
-            UNION ALL
-            SELECT slice.tenant_id, slice.job_id, slice.stop_reason IS NOT NULL
-            FROM device_lease JOIN slice ON slice.slice_id = device_lease.slice_id
-            WHERE device_lease.worker_id = worker.worker_id
-        ) AS trained LEFT JOIN forecast USING (tenant_id, job_id)) AS frees_in,
-        ARRAY(SELECT DISTINCT coalesce((SELECT base FROM model
-                WHERE name = slice.model AND model.tenant_id IN ('system', slice.tenant_id)
-                ORDER BY model.tenant_id = 'system' LIMIT 1), slice.model) FROM slice
-            WHERE slice.worker_id = worker.worker_id AND slice.state IN ('dispatched', 'running')
-                AND slice.kind = 'generate' AND slice.model IS NOT NULL) AS arriving,
-        (SELECT count(*) FROM slice WHERE slice.worker_id = worker.worker_id
-            AND slice.state IN ('dispatched', 'running')) AS occupied,
-        EXISTS (SELECT FROM slice WHERE slice.worker_id = worker.worker_id
-            AND slice.state IN ('dispatched', 'running') AND slice.kind = 'train')
-            OR EXISTS (SELECT FROM device_lease WHERE device_lease.worker_id = worker.worker_id
-                AND device_lease.slice_id IS NOT NULL) AS is_training,
-        (SELECT greatest(0, sum(slice.devices_needed - 1 - (SELECT count(*) FROM device_lease
-                WHERE device_lease.slice_id = slice.slice_id AND device_lease.lease_token = slice.lease_token)))::int
-            FROM slice
-            WHERE slice.worker_id = worker.worker_id AND slice.state IN ('dispatched', 'running')
-                AND slice.kind = 'train') AS awaited
-    FROM worker WHERE worker.state IN ('idle', 'busy')
-        AND worker.heartbeat_at > now() - make_interval(secs => :age)
+        coalesce(load.occupied, 0) AS occupied, coalesce(load.arriving, '{}') AS arriving,
+        greatest(0, coalesce(load.awaited, 0))::int AS awaited,
+        trained.worker_id IS NOT NULL AS is_training, coalesce(trained.frees_in, 0) AS frees_in
+    FROM worker LEFT JOIN load USING (worker_id) LEFT JOIN trained USING (worker_id)
+    WHERE worker.state IN ('idle', 'busy') AND worker.heartbeat_at > now() - make_interval(secs => :age)
     ORDER BY worker.name, worker.worker_id
 """
 
@@ -197,7 +207,7 @@ def loads(connection: Connection, heartbeat_within_seconds: float) -> list[Worke
             awaited=row.awaited,
             host=row.host,
             reaches=row.reaches,
-            frees_in=row.frees_in or 0.0,
+            frees_in=row.frees_in,
             arriving=frozenset(row.arriving),
         )
         for row in rows

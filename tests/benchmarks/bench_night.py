@@ -27,7 +27,7 @@ from shared.domain.scheduling.policy import Fairness, plan_releases
 from shared.domain.scheduling.simulation import START, Report, Trace, lanes, missed, outages, simulate, week
 from shared.domain.scheduling.windows import Window, open_seconds
 from shared.domain.slice import SliceKind
-from tests.benchmarks.night_stack import bench_forecast, bench_preemption, bench_window
+from tests.benchmarks.night_stack import bench_forecast, bench_preemption, bench_sql, bench_window
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
 from tests.simulation.affinity import blind_loads, clairvoyant_bound
@@ -220,9 +220,10 @@ def bench_clocks(table: Table) -> None:
 
 
 def bench_real(table: Table) -> None:
-    """Rows 5 and 7: on a stack of its own."""
+    """Rows 4 to 7: on a Postgres and on stacks of their own."""
     with tempfile.TemporaryDirectory(prefix="lamplighter-bench-night-") as directory:
-        for part in (bench_window, bench_preemption, bench_forecast):
+        Path(directory).chmod(0o711)  # Postgres has an account of its own
+        for part in (bench_sql, bench_window, bench_preemption, bench_forecast):
             place = Path(directory) / part.__name__
             place.mkdir()
             part(table, place)

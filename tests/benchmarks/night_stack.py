@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from lamplighter import Client
+from sqlalchemy import text
+
+from services.scheduler.dispatcher import HEAD_OF_QUEUE
+from shared.db import slices, workers
 from tests.benchmarks.bench_spine import native_for, running_stack, sdk_for
 from tests.benchmarks.table import Table
 from tests.integration.test_fine_tuning import create, steps_of
 from tests.integration.test_fine_tuning import wait_for as wait_for_tuning
+from tests.integration.test_query_plans import explain, seed, vacuum
 from tests.support.batches import CHAT, chat_line, jsonl, wait_for
 from tests.support.models import make_tiny_llama
-from tests.support.servers import wait_until
+from tests.support.servers import postgres_cluster, wait_until
 
 WIDTHS = {"small": 128, "medium": 192, "large": 256}
 DEPTH = 4
@@ -94,6 +99,44 @@ def bench_window(table: Table, _: Path) -> None:
         sdk.batches.cancel(batch.id)
     what = "a batch of slow lines at the end of its window: until nothing of it runs"
     table.add("night-6", what, after, "s", "≤ 30 s", after <= 30 and is_held)
+
+
+def bench_sql(table: Table, directory: Path) -> None:
+    """Row 4: what a tick reads in Postgres, at 100,000 queued slices of 1,000 jobs and 1,000 workers with four each."""
+    directory.chmod(0o711)
+    with postgres_cluster(directory / "cluster") as cluster:
+        database = seed(cluster)
+        with database.engine("migration").begin() as connection:
+            for statement in FLEET:
+                connection.execute(text(statement))
+        vacuum(database, "slice, worker")
+        reads = {
+            "candidates": (slices.CANDIDATES, {"per_tenant": HEAD_OF_QUEUE, "passed_by": []}),
+            "urgent": (slices.URGENT_CANDIDATES, slices.URGENT_HEADS | {"passed_by": []}),
+            "loads": (workers.LOADS, {"age": 3600.0}),
+        }
+        scanned: set[str] = set()
+        milliseconds = 0.0
+        for statement, parameters in reads.values():
+            found = [explain(database, statement, **parameters) for _ in range(3)]
+            scanned |= {name for sequential, _, _ in found for name in sequential} & {"slice", "job"}
+            milliseconds += statistics.median(each for _, _, each in found)
+        database.drop()
+    what = "tables, of jobs and slices, that a tick reads whole, at 100,000 queued slices and 1,000 workers"
+    table.add("night-4c", what, len(scanned), "tables", "0", not scanned)
+    table.add("night-4c-time", "the time of these statements in Postgres", milliseconds, "ms", "said", True)
+
+
+FLEET = (
+    "INSERT INTO worker (tenant_id, worker_id, name, host, pid, device, state, slots, models)"
+    " SELECT 'system', gen_random_uuid(), 'w' || n, 'h' || n / 8, n, 'cuda:' || n % 8, 'busy', 4, '[\"m\"]'"
+    " FROM generate_series(1, 1000) n",
+    "INSERT INTO device_lease (tenant_id, host, device, worker_id, lease_until)"
+    " SELECT 'system', host, device, worker_id, now() + interval '1 hour' FROM worker",
+    "UPDATE slice SET state = 'running', worker_id = fleet.worker_id FROM ("
+    " SELECT worker_id, row_number() OVER () AS place FROM worker, generate_series(1, 4)) AS fleet"
+    " WHERE slice.slice_id = 25 * fleet.place",
+)
 
 
 def run_batch(sdk, lines: list[dict[str, Any]]) -> Any:

@@ -34,7 +34,13 @@ JOBS, SLICES, RESULTS = 1000, 100_000, 1_000_000
 
 @pytest.fixture(scope="module")
 def seeded(cluster):
-    """A database with 50 tenants, 1,000 open jobs, 50,000 ended ones, 100,000 queued slices and a million results."""
+    database = seed(cluster)
+    yield database
+    database.drop()
+
+
+def seed(cluster):
+    """Return a database with 50 tenants, 1,000 open jobs, 50,000 ended ones, 100,000 queued slices and a million results."""
     database = Database(cluster)
     with database.engine("migration").begin() as connection:
         connection.execute(text("SET LOCAL synchronous_commit = off"))
@@ -58,8 +64,7 @@ def seeded(cluster):
         ):
             connection.execute(text(statement))
     vacuum(database, "slice, job, result, file, event")
-    yield database
-    database.drop()
+    return database
 
 
 def vacuum(database, tables):
