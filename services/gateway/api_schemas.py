@@ -916,7 +916,11 @@ class PlannedJob(Answer):
     id: JobId
     starts_at: Time | None
     ends_at: Annotated[Time | None, Field(description="Null: not within two weeks.")]
-    on_time: Annotated[bool | None, Field(description="Null without a deadline.")]
+    deadline: Time | None
+    on_time: Annotated[
+        bool | None,
+        Field(description="Whether it meets its deadline also if everything takes as long as it hardly ever does."),
+    ]
     confidence: Literal["measured", "guess"]
 
 

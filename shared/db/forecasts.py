@@ -226,15 +226,15 @@ def of_jobs(connection: Connection, job_ids: Sequence[UUID]) -> dict[UUID, Forec
     return {row["job_id"]: ForecastView(**{k: v for k, v in row.items() if k != "job_id"}) for row in rows}
 
 
-def all_jobs(connection: Connection) -> list[tuple[str, UUID, ForecastView]]:
-    """Return (kind, job id, forecast) of every open job that the transaction may see, by their begin."""
+def all_jobs(connection: Connection) -> list[tuple[str, UUID, datetime | None, ForecastView]]:
+    """Return (kind, job id, deadline, forecast) of every open job that the transaction may see, by their begin."""
     statement = text("""
-        SELECT job.kind, job_id, forecast.starts_at, forecast.ends_at, on_time, is_measured
+        SELECT job.kind, job_id, job.deadline, forecast.starts_at, forecast.ends_at, on_time, is_measured
         FROM forecast JOIN job USING (tenant_id, job_id) WHERE job.state IN ('queued', 'running')
         ORDER BY forecast.starts_at NULLS LAST, job_id
     """)
     return [
-        (row.kind, row.job_id, ForecastView(row.starts_at, row.ends_at, row.on_time, row.is_measured))
+        (row.kind, row.job_id, row.deadline, ForecastView(row.starts_at, row.ends_at, row.on_time, row.is_measured))
         for row in connection.execute(statement)
     ]
 

@@ -75,6 +75,7 @@ def test_the_plan_has_every_open_job_and_what_its_workers_do(sdk, native):
             ends = block["ends_at"]
     by_id = {each["id"]: each for each in night["jobs"]}
     assert by_id[waiting.id]["starts_at"] == forecast["starts_at"] and by_id[waiting.id]["on_time"] is None
+    assert by_id[waiting.id]["deadline"] is None
     for batch in (waiting, running):
         sdk.batches.cancel(batch.id)
         wait_for(sdk, batch.id)

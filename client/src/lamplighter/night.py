@@ -26,7 +26,12 @@ def judgement(job: dict[str, Any]) -> str:
     """Say in words whether a job will be done in time."""
     if job["ends_at"] is None:
         return "will not fit"
-    return {True: "in time", False: "late", None: ""}[job["on_time"]]
+    if job["on_time"] is None:
+        return ""
+    if job["on_time"]:
+        return "in time"
+    deadline = job.get("deadline")
+    return "at risk" if deadline is not None and job["ends_at"] <= deadline else "late"
 
 
 def show_night(console: Console, plan: dict[str, Any]) -> None:

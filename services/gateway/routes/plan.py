@@ -47,10 +47,11 @@ def read_plan(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
             "id": public_job_id(kind, job_id),
             "starts_at": unix(forecast.starts_at),
             "ends_at": unix(forecast.ends_at),
+            "deadline": unix(deadline),
             "on_time": forecast.on_time,
             "confidence": "measured" if forecast.is_measured else "guess",
         }
-        for kind, job_id, forecast in jobs
+        for kind, job_id, deadline, forecast in jobs
     ]
     return {"object": "plan", "now": unix(datetime.now(UTC)), "lanes": lanes, "jobs": expected}
 
