@@ -90,7 +90,8 @@ def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict
     basis = forecasts.basis(connection) or NOTHING_KNOWN
     speeds = speeds_of(basis)
     body, size = _asked(connection, settings, caller, fields, speeds)
-    seconds = size.weighed_tokens * speeds.of(size.kind, size.model).seconds_per_token
+    speed = speeds.of(size.kind, size.model)
+    seconds = size.weighed_tokens * speed.seconds_per_token
     kind, window = slice_kind(size.kind), tenants.get_tenant(connection, caller.tenant_id)["window"]
     asked = Work(
         job_id=uuid4(),
@@ -103,8 +104,8 @@ def ask(connection: Connection, settings: Settings, caller: Caller, fields: dict
         windows=windows_of(body.schedule["window"], window),
         deadline=body.deadline_at,
         parents=frozenset(gates.find_parents(connection, caller.tenant_id, body.after or ())),
-        margin=speeds.of(size.kind, size.model).margin,
-        tokens_per_second=1 / speeds.of(size.kind, size.model).seconds_per_token,
+        margin=speed.margin,
+        tokens_per_second=1 / speed.seconds_per_token,
     )
     return Question(size, seconds, speeds.is_measured(size.kind, size.model), asked, basis)
 

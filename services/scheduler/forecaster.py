@@ -117,7 +117,12 @@ class Forecaster:
         """Have jobs go first that would miss their deadlines, until they have ended; return all as they are then."""
         demands = [
             Demand(
-                work.job_id, work.deadline, work.cautious(sum(work.chunks)), _parts(found[work.job_id]), work.windows
+                job_id=work.job_id,
+                deadline=work.deadline,
+                seconds=work.cautious(sum(work.chunks)),
+                parts=_parts(found[work.job_id]),
+                windows=work.windows,
+                devices=work.devices_needed,
             )
             for work in works
             if work.deadline is not None and work.arrives_at is None

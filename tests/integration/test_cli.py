@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import httpx
 import psutil
+import psycopg
 import pytest
 
 from tests.support.batches import chat_line, chat_lines, jsonl
@@ -35,6 +36,24 @@ def cli(stack, admin_key, tmp_path):
         return done.stdout
 
     return run
+
+
+def test_what_was_forgotten_is_shown_by_the_day(cli, stack):
+    with psycopg.connect(stack.database_url("superuser"), autocommit=True) as connection:
+        put = "INSERT INTO retention_day (tenant_id, day, what, deleted, overdue, checked_at) VALUES ('system', %s, %s, %s, %s, now())"
+        for day, what, deleted, overdue in (("2020-01-01", "slice", 7, 0), ("2020-01-01", "result", 0, 2)):
+            connection.execute(put, (day, what, deleted, overdue))
+        try:
+            days = {day["id"]: day for day in json.loads(cli("retention", "--json"))}
+            shown = cli("retention")
+        finally:
+            connection.execute("DELETE FROM retention_day WHERE day = '2020-01-01'")
+    assert days["2020-01-01"]["deleted"] == {"slice": 7} and days["2020-01-01"]["overdue"] == {"slice": 0, "result": 2}
+    assert [line.split() for line in shown.splitlines() if "2020-01-01" in line] == [
+        ["2020-01-01", "result", "0", "2"],
+        ["2020-01-01", "slice", "7", "0"],
+    ]
+    cli("retention", code=4, LAMPLIGHTER_API_KEY="llk_no_such_key")
 
 
 def test_submit_wait_and_download(cli, tmp_path):

@@ -19,7 +19,8 @@ from shared.db.session import tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.slice import AttemptOutcome, SliceState
-from tests.integration.test_query_plans import explain, seeded  # noqa: F401  # a fixture
+from tests.integration.test_query_plans import seeded  # noqa: F401  # a fixture
+from tests.support.query_plans import explain
 from tests.support.batches import chat_line, chat_lines, make_job, read_lines, submit, wait_for
 from tests.support.models import make_tiny_llama
 from tests.support.servers import ROOT, wait_until

@@ -26,11 +26,12 @@ from services.scheduler.measured import Measured
 from services.scheduler.planner import Planner
 from services.scheduler.reaper import Reaper, RedisEpoch
 from services.scheduler.retention import Retention
-from shared.db import events, retention, slices, tenants, workers
+from shared.db import devices, events, forecasts, retention, slices, tenants, workers
+from shared.db.forecasts import JOBS_OF_A_MODEL
 from shared.db.session import connect_engine, tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
-from shared.domain.scheduling.estimates import GUESSED_SECONDS_PER_TOKEN
+from shared.domain.scheduling.estimates import GUESSED_SECONDS_PER_TOKEN, USUAL_MARGIN
 from shared.domain.slice import SliceState
 from shared.queueing.celery_app import create_app, declare_worker_queue
 from shared.queueing.names import CANARY_KEY, GENERATE_TASK, worker_queue
@@ -349,6 +350,92 @@ def test_a_job_that_cannot_be_ended_stands_in_nobodys_way(database, store, tmp_p
     finalizer._troubled._failures[lost] = (1, 0.0)
     finalizer.tick()
     assert rows(engine, query, j=lost) == [("expired", 40)]
+
+
+def test_what_could_not_be_removed_is_not_counted_and_overdue_until_it_is(database, store, monkeypatch):
+    """The disk fails, or the process is killed: the count is of the transaction that forgets, which is undone."""
+    planned(database, store)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'failed'"))
+        connection.execute(text("UPDATE file SET expires_at = now() - interval '1 second'"))
+    forgets = Retention(database.engine("scheduler"), store, database.settings("scheduler"))
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "remove", lambda path: (_ for _ in ()).throw(OSError(f"cannot remove {path}")))
+        with pytest.raises(OSError, match="cannot remove"):
+            forgets.tick()
+    assert report(database) == ({"file": 1}, {"objects": 1}), "what comes after the failure was done all the same"
+    forgets.tick()
+    size = scalar(database.engine("scheduler"), "SELECT bytes FROM file")
+    assert report(database) == ({"file": 1, "objects": 2, "bytes": size}, {})
+    forgets.tick()
+    assert report(database)[0]["objects"] == 2
+
+
+def test_how_fast_jobs_are_and_how_much_slower_one_of_ten(database, store):
+    """Five ended jobs of a model say it, fewer do not; what was taken over from another job is nobody's speed."""
+    scheduler = database.engine("scheduler")
+    for number in range(JOBS_OF_A_MODEL):
+        planned(database, store, 10)
+        with database.engine("migration").begin() as connection:
+            seconds = {"seconds": 40.0 if number == 0 else 10.0}
+            ended = (
+                "UPDATE job SET state = 'succeeded', ended_at = now(), device_seconds = :seconds WHERE state = 'queued'"
+            )
+            connection.execute(text(ended), seconds)
+        with scheduler.begin() as connection:
+            (speed,) = [each for each in forecasts.speeds(connection) if each.model == "echo"]
+        if number + 1 < JOBS_OF_A_MODEL:
+            assert speed.margin == USUAL_MARGIN
+    tokens = scalar(scheduler, "SELECT sum(estimated_tokens) FROM slice")
+    assert speed.seconds_per_token == pytest.approx(80.0 / float(tokens))
+    assert speed.margin == pytest.approx((10 + 0.6 * 30) / 16), (
+        "the ninth of ten, between 10 and 40 seconds of 16 usual"
+    )
+
+    planned(database, store, 40, slice_lines=20)
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'running' WHERE state = 'queued'"))
+        done = "UPDATE slice SET state = 'done', completed = hi - lo, device_seconds = 6 WHERE slice_id = (SELECT max(slice_id) FROM slice)"
+        connection.execute(text(done))
+
+    def own():
+        with scheduler.begin() as connection:
+            (job,) = forecasts.open_jobs(connection)
+        return job
+
+    assert own().ended_seconds == 6.0 and own().ended_tokens == own().done_tokens > 0
+    with database.engine("migration").begin() as connection:
+        resumed = """UPDATE job SET spec = spec || '{"resume_from": "x"}' WHERE state = 'running'"""
+        connection.execute(text(resumed))
+    assert own().ended_tokens == own().done_tokens == 0.0
+
+
+def test_devices_of_other_hosts_are_taken_where_hosts_reach_each_other(database, store):
+    """And what keeps a job waiting counts what one job can have."""
+    engine = database.engine("worker")
+    fleet = {}
+    for name, host, reaches in (("a", "x", True), ("b", "x", True), ("c", "y", False), ("d", "z", True)):
+        fleet[name] = WorkerIdentity(uuid4(), name, host, 1, f"cpu:{name}", 4, reaches=reaches)
+        with engine.begin() as connection:
+            workers.register(connection, fleet[name], 60)
+    planned(database, store, 10)
+    slice_id = scalar(engine, "SELECT slice_id FROM slice")
+    me = {"worker_id": fleet["a"].worker_id, "worker": "a", "device": "cpu:a", "task_id": "t", "lease_seconds": 60}
+    with engine.begin() as connection:
+        token = slices.claim(connection, slice_id, **me).lease_token
+
+    def takes(count, *, any_host):
+        with engine.connect() as connection, connection.begin() as transaction:
+            asked = {"worker_id": fleet["a"].worker_id, "host": "x", "count": count, "any_host": any_host}
+            peers = devices.take(connection, slice_id, token, **asked)
+            transaction.rollback()
+        names = {each.worker_id: name for name, each in fleet.items()}
+        return sorted(names[peer.worker_id] for peer in peers)
+
+    assert takes(3, any_host=False) == ["b"] and takes(1, any_host=True) == ["b"]
+    assert takes(3, any_host=True) == ["b", "d"], "c reaches nobody"
+    with tenant_transaction(database.engine("gateway"), "default") as connection:
+        assert workers.devices(connection) == workers.Devices(there=4, together=3)
 
 
 def test_content_that_no_file_knows_is_swept_after_a_day(database, store, tmp_path):

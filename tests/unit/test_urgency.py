@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -40,6 +41,12 @@ def test_one_that_needs_half_of_what_the_fleet_has_until_then_goes_first():
     assert urgent(demand(1, 10, 19 * HOUR)) == set()
     assert urgent(demand(1, 10, 21 * HOUR)) == {1}
     assert urgent(demand(1, 10, 21 * HOUR), devices=8) == set()
+
+
+def test_what_needs_several_devices_asks_that_much_of_the_fleet_and_takes_no_longer():
+    alone = demand(1, 10, 4 * HOUR, parts=1)
+    assert urgent(alone, devices=4) == set(), "4 of 40 device hours"
+    assert urgent(replace(alone, devices=5), devices=4) == {1}, "20 of 40"
 
 
 def test_jobs_that_are_in_time_alone_and_late_together_go_first_together():

@@ -400,6 +400,7 @@ class _Run:
                 seconds=job.work.cautious(sum(job.chunks) + running[job.work.job_id]),
                 parts=len(job.chunks) + job.active,
                 windows=job.work.windows,
+                devices=job.work.devices_needed,
             )
             for job in waiting
             if job.work.deadline is not None

@@ -8,9 +8,10 @@ kept for it once its turn has come (`gangs`).
 """
 
 import heapq
+import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol, TypeGuard, TypeVar
@@ -166,19 +167,14 @@ def plan_releases(
     placing = _Placing(backlog, workers, fairness, window, caps, load_tokens, alone=alone)
     queues = _Queues(backlog, fairness, weights, placing.load_cost)
     releases: list[Release] = []
-
-    def release(found: Release, waiting: Waiting, cost: float) -> None:
-        queues.charge(waiting, cost)
-        releases.append(found)
-
     standing = placing.standing
-    if standing is not None and (found := placing.place(standing)):
-        release(found, standing, 0.0)
-    while queues and placing.has_room:
-        waiting = queues.pop()
+    for waiting in itertools.chain([standing] if standing is not None else [], queues.in_turn(standing)):
+        if not placing.has_room:
+            break
         cost = placing.load_cost(waiting)
-        if waiting is not standing and (found := placing.place(waiting)):
-            release(found, waiting, cost)
+        if found := placing.place(waiting):
+            queues.charge(waiting, cost)
+            releases.append(found)
     fairness.reserved = placing.reserved
     return releases
 
@@ -326,6 +322,13 @@ class _Queues:
 
     def __bool__(self) -> bool:
         return bool(self._urgent or self._classes)
+
+    def in_turn(self, but: Waiting | None) -> Iterator[Waiting]:
+        """Take one slice after another, each when it is its turn by then; `but` one that went before all."""
+        while self:
+            waiting = self.pop()
+            if waiting is not but:
+                yield waiting
 
     def pop(self) -> Waiting:
         """Take the slice that is next in turn."""

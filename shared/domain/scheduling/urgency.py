@@ -28,13 +28,16 @@ LEAST_RUN_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Demand:
-    """A job with a deadline. `seconds`: of one device, for what is left. `parts`: how many may run side by side."""
+    """A job with a deadline. `seconds`: of one device, for what is left; of each, where its parts need several
+    `devices`. `parts`: how many may run side by side.
+    """
 
     job_id: UUID
     deadline: datetime
     seconds: float
     parts: int
     windows: tuple[Window, ...] = ()
+    devices: int = 1
 
 
 def urgent_jobs(demands: Iterable[Demand], devices: int, now: datetime) -> set[UUID]:
@@ -47,7 +50,7 @@ def urgent_jobs(demands: Iterable[Demand], devices: int, now: datetime) -> set[U
         left = (demand.deadline - now).total_seconds()
         if left <= 0:
             continue
-        asked += demand.seconds
+        asked += demand.seconds * demand.devices
         before.append(demand.job_id)
         if asked >= FULL * devices * left:
             found.update(before)
