@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,11 +31,13 @@ from shared.domain.slice import SliceKind
 from tests.benchmarks.night_stack import bench_forecast, bench_preemption, bench_sql, bench_window
 from tests.benchmarks.table import Table
 from tests.simulation import clairvoyant
+from tests.support.servers import ROOT
 from tests.simulation.affinity import blind_loads, clairvoyant_bound
 from tests.simulation.fleets import backlogged, busy_until, idle_while_waiting, jain, served
 from tests.simulation.watched import run_promised, run_watched
 
 HOURS = 4
+QUALITY = ("tests/unit/test_policy.py", "tests/unit/test_gangs.py", "tests/unit/test_urgency.py", "tests/simulation")
 WEEK, LONG = timedelta(days=7), timedelta(days=60)
 ROOM, LOAD_SECONDS = 4, 20.0
 
@@ -219,6 +222,15 @@ def bench_clocks(table: Table) -> None:
     table.add("night-6-clocks", what, wrong, "h", "0 h", wrong == 0, found)
 
 
+def bench_quality(table: Table) -> None:
+    """Row 8: the properties of the policy (work conserved, nobody starved, more priority never later, deterministic)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *QUALITY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-200:])
+    what = "property tests of the policy, of devices kept, of urgency and of whole weeks: runs that fail"
+    table.add("night-8", what, int(done.returncode != 0), "runs", "0", done.returncode == 0)
+
+
 def bench_real(table: Table) -> None:
     """Rows 4 to 7: on a Postgres and on stacks of their own."""
     with tempfile.TemporaryDirectory(prefix="lamplighter-bench-night-") as directory:
@@ -231,7 +243,7 @@ def bench_real(table: Table) -> None:
 
 SIMULATED = (
     *(bench_work, bench_deadlines, bench_urgency, bench_promises),
-    *(bench_fairness, bench_affinity, bench_clocks, bench_scale, bench_day),
+    *(bench_fairness, bench_affinity, bench_clocks, bench_scale, bench_day, bench_quality),
 )
 PARTS = {"simulated": SIMULATED, "real": (bench_real,), "affinity": (bench_affinity,), "promises": (bench_promises,)}
 

@@ -19,9 +19,9 @@ from tests.benchmarks.bench_spine import native_for, running_stack, sdk_for
 from tests.benchmarks.table import Table
 from tests.integration.test_fine_tuning import create, steps_of
 from tests.integration.test_fine_tuning import wait_for as wait_for_tuning
-from tests.integration.test_query_plans import explain, seed, vacuum
 from tests.support.batches import CHAT, chat_line, jsonl, wait_for
 from tests.support.models import make_tiny_llama
+from tests.support.query_plans import explain, seed, vacuum
 from tests.support.servers import postgres_cluster, wait_until
 
 WIDTHS = {"small": 128, "medium": 192, "large": 256}
