@@ -8,14 +8,14 @@ from starlette.responses import Response
 
 from services.gateway.bodies import KeyedRoute
 from services.gateway.dependencies import Admin, IdempotencyKey, PartsDependency, Reader, answer_once
+from services.gateway.fleet_views import worker_objects
 from services.gateway.schemas import KeyCreate, TenantCreate, TenantPatch, short_page
 from shared.api_objects import unix
-from shared.db import erasures, model_registry, retention, tenants, workers
+from shared.db import erasures, retention, tenants
 from shared.db.erasures import ErasureView
 from shared.db.models import DEFAULT_TENANT, SYSTEM_TENANT
 from shared.db.retention import RetentionDay
 from shared.db.submissions import body_digest
-from shared.db.workers import WorkerView
 from shared.domain.errors import Conflict
 
 MOST_LISTED = 1000
@@ -163,33 +163,5 @@ def list_workers(
 ) -> dict[str, Any]:
     """Return the workers of the last hour; of models, only those that the caller may use."""
     with parts.transaction(caller) as connection:
-        found = workers.listing(connection, parts.settings.lease_seconds)
-        usable = {model.name for model in model_registry.visible(connection, caller.tenant_id)}
-    shown = {name for worker in found for name in worker.models if caller.is_admin or name in usable}
-    return short_page([_worker_object(worker, shown) for worker in found], limit, after)
-
-
-def _worker_object(worker: WorkerView, shown: set[str]) -> dict[str, Any]:
-    """Return a worker with the figures of its last heartbeat. A lost one holds nothing and does nothing: zeros.
-
-    `batch_occupancy` is the share of the places in its steps that were taken, between 0 and 1.
-    """
-    stats = {} if worker.is_lost else worker.stats
-    return {
-        "id": str(worker.worker_id),
-        "object": "worker",
-        "name": worker.name,
-        "host": worker.host,
-        "device": worker.device,
-        "state": worker.state,
-        "models": [] if worker.is_lost else [name for name in worker.models if name in shown],
-        "memory": {"used_bytes": stats.get("cache_bytes", 0), "budget_bytes": worker.stats.get("budget_bytes", 0)},
-        "tokens_per_second": stats.get("tokens_per_second", 0.0),
-        "batch_occupancy": stats.get("batch_occupancy", 0.0),
-        "online_calls": stats.get("online", 0),
-        "engines": [
-            {"model": name, **figures} for name, figures in sorted(stats.get("engines", {}).items()) if name in shown
-        ],
-        "model_loads": worker.stats.get("model_loads", 0),
-        "stale_writes": worker.stats.get("stale_writes", 0),
-    }
+        shown = worker_objects(connection, parts.settings.lease_seconds, caller)
+    return short_page(shown, limit, after)

@@ -1,7 +1,7 @@
 """`/v1/jobs`: jobs of every kind, with progress and the reason for waiting (contracts.md)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Annotated, Any
 from uuid import UUID
@@ -21,29 +21,22 @@ from services.gateway.dependencies import (
     Writer,
     answer_once,
 )
+from services.gateway.job_views import event_object, find_job, job_objects
 from services.gateway.lines import rendered
 from services.gateway.schemas import JobPatch, NoFields, list_page
-from shared.api_objects import job_object, unix
-from shared.db import events, files, forecasts, gates, jobs, quotas, submissions, tenants, workers
-from shared.db.forecasts import ForecastView
+from shared.api_objects import unix
+from shared.db import events, files, jobs, submissions
 from shared.db.jobs import JobView
-from shared.db.quotas import Budget
 from shared.db.submissions import body_digest
 from shared.db.tenants import Caller
-from shared.db.workers import Devices
 from shared.domain.errors import InvalidRequest
-from shared.domain.fine_tuning import parallelism_of
 from shared.domain.job import JobKind, JobState, parse_job_id
-from shared.domain.scheduling.gates import GateReason
-from shared.domain.scheduling.policy import Caps
 
 router = APIRouter(prefix="/v1/jobs", route_class=KeyedRoute)
 
 EVENT_POLL_SECONDS = 0.5
 KEEP_ALIVE_POLLS = 30
 EVENT_PAGE = 200
-EXPECTED = (JobState.QUEUED, JobState.RUNNING)
-"""States in which a job has a forecast."""
 JSON_LINES = "application/jsonl"
 MOST_PLACE_DIGITS = 30
 """Of an event's place: a transaction's number and the event's."""
@@ -66,107 +59,20 @@ def list_jobs(
         found = jobs.page(
             connection,
             limit=limit + 1,
-            after=_find(connection, after).job_id if after else None,
+            after=find_job(connection, after).job_id if after else None,
             kind=kind,
             states=[status] if status else None,
             idempotency_key=idempotency_key,
             tenant_id=tenant_id,
         )
-        data = _objects(connection, found[:limit])
+        data = job_objects(connection, found[:limit])
     return list_page(data, has_more=len(found) > limit)
 
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        return _objects(connection, [_find(connection, job_id)])[0]
-
-
-def _find(connection: Connection, job_id: str) -> JobView:
-    """Return the job with this id; raises NotFound, also for the id of another kind of job."""
-    job = jobs.get(connection, parse_job_id(job_id))
-    parse_job_id(job_id, JobKind(job.kind))
-    return job
-
-
-def _objects(connection: Connection, found: list[JobView]) -> list[dict[str, Any]]:
-    """Return jobs as the API shows them, each with why it waits."""
-    queued = [job for job in found if job.state is JobState.QUEUED]
-    places = jobs.queue_places(connection, [job.job_id for job in queued])
-    needed = {job.job_id: parallelism_of(job.spec).devices for job in queued}
-    there = workers.devices(connection) if max(needed.values(), default=1) > 1 else Devices(0, 0)
-    parents = gates.parents_of(connection, [job.job_id for job in found])
-    expected = forecasts.of_jobs(connection, [job.job_id for job in found if job.state in EXPECTED])
-    budgets, caps = (quotas.budgets(connection), _caps(connection)) if queued else ({}, Caps())
-    return [
-        job_object(
-            job,
-            _gated(job)
-            or _over_budget(job, budgets)
-            or _capped(job, places.get(job.job_id), needed.get(job.job_id, 1), caps)
-            or _waiting(job, places.get(job.job_id), needed.get(job.job_id, 1), there),
-            parents.get(job.job_id, ()),
-            _forecast(expected.get(job.job_id)),
-        )
-        for job in found
-    ]
-
-
-def _forecast(expected: ForecastView | None) -> dict[str, Any] | None:
-    if expected is None:
-        return None
-    starts_at, ends_at = unix(expected.starts_at), unix(expected.ends_at)
-    return {"starts_at": starts_at, "ends_at": ends_at, "on_time": expected.on_time}
-
-
-def _over_budget(job: JobView, budgets: Mapping[str, Budget]) -> dict[str, Any] | None:
-    """Return that a job's tenant has used what it may for today, if that is so."""
-    budget = budgets.get(job.tenant_id)
-    if budget is None or not budget.is_spent or job.state is not JobState.QUEUED:
-        return None
-    detail = f"Its tenant has used its {budget.seconds:.0f} device seconds of today."
-    return {"reason": "quota", "detail": detail, "place": None, "until": unix(budget.renewed_at)}
-
-
-def _caps(connection: Connection) -> Caps:
-    return quotas.caps(connection, tenants.device_caps(tenants.list_tenants(connection)))
-
-
-def _capped(job: JobView, place: int | None, needed: int, caps: Caps) -> dict[str, Any] | None:
-    """Return that a job, of which something waits, would be on more devices than its tenant may occupy, if so."""
-    if place is None or caps.has_room(job.tenant_id, needed) or job.state is not JobState.QUEUED:
-        return None
-    most, occupied = caps.most[job.tenant_id], caps.occupied(job.tenant_id)
-    detail = f"Devices that its tenant may occupy at once: {most}; occupied: {occupied}; needed: {needed}."
-    return {"reason": "quota", "detail": detail, "place": place, "until": None}
-
-
-def _gated(job: JobView) -> dict[str, Any] | None:
-    """Return what keeps a job from running although workers are free; None when nothing does, or it is paused."""
-    if job.gate_reason is None or job.state not in (JobState.QUEUED, JobState.RUNNING):
-        return None
-    detail = "It waits for the jobs that it follows."
-    if job.gate_reason == GateReason.WINDOW:
-        detail = "Its window is closed."
-        if job.gate_until is None:
-            detail += " It never opens together with its tenant's."
-    return {"reason": job.gate_reason, "detail": detail, "place": None, "until": unix(job.gate_until)}
-
-
-def _waiting(job: JobView, place: int | None, needed: int, fleet: Devices) -> dict[str, Any] | None:
-    """Return why a job waits; None when it does not. `needed`: devices at once."""
-    if job.state is JobState.PAUSED:
-        return {"reason": "paused", "detail": "The job was paused; resume it to go on.", "place": None, "until": None}
-    if job.state is not JobState.QUEUED:
-        return None
-    detail = "Every worker is busy, or none is there." if place is not None else "Its first slices are on their way."
-    if needed > 1:
-        detail = f"It needs {needed} devices at once; {fleet.there} {'is' if fleet.there == 1 else 'are'} there."
-        if fleet.together < fleet.there:
-            detail += (
-                f" One job can train on {fleet.together} of them: the others are on hosts that do not reach these."
-            )
-    return {"reason": "capacity", "detail": detail, "place": place, "until": None}
+        return job_objects(connection, [find_job(connection, job_id)])[0]
 
 
 @router.patch("/{job_id}")
@@ -211,11 +117,11 @@ def retry_failed_lines(
     """Run an ended batch's failed and unrun lines again, as a new batch that takes over its answers."""
 
     def make(connection: Connection) -> dict[str, Any]:
-        earlier = _find(connection, job_id)
+        earlier = find_job(connection, job_id)
         again = submissions.retry_of(earlier)
         owner = replace(caller, tenant_id=earlier.tenant_id)
         made = submissions.accept_batch(connection, parts.settings, owner, again, key)
-        return _objects(connection, [jobs.get(connection, made)])[0]
+        return job_objects(connection, [jobs.get(connection, made)])[0]
 
     digest = body_digest("retry failed", {"job": job_id} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, make, as_admin=True)
@@ -234,7 +140,7 @@ def _change(
     row_id = parse_job_id(job_id)
 
     def make(connection: Connection) -> dict[str, Any]:
-        return _objects(connection, [change(connection, _find(connection, job_id).job_id)])[0]
+        return job_objects(connection, [change(connection, find_job(connection, job_id).job_id)])[0]
 
     digest = body_digest(change.__name__, {"job": row_id.hex} | (body.model_dump() if body else {}))
     answer = answer_once(parts, caller, key, digest, make, as_admin=True)
@@ -251,7 +157,7 @@ def list_attempts(
     after: str | None = None,
 ) -> dict[str, Any]:
     with parts.transaction(caller) as connection:
-        job = _find(connection, job_id)
+        job = find_job(connection, job_id)
         rows = jobs.attempts(connection, job.job_id, after=_cursor(after), limit=limit + 1)
     data = [{"id": str(row.pop("attempt_id")), "slice": row.pop("slice_id"), **row} for row in rows[:limit]]
     return list_page(data, has_more=len(rows) > limit)
@@ -303,7 +209,7 @@ async def job_events(
 
 def _row_id(parts: Parts, caller: Caller, job_id: str) -> UUID:
     with parts.transaction(caller) as connection:
-        return _find(connection, job_id).job_id
+        return find_job(connection, job_id).job_id
 
 
 def _read_events(
@@ -314,18 +220,7 @@ def _read_events(
         job = jobs.get(connection, job_id)
         has_ended = job.state.is_terminal and events.are_settled(connection, job_id)
         rows = events.page(connection, job_id, after=after, limit=limit)
-    found = [
-        {
-            "id": str(events.place(row)),
-            "object": "job.event",
-            "type": row.type,
-            "level": row.level,
-            "message": row.message,
-            "data": row.data,
-            "created_at": row.created_at,
-        }
-        for row in rows
-    ]
+    found = [event_object(row) for row in rows]
     return found, job, has_ended
 
 
