@@ -75,6 +75,10 @@ class Settings(RemoteSettings):
     flower_port: int = 5555
     flower_user: str = "lamplighter"
     flower_password: SecretStr | None = None
+    flower_url: str | None = Field(None, description="Where browsers find Flower; the board's tasks are links to there")
+    board_url: str | None = Field(
+        None, description="Where browsers find the board; Flower's tasks name their job's page"
+    )
 
     max_queued_lines: int = Field(10_000_000, ge=1, description="Unfinished batch lines that the system accepts")
     max_queued_lines_per_tenant: int = Field(2_000_000, ge=1)

@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from services.gateway import errors, metrics, openapi
+from services.gateway.board import routes as board_routes
 from services.gateway.dependencies import Parts
 from services.gateway.limits import RateLimit
 from services.gateway.lookups import Lookups
@@ -53,6 +54,7 @@ ROUTES = (
     plan,
     webhooks,
     schedules,
+    board_routes,
 )
 POOL_SIZE = 16
 WAKE_SECONDS = 0.25

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 
-from shared.db import model_registry, tenants
+from shared.db import board_sessions, model_registry, tenants
 from shared.db.model_registry import ModelView
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
@@ -59,6 +59,15 @@ class Lookups:
 
         # The digest stands for the key, so that the memory of a gateway holds no keys.
         return await self._callers.get(hashlib.sha256(key.encode()).digest(), look_up)
+
+    async def session(self, token: str) -> Caller:
+        """Return whose session of the board a token is; raises AuthenticationFailed."""
+
+        def look_up() -> Caller:
+            with self._engine.begin() as connection:
+                return board_sessions.find(connection, token)
+
+        return await self._callers.get(b"session " + board_sessions.digest_of(token), look_up)
 
     async def model(self, tenant_id: str, name: str) -> ModelView:
         """Return the model that a tenant means by a name; raises NotFound."""

@@ -188,6 +188,7 @@ class Stack:
             "LAMPLIGHTER_PORT": str(self.port),
             "LAMPLIGHTER_WORKERS": self.options.workers,
             "LAMPLIGHTER_DEVICE": self.options.device,
+            **({} if self.options.flower_port is None else {"LAMPLIGHTER_FLOWER_URL": self.flower_url}),
             "PYTHONUNBUFFERED": "1",
         }
         if self.options.database_url and role != "migration":
@@ -203,6 +204,7 @@ class Stack:
             "LAMPLIGHTER_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
             "LAMPLIGHTER_FLOWER_PORT": str(self.flower_port),
             "LAMPLIGHTER_FLOWER_PASSWORD": path.read_text().strip(),
+            "LAMPLIGHTER_BOARD_URL": self.url,
         }
         return self.environment("gateway") | own
 

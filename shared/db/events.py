@@ -58,6 +58,17 @@ def page(connection: Connection, job_id: UUID, *, after: int, limit: int) -> Seq
     return connection.execute(text(PAGE), parameters).all()
 
 
+NEWEST = """
+    SELECT transaction_id, event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at
+    FROM event WHERE job_id = :job_id AND type IN ('status', 'message') ORDER BY event_id DESC LIMIT :limit
+"""
+
+
+def newest(connection: Connection, job_id: UUID, *, limit: int) -> Sequence[Row[Any]]:
+    """Return what was last said of a job, newest first, without the figures of its steps."""
+    return connection.execute(text(NEWEST), {"job_id": job_id, "limit": limit}).all()
+
+
 def are_settled(connection: Connection, job_id: UUID) -> bool:
     """Return whether `page`, called after this, shows every event that has been committed until now."""
     statement = text(f"SELECT NOT EXISTS (SELECT FROM event WHERE job_id = :job_id AND NOT {_IS_SETTLED})")

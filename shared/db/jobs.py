@@ -592,14 +592,24 @@ def _status_event(connection: Connection, tenant_id: str, job_id: UUID, state: J
     events.add(connection, tenant_id, job_id, "status", f"The job is {state}.", data={"status": state})
 
 
+_ATTEMPTS = """
+    SELECT attempt_id, slice_id, task_id, worker, device, outcome, error,
+        extract(epoch FROM started_at)::bigint AS started_at, extract(epoch FROM ended_at)::bigint AS ended_at
+    FROM attempt WHERE job_id = :job_id
+"""
+ATTEMPTS = f"{_ATTEMPTS} AND attempt_id > :after ORDER BY attempt_id LIMIT :limit"
+NEWEST_ATTEMPTS = f"{_ATTEMPTS} ORDER BY attempt_id DESC LIMIT :limit"
+
+
 def attempts(connection: Connection, job_id: UUID, *, after: int, limit: int) -> list[dict[str, Any]]:
     """Return tries of a job's slices with ids above `after`, oldest first."""
-    statement = text("""
-        SELECT attempt_id, slice_id, task_id, worker, device, outcome, error,
-            extract(epoch FROM started_at)::bigint AS started_at, extract(epoch FROM ended_at)::bigint AS ended_at
-        FROM attempt WHERE job_id = :job_id AND attempt_id > :after ORDER BY attempt_id LIMIT :limit
-    """)
-    rows = connection.execute(statement, {"job_id": job_id, "after": after, "limit": limit}).mappings()
+    rows = connection.execute(text(ATTEMPTS), {"job_id": job_id, "after": after, "limit": limit}).mappings()
+    return [dict(row) for row in rows]
+
+
+def newest_attempts(connection: Connection, job_id: UUID, *, limit: int) -> list[dict[str, Any]]:
+    """Return the last tries of a job's slices, newest first."""
+    rows = connection.execute(text(NEWEST_ATTEMPTS), {"job_id": job_id, "limit": limit}).mappings()
     return [dict(row) for row in rows]
 
 

@@ -97,6 +97,24 @@ class ApiKey(Base):
     __table_args__ = (UniqueConstraint("key_id"),)
 
 
+class BoardSession(Base):
+    """Somebody who has logged in to the job board with a key; `digest` is the SHA-256 of the cookie's token."""
+
+    __tablename__ = "board_session"
+
+    tenant_id: Mapped[str] = tenant_column()
+    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    key_id: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime]
+
+    __table_args__ = (
+        UniqueConstraint("digest"),
+        ForeignKeyConstraint(["tenant_id", "key_id"], ["api_key.tenant_id", "api_key.key_id"], ondelete="CASCADE"),
+        Index("board_session_key_idx", "tenant_id", "key_id"),
+    )
+
+
 class File(Base):
     """An uploaded file (`store_path`), or one rendered from the result rows of `rendered_job_id`."""
 

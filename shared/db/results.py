@@ -43,6 +43,28 @@ def render_page(
     return content, rows[-1].line_no if rows else None
 
 
+FAILED_LINES = """
+    SELECT line_no, custom_id, status_code, coalesce(error::jsonb, body::jsonb -> 'error') AS error FROM result
+    WHERE created_on = :created_on AND job_id = :job_id AND line_no > -1 AND status_code IS DISTINCT FROM 200
+    ORDER BY line_no LIMIT :limit
+"""
+
+
+def failed_lines(connection: Connection, created_on: date, job_id: UUID, *, limit: int) -> list[dict[str, Any]]:
+    """Return a batch's first failed lines: `line` (from 1, as in its file), `custom_id`, and why."""
+    rows = connection.execute(text(FAILED_LINES), {"created_on": created_on, "job_id": job_id, "limit": limit})
+    return [
+        {
+            "line": row.line_no + 1,
+            "custom_id": row.custom_id,
+            "status": row.status_code,
+            "code": (row.error or {}).get("code"),
+            "message": (row.error or {}).get("message", ""),
+        }
+        for row in rows
+    ]
+
+
 def missing_ranges(connection: Connection, created_on: date, job_id: UUID, total: int) -> Iterator[range]:
     """Yield the line numbers of a job that have no result, in order and as ranges."""
     statement = text("SELECT line_no FROM result WHERE created_on = :created_on AND job_id = :job_id ORDER BY line_no")

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import psycopg
 
+from tests.benchmarks.bench_board import bench_board
 from tests.benchmarks.bench_spine import MIB, Memory, native_for, running_stack
 from tests.benchmarks.load import Connection, Sample, chat_body, closed_loop, open_loop, percentile
 from tests.benchmarks.table import Table
@@ -417,7 +418,9 @@ def bench_schema(table: Table) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=["online", "ttft", "fairness", "overload", "schema", "compose"])
+    parser.add_argument(
+        "--only", nargs="*", default=["online", "ttft", "fairness", "overload", "schema", "compose", "board"]
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the overload")
     arguments = parser.parse_args()
     table = Table("surface")
@@ -428,6 +431,7 @@ def main() -> None:
         "overload": lambda: bench_overload(table, arguments.seconds),
         "schema": lambda: bench_schema(table),
         "compose": lambda: bench_compose(table),
+        "board": lambda: bench_board(table),
     }
     started = time.monotonic()
     for name in arguments.only:

@@ -320,3 +320,26 @@ def test_slots_are_found_by_index(seeded):
     assert sequential == [] and read <= 4 * 21
     sequential, read, _ = explain(seeded, schedules.PURGE, days=60, limit=100)
     assert "schedule_run" not in sequential and read <= 6 * 100
+
+
+def test_a_jobs_page_on_the_board_reads_what_it_shows(seeded):
+    with seeded.engine("migration").begin() as connection:
+        connection.execute(
+            text("""
+                INSERT INTO attempt (tenant_id, job_id, slice_id, lease_token, task_id, worker_id, worker, device, outcome)
+                SELECT tenant_id, job_id, slice_id, 1, 't', gen_random_uuid(), 'w', 'cpu:0', 'done' FROM slice
+            """)
+        )
+    vacuum(seeded, "attempt, event")
+    job = one(seeded, "SELECT job_id, created_on, tenant_id FROM result LIMIT 1")
+    mine = {"job_id": job.job_id, "tenant_id": job.tenant_id}
+    for statement, table, limit in (
+        (jobs.NEWEST_ATTEMPTS, "attempt", 40),
+        (events.NEWEST, "event", 40),
+        (results.FAILED_LINES, "result", 50),
+    ):
+        more = {"created_on": job.created_on} if table == "result" else {}
+        sequential, read, _ = explain(seeded, statement, "gateway", **mine, **more, limit=limit)
+        assert not [name for name in sequential if name.startswith(table)], statement
+        # Of a batch, the failed ones among its lines are looked for; of all else, no more is read than is shown.
+        assert read <= (5000 if table == "result" else 200), (statement, read)
