@@ -6,6 +6,7 @@ bytes, and its line index: little-endian uint64 offsets of every line's first by
 
 import os
 import re
+import shutil
 import struct
 import sys
 from array import array
@@ -42,6 +43,14 @@ class StoredObject:
         return f"{self.bytes} bytes of {self.modified.isoformat()}"
 
 
+@dataclass(frozen=True)
+class Room:
+    """Of the file system that objects lie on, in bytes."""
+
+    free: int
+    total: int
+
+
 class Store:
     """Reads and writes objects by path, relative to the store's root."""
 
@@ -52,6 +61,16 @@ class Store:
 
     def _full(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{path}"
+
+    def room(self) -> "Room | None":
+        """Return how much there is and is left where objects lie, in bytes; None where nobody can say."""
+        if not self._is_local:
+            return None
+        try:
+            usage = shutil.disk_usage(self._root)
+        except OSError:  # before the first object, or while it is away
+            return None
+        return Room(usage.free, usage.total)
 
     def writer(self, path: str) -> "ObjectWriter":
         """Open an object for writing; it appears under `path` only when the writer is committed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]", "gateway")
 """What the gateway of docker-compose.yml is called from the start."""
-PASSWORDS = ("POSTGRES", "REDIS", "FLOWER", "MIGRATION", "GATEWAY", "PREPROCESSOR", "WORKER", "SCHEDULER")
+PASSWORDS = ("POSTGRES", "REDIS", "FLOWER", "GRAFANA", "MIGRATION", "GATEWAY", "PREPROCESSOR", "WORKER", "SCHEDULER")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""sessions of the job board: a cookie stands for a key, and ends with it
+"""the job board: sessions, which stand for keys and end with them; what was said of a job, apart from its steps' figures
 
 Revision: 0021
 Follows: 0020
@@ -37,6 +37,12 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tenant_id", "key_id"], ["api_key.tenant_id", "api_key.key_id"], ondelete="CASCADE"),
     )
     op.create_index("board_session_key_idx", "board_session", ["tenant_id", "key_id"])
+    op.create_index(
+        "event_told_idx",
+        "event",
+        ["job_id", "transaction_id", "event_id"],
+        postgresql_where=sa.text("type IN ('status', 'message')"),
+    )
     isolate("board_session")
     op.execute("GRANT SELECT, INSERT, DELETE ON board_session TO lamplighter_gateway")
     op.execute(FIND_SESSION)
@@ -46,4 +52,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute("DROP FUNCTION find_board_session(bytea)")
+    op.drop_index("event_told_idx", "event")
     op.drop_table("board_session")

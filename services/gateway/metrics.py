@@ -27,6 +27,8 @@ from shared.db.metrics import Counts
 from shared.db.models import SYSTEM_TENANT
 from shared.db.session import tenant_transaction
 from shared.db.workers import WorkerView
+from shared.domain.slice import SliceKind
+from shared.store import Store
 
 PREFIX = "lamplighter_"
 KEEP_SECONDS = 1.0
@@ -40,6 +42,8 @@ SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 QUEUE_CLASSES = ("online", "urgent", "batch")
 """By `slice_class`, what goes first before the others."""
 WORKER_STATES = ("idle", "busy", "draining", "lost")
+VERDICTS = ("in_time", "at_risk", "late")
+SLICE_KINDS = tuple(SliceKind)
 LOSS_REASONS = ("lease expired", "worker process died", "engine child died")
 
 
@@ -93,6 +97,22 @@ DESCRIPTIONS = {
             (),
             "Lines that were given up within the last hour, as whatever ran them died or failed each time.",
         ),
+        Description(
+            "jobs_with_deadline",
+            "gauge",
+            ("expected",),
+            "Open jobs with a deadline, by what is foretold: in_time is promised, at_risk expected and not promised.",
+        ),
+        Description(
+            "running_slice_silent_seconds",
+            "gauge",
+            ("kind",),
+            "For how long the running slice that has recorded nothing for longest has recorded nothing.",
+        ),
+        Description(
+            "store_free_bytes", "gauge", (), "Room left where files and weights lie; not told of remote stores."
+        ),
+        Description("store_size_bytes", "gauge", (), "What that file system holds in all."),
         Description("audit_findings", "gauge", (), "Broken invariants that the auditor ever found: should be 0."),
         Description(
             "workers", "gauge", ("state",), "Worker processes by state; lost are those that ended within the last hour."
@@ -225,6 +245,7 @@ class Deployment(Collector):
         families.add("online_calls_in_flight", self._parts.online.in_flight)
         _add_counts(families, counts)
         _add_fleet(families, fleet)
+        _add_store(families, self._parts.store)
         yield from families
 
     def _read(self) -> tuple[Counts, list[WorkerView]]:
@@ -257,6 +278,17 @@ def _add_counts(families: Families, counts: Counts) -> None:
         families.add("lease_losses_in_last_hour", number, reason)
     families.add("dead_lettered_lines_in_last_hour", counts.dead_lettered_lines)
     families.add("audit_findings", counts.audit_findings)
+    for verdict in VERDICTS:
+        families.add("jobs_with_deadline", counts.expected.get(verdict, 0), verdict)
+    for kind in SLICE_KINDS:
+        families.add("running_slice_silent_seconds", counts.silent_seconds.get(kind, 0.0), kind)
+
+
+def _add_store(families: Families, store: Store) -> None:
+    room = store.room()
+    if room is not None:
+        families.add("store_free_bytes", room.free)
+        families.add("store_size_bytes", room.total)
 
 
 def _add_fleet(families: Families, fleet: list[WorkerView]) -> None:

@@ -60,7 +60,8 @@ def page(connection: Connection, job_id: UUID, *, after: int, limit: int) -> Seq
 
 NEWEST = """
     SELECT transaction_id, event_id, type, level, message, data, extract(epoch FROM created_at)::bigint AS created_at
-    FROM event WHERE job_id = :job_id AND type IN ('status', 'message') ORDER BY event_id DESC LIMIT :limit
+    FROM event WHERE job_id = :job_id AND type IN ('status', 'message')
+    ORDER BY transaction_id DESC, event_id DESC LIMIT :limit
 """
 
 

@@ -41,6 +41,19 @@ DEAD_LETTERS = """
         AND result.status_code IS NULL AND result.status_code IS DISTINCT FROM 200
 """
 
+# As `lamplighter plan` judges: promised, expected in time and not promised, or neither.
+EXPECTED = """
+    SELECT count(*) AS jobs,
+        CASE WHEN on_time THEN 'in_time' WHEN forecast.ends_at <= job.deadline THEN 'at_risk' ELSE 'late' END AS verdict
+    FROM forecast JOIN job USING (tenant_id, job_id)
+    WHERE job.state IN ('queued', 'running') AND job.deadline IS NOT NULL GROUP BY verdict
+"""
+
+SILENT = """
+    SELECT kind, extract(epoch FROM now() - min(greatest(progress_at, claimed_at)))::float8 AS seconds
+    FROM slice WHERE state = 'running' GROUP BY kind
+"""
+
 FINDINGS = "SELECT count(*) FROM audit_finding"
 
 
@@ -67,6 +80,10 @@ class Counts:
     losses: dict[str, int]
     dead_lettered_lines: int
     audit_findings: int
+    expected: dict[str, int]
+    """Open jobs with a deadline, by whether they are expected to meet it."""
+    silent_seconds: dict[str, float]
+    """For how long the running slice that has told nothing for longest has told nothing, by kind."""
 
 
 def count(connection: Connection) -> Counts:
@@ -82,4 +99,6 @@ def count(connection: Connection) -> Counts:
         losses={row.reason: row.losses for row in connection.execute(text(LOSSES))},
         dead_lettered_lines=connection.execute(text(DEAD_LETTERS)).scalar_one(),
         audit_findings=connection.execute(text(FINDINGS)).scalar_one(),
+        expected={row.verdict: row.jobs for row in connection.execute(text(EXPECTED))},
+        silent_seconds={row.kind: row.seconds for row in connection.execute(text(SILENT))},
     )

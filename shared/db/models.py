@@ -444,6 +444,13 @@ class Event(Base):
     __table_args__ = (
         ForeignKeyConstraint(["tenant_id", "job_id"], ["job.tenant_id", "job.job_id"]),
         Index("event_job_idx", "job_id", "transaction_id", "event_id"),
+        Index(
+            "event_told_idx",
+            "job_id",
+            "transaction_id",
+            "event_id",
+            postgresql_where=text("type IN ('status', 'message')"),
+        ),
     )
 
 

@@ -453,11 +453,14 @@ def worked(seeded):  # noqa: F811
             "UPDATE attempt SET outcome = 'failed', lease_token = 1, ended_at = now() - interval '5 minutes'"
             f" WHERE job_id IN {given_up}",
             f"UPDATE result SET status_code = NULL WHERE status_code = 400 AND job_id IN {given_up}",
+            "UPDATE job SET deadline = now() + interval '1 hour' WHERE state IN ('queued', 'running')",
+            "INSERT INTO forecast (tenant_id, job_id, starts_at, ends_at, on_time, is_measured, seconds_left)"
+            " SELECT tenant_id, job_id, now(), now(), true, true, 1 FROM job WHERE state IN ('queued', 'running')",
             "INSERT INTO audit_finding (tenant_id, invariant, detail) SELECT 't1', 'i' || n, 'd' FROM generate_series(1, 20) n",
         ):
             connection.execute(text(statement))
     with seeded.engine("migration").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for table in ("slice", "job", "attempt", "result"):
+        for table in ("slice", "job", "attempt", "result", "forecast"):
             connection.execute(text(f"VACUUM ANALYZE {table}"))
     return seeded
 
@@ -471,14 +474,44 @@ def worked(seeded):  # noqa: F811
         (metrics.LOSSES, 600),  # the attempts of the hour
         (metrics.DEAD_LETTERS, 1_200),  # the same, the dead slices, and their lines that failed
         (metrics.FINDINGS, 30),
+        (metrics.EXPECTED, 2_100),  # each open job with its forecast
+        (metrics.SILENT, 10),
     ],
-    ids=["queues", "open jobs", "ended jobs", "losses", "dead letters", "findings"],
+    ids=["queues", "open jobs", "ended jobs", "losses", "dead letters", "findings", "expected", "silent"],
 )
 def test_what_is_counted_is_found_by_index(worked, statement, most_rows):
     """At 100,000 slices, as many attempts and a million results."""
     sequential, read, milliseconds = explain(worked, statement, "gateway", is_admin=True)
     print(f"{read} rows, {milliseconds:.1f} ms")
-    assert not {table for table in sequential if table != "audit_finding"} and read <= most_rows
+    assert not set(sequential) - {"audit_finding", "forecast"} and read <= most_rows
+
+
+def test_deadlines_and_silence_are_told(database, store):
+    """One job is promised, one expected in time, one late, one will not fit; a slice runs and says nothing."""
+    job_ids = [make_job(database.engine("gateway"), store, chat_lines(1)) for _ in range(5)]
+    expected = {0: ("30 minutes", True), 1: ("30 minutes", False), 2: ("2 hours", False), 3: (None, False)}
+    with database.engine("migration").begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'queued', deadline = now() + interval '1 hour'"))
+        for number, (ends_in, on_time) in expected.items():
+            connection.execute(
+                text("""
+                    INSERT INTO forecast (tenant_id, job_id, starts_at, ends_at, on_time, is_measured, seconds_left)
+                    VALUES ('default', :job, now(), now() + cast(:ends_in AS interval), :on_time, true, 1)
+                """),
+                {"job": job_ids[number], "ends_in": ends_in, "on_time": on_time},
+            )
+        for minutes in (7, 2):
+            connection.execute(
+                text("""
+                    INSERT INTO slice (tenant_id, job_id, created_on, lo, hi, state, kind, claimed_at, progress_at)
+                    VALUES ('default', :job, current_date, 0, 1, 'running', 'train', now() - interval '1 hour',
+                        now() - make_interval(mins => :minutes))
+                """),
+                {"job": job_ids[4], "minutes": minutes},
+            )
+    found = count(database)
+    assert found.expected == {"in_time": 1, "at_risk": 1, "late": 2}
+    assert found.silent_seconds.keys() == {"train"} and 420 <= found.silent_seconds["train"] < 480
 
 
 def test_lines_given_up_are_found_among_many(worked):

@@ -330,8 +330,15 @@ def test_a_jobs_page_on_the_board_reads_what_it_shows(seeded):
                 SELECT tenant_id, job_id, slice_id, 1, 't', gen_random_uuid(), 'w', 'cpu:0', 'done' FROM slice
             """)
         )
+        job = connection.execute(text("SELECT job_id, created_on, tenant_id FROM result LIMIT 1")).one()
+        connection.execute(
+            text("""
+                INSERT INTO event (tenant_id, job_id, type, message)
+                SELECT :tenant_id, :job_id, 'metrics', 'm' FROM generate_series(1, 50000)
+            """),
+            {"tenant_id": job.tenant_id, "job_id": job.job_id},
+        )
     vacuum(seeded, "attempt, event")
-    job = one(seeded, "SELECT job_id, created_on, tenant_id FROM result LIMIT 1")
     mine = {"job_id": job.job_id, "tenant_id": job.tenant_id}
     for statement, table, limit in (
         (jobs.NEWEST_ATTEMPTS, "attempt", 40),
