@@ -104,6 +104,12 @@ DESCRIPTIONS = {
             "Open jobs with a deadline, by what is foretold: in_time is promised, at_risk expected and not promised.",
         ),
         Description(
+            "forecast_age_seconds",
+            "gauge",
+            (),
+            "Since the scheduler last foretold when jobs end; while any is open it does so every few seconds.",
+        ),
+        Description(
             "running_slice_silent_seconds",
             "gauge",
             ("kind",),
@@ -280,6 +286,7 @@ def _add_counts(families: Families, counts: Counts) -> None:
     families.add("audit_findings", counts.audit_findings)
     for verdict in VERDICTS:
         families.add("jobs_with_deadline", counts.expected.get(verdict, 0), verdict)
+    families.add("forecast_age_seconds", counts.forecast_age_seconds)
     for kind in SLICE_KINDS:
         families.add("running_slice_silent_seconds", counts.silent_seconds.get(kind, 0.0), kind)
 

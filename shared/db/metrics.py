@@ -54,6 +54,8 @@ SILENT = """
     FROM slice WHERE state = 'running' GROUP BY kind
 """
 
+FORETOLD = "SELECT extract(epoch FROM now() - max(made_at))::float8 FROM forecast_basis"
+
 FINDINGS = "SELECT count(*) FROM audit_finding"
 
 
@@ -82,6 +84,8 @@ class Counts:
     audit_findings: int
     expected: dict[str, int]
     """Open jobs with a deadline, by whether they are expected to meet it."""
+    forecast_age_seconds: float
+    """Since the scheduler last foretold what happens when; 0 before its first time."""
     silent_seconds: dict[str, float]
     """For how long the running slice that has told nothing for longest has told nothing, by kind."""
 
@@ -100,5 +104,6 @@ def count(connection: Connection) -> Counts:
         dead_lettered_lines=connection.execute(text(DEAD_LETTERS)).scalar_one(),
         audit_findings=connection.execute(text(FINDINGS)).scalar_one(),
         expected={row.verdict: row.jobs for row in connection.execute(text(EXPECTED))},
+        forecast_age_seconds=connection.execute(text(FORETOLD)).scalar_one() or 0.0,
         silent_seconds={row.kind: row.seconds for row in connection.execute(text(SILENT))},
     )

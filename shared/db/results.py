@@ -44,8 +44,8 @@ def render_page(
 
 
 FAILED_LINES = """
-    SELECT line_no, custom_id, status_code, coalesce(error::jsonb, body::jsonb -> 'error') AS error FROM result
-    WHERE created_on = :created_on AND job_id = :job_id AND line_no > -1 AND status_code IS DISTINCT FROM 200
+    SELECT line_no, custom_id, status_code, body, error FROM result
+    WHERE created_on = :created_on AND job_id = :job_id AND status_code IS DISTINCT FROM 200
     ORDER BY line_no LIMIT :limit
 """
 
@@ -53,16 +53,19 @@ FAILED_LINES = """
 def failed_lines(connection: Connection, created_on: date, job_id: UUID, *, limit: int) -> list[dict[str, Any]]:
     """Return a batch's first failed lines: `line` (from 1, as in its file), `custom_id`, and why."""
     rows = connection.execute(text(FAILED_LINES), {"created_on": created_on, "job_id": job_id, "limit": limit})
-    return [
-        {
-            "line": row.line_no + 1,
-            "custom_id": row.custom_id,
-            "status": row.status_code,
-            "code": (row.error or {}).get("code"),
-            "message": (row.error or {}).get("message", ""),
-        }
-        for row in rows
-    ]
+    return [{"line": row.line_no + 1, "custom_id": row.custom_id, **_reason(row.body, row.error)} for row in rows]
+
+
+def _reason(body: str | None, error: str | None) -> dict[str, str | None]:
+    """Return a failed line's `code` and `message`, from whichever text says why. Read here and not by Postgres, whose
+    JSON knows no NUL.
+    """
+    found = orjson.loads(error or "null") or orjson.loads(body or "null")
+    if isinstance(found, dict) and isinstance(found.get("error"), dict):
+        found = found["error"]
+    if not isinstance(found, dict):
+        return {"code": None, "message": "" if found is None else str(found)}
+    return {"code": found.get("code"), "message": found.get("message") or ""}
 
 
 def missing_ranges(connection: Connection, created_on: date, job_id: UUID, total: int) -> Iterator[range]:

@@ -52,6 +52,7 @@ def visit(chromium, stack):
         page.goto("/")
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Log in").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Jobs")
         return page
 
     yield enter

@@ -4,6 +4,7 @@ import re
 import time
 
 import httpx
+import openai
 import psycopg
 import pytest
 
@@ -106,8 +107,10 @@ def test_a_form_needs_its_sessions_token_and_a_key_that_may_write(enter, key, sd
 
 
 def test_a_login_form_on_another_site_is_refused(stack, admin_key):
-    answer = httpx.post(f"{stack.url}/login", data={"key": admin_key}, headers={"Sec-Fetch-Site": "cross-site"})
-    assert answer.status_code == 403 and "set-cookie" not in answer.headers
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        answer = httpx.post(f"{stack.url}/login", data={"key": admin_key}, headers=headers)
+        assert answer.status_code == 403 and "set-cookie" not in answer.headers, headers
+    assert httpx.post(f"{stack.url}/login", data={"key": admin_key}, headers={"Origin": stack.url}).status_code == 303
 
 
 def test_failed_lines_are_retried_once_however_often_it_is_pressed(enter, admin_key, sdk, native):
@@ -118,6 +121,36 @@ def test_failed_lines_are_retried_once_however_often_it_is_pressed(enter, admin_
     assert first.status_code == second.status_code == 303
     assert first.headers["location"] == second.headers["location"] != f"/board/jobs/{batch.id}"
     assert wait_for(sdk, first.headers["location"].rpartition("/")[2]).request_counts.completed == 2
+
+
+def test_what_failed_is_shown_whatever_stands_in_it_and_as_long_as_its_file_is_there(enter, admin_key, sdk):
+    """A reason may repeat a NUL of the line's own, which Postgres' JSON does not know."""
+    batch = wait_for(sdk, submit(sdk, [*chat_lines(1), chat_line("odd", logit_bias={"\u0000a": 1})]).id)
+    assert batch.request_counts.failed == 1
+    client = enter(admin_key)
+    page = client.get(f"/board/jobs/{batch.id}")
+    assert page.status_code == 200 and "logit_bias" in page.text
+    assert client.get(f"/board/jobs/{batch.id}/lines").status_code == 200
+    sdk.files.delete(batch.error_file_id)
+    sdk.files.delete(batch.output_file_id)
+    assert "logit_bias" not in client.get(f"/board/jobs/{batch.id}").text
+    assert client.get(f"/board/jobs/{batch.id}/lines").status_code == 404
+    assert client.get(f"/board/jobs/{batch.id}/lines?failed=true").status_code == 404
+
+
+def test_an_admin_sees_anothers_job_and_not_its_lines(enter, admin_key, key, native, stack):
+    native.request("POST", "/v1/tenants", json={"id": "board-neighbour", "name": "N"})
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key("write", tenant="board-neighbour")["key"]) as neighbour:
+        batch = wait_for(neighbour, submit(neighbour, [chat_line("their-own-name", temperature=9)]).id)
+    client = enter(admin_key)
+    page = client.get(f"/board/jobs/{batch.id}")
+    assert page.status_code == 200 and "1 failed" in page.text and "their-own-name" not in page.text
+    assert client.get(f"/board/jobs/{batch.id}/lines?failed=true").status_code == 404
+
+
+def test_a_form_of_a_session_that_is_over_leads_to_the_login(stack):
+    answer = httpx.post(f"{stack.url}/board/jobs/batch_{'0' * 32}/cancel", data={"csrf": "x"})
+    assert answer.status_code == 303 and answer.headers["location"] == "/login?next=/"
 
 
 def test_pause_and_resume(enter, admin_key, sdk, native):

@@ -31,7 +31,7 @@ def follow(request: Request, parts: Parts, render: Callable[[], str]) -> Streami
 
 async def _fragments(request: Request, parts: Parts, render: Callable[[], str]) -> AsyncIterator[bytes]:
     """Yield events until the browser leaves, its session ends, or what it looks at is no more."""
-    last, quiet, token = "", 0, request.cookies[COOKIE]
+    last, quiet, is_stale, token = "", 0, False, request.cookies[COOKIE]
     for _ in range(round(LONGEST_SECONDS / LOOK_SECONDS)):
         if await request.is_disconnected():
             return
@@ -44,7 +44,13 @@ async def _fragments(request: Request, parts: Parts, render: Callable[[], str]) 
                 raise
             if not isinstance(known, Unavailable):
                 return  # the browser asks again, and is told why as a page
-            now = last  # Postgres is away: what is shown stays, and the next look tries again
+            if not is_stale:
+                yield _event("stale", "-")  # Postgres is away: what is shown stays, and is said to be old
+            is_stale = True
+            await asyncio.sleep(LOOK_SECONDS)
+            continue
+        if is_stale:
+            last, is_stale = "", False
         quiet = 0 if now != last else quiet + 1
         if now != last:
             yield _event("fragment", now)

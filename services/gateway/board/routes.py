@@ -1,6 +1,6 @@
 """The job board: pages for people who would rather look than read. Forms change what the API changes, by its means."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +8,26 @@ from urllib.parse import urlencode
 
 import orjson
 from fastapi import APIRouter, Depends, Form, Request
-from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import FileResponse, RedirectResponse, Response
 
 from services.gateway.board import charts, views
 from services.gateway.board.live import follow
 from services.gateway.board.rendering import fragment, page
-from services.gateway.board.session import Acting, BoardRoute, Looking, Viewer, local_path, log_in, log_out
+from services.gateway.board.session import (
+    Acting,
+    BoardRoute,
+    Looking,
+    Viewer,
+    is_own_form,
+    local_path,
+    log_in,
+    log_out,
+)
 from services.gateway.board.views import JobFilter
 from services.gateway.dependencies import Parts, PartsDependency
-from services.gateway.job_views import find_job
-from services.gateway.lines import rendered
 from services.gateway.routes.files import download_file
-from services.gateway.routes.jobs import cancel_job, pause_job, resume_job, retry_failed_lines
+from services.gateway.routes.jobs import cancel_job, finished_lines, pause_job, resume_job, retry_failed_lines
 from shared.db import jobs
 from shared.db.tenants import Caller
 from shared.domain.errors import AuthenticationFailed, NotFound, PermissionDenied
@@ -49,8 +57,7 @@ async def enter(
     key: Annotated[str, Form(max_length=300)] = "",
     target: Annotated[str, Form()] = "/",
 ) -> Response:
-    # A form on another site could log somebody in as another: browsers say where a form comes from.
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+    if not is_own_form(request):
         raise PermissionDenied("Log in from the board's own page.")
     try:
         caller = await parts.lookups.caller(key.strip())
@@ -60,7 +67,8 @@ async def enter(
     if not caller.may("read"):
         problem = "This key may hand in jobs and not look. The board needs one with the scope 'read'."
         return page("login.html", request, None, status=403, target=local_path(target), problem=problem)
-    return log_in(parts, caller, request, local_path(target))
+    parts.rate_limit.spend(caller.tenant_id)
+    return await run_in_threadpool(log_in, parts, caller, request, local_path(target))
 
 
 @router.post("/logout")
@@ -127,17 +135,17 @@ def job_of_task(task_id: str, parts: PartsDependency, viewer: Looking) -> Respon
 @router.get("/board/jobs/{job_id}/loss.svg")
 def loss_chart(job_id: str, parts: PartsDependency, viewer: Looking) -> Response:
     drawn = charts.loss_curves(views.job_curves(parts, viewer.caller, job_id))
-    return Response(drawn, media_type="image/svg+xml", headers=CHART_HEADERS)
+    # Its address says how far the job was: the page asks again when there is more to see, and not at every step.
+    headers = CHART_HEADERS | {"Cache-Control": "private, max-age=600"}
+    return Response(drawn, media_type="image/svg+xml", headers=headers)
 
 
 @router.get("/board/jobs/{job_id}/lines")
 def download_lines(job_id: str, parts: PartsDependency, viewer: Looking, failed: bool = False) -> Response:
     """Send a batch's finished (or failed) lines, as its files have them, also while it runs."""
-    with parts.own_transaction(viewer.caller) as connection:
-        job = find_job(connection, job_id)
-    lines: Iterator[bytes] = rendered(parts, viewer.caller, job.created_on, job.job_id, failed=failed)
-    name = f"{job_id}-{'errors' if failed else 'results'}.jsonl"
-    return StreamingResponse(lines, media_type="application/jsonl", headers=_attached(name))
+    answer = finished_lines(job_id, parts, viewer.caller, failed=failed)
+    answer.headers.update(_attached(f"{job_id}-{'errors' if failed else 'results'}.jsonl"))
+    return answer
 
 
 @router.get("/board/files/{file_id}")

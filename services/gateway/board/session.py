@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Form, Request
 from fastapi.exceptions import RequestValidationError
@@ -108,6 +108,18 @@ def log_out(parts: Parts, viewer: Viewer) -> Response:
     return answer
 
 
+def is_own_form(request: Request) -> bool:
+    """Whether a form came from a page of ours; one on another site could log somebody in as another.
+
+    Browsers say so by Sec-Fetch-Site where they trust the connection, and by Origin everywhere.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+
+
 class BoardRoute(APIRoute):
     """Answers errors as pages, sends strangers to log in, and has every answer carry what protects it."""
 
@@ -132,9 +144,10 @@ def _refusal(request: Request, error: Exception) -> Response:
         log.error("page failed", exc_info=error, extra={"path": request.url.path})
         known = RequestError("The server failed on this page. It was logged.")
     if isinstance(known, AuthenticationFailed) and request.url.path != "/login":
-        if request.method != "GET" or request.url.path.startswith("/board/live/"):
+        if request.url.path.startswith("/board/live/"):
             return Response(status_code=401)
-        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        is_page = request.method == "GET"
+        target = (request.url.path if is_page else "/") + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(f"/login?next={quote(target)}", 303)
     return page("error.html", request, None, status=known.status, title="That did not work", message=known.message)
 

@@ -7,16 +7,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection
-
 from services.gateway.dependencies import Parts
 from services.gateway.fleet_views import plan_object, worker_objects
 from services.gateway.job_views import event_object, find_job, job_objects
 from services.gateway.schemas import model_object
 from shared.api_objects import unix
-from shared.db import events, jobs, model_registry, results, tenants, training, usage
+from shared.db import events, files, jobs, model_registry, results, tenants, training, usage
 from shared.db.jobs import JobView
 from shared.db.tenants import Caller
+from shared.domain.errors import NotFound
 from shared.domain.job import JobKind, JobState, public_file_id
 
 JOBS_A_PAGE = 50
@@ -88,7 +87,7 @@ def one_job(parts: Parts, caller: Caller, job_id: str) -> dict[str, Any]:
         shown = job_objects(connection, [job])[0]
         happened = [event_object(row) for row in events.newest(connection, job.job_id, limit=MOST_EVENTS)]
         tries = jobs.newest_attempts(connection, job.job_id, limit=MOST_ATTEMPTS)
-        failed = _failed_lines(connection, job)
+    failed = _failed_lines(parts, caller, job)
     state = job.state
     return {
         "job": _judged(shown, job),
@@ -96,18 +95,31 @@ def one_job(parts: Parts, caller: Caller, job_id: str) -> dict[str, Any]:
         "attempts": tries,
         "failed_lines": failed,
         "tasks": job.outcome.get("tasks") or {},
-        "has_curves": job.kind != JobKind.BATCH and job.completed > 0,
+        "curves_at": 0 if job.kind == JobKind.BATCH else _drawn_at(job),
         "files": [public_file_id(UUID(each)) for each in job.outcome.get("result_files", [])],
         "is_batch": job.kind == JobKind.BATCH,
         "actions": _actions(job, state),
-        "flower": parts.settings.flower_url,
+        "flower": (parts.settings.flower_url or "").rstrip("/"),
     }
 
 
-def _failed_lines(connection: Connection, job: JobView) -> list[dict[str, Any]]:
-    if job.kind != JobKind.BATCH or not job.failed:
+def _failed_lines(parts: Parts, caller: Caller, job: JobView) -> list[dict[str, Any]]:
+    """Return the first lines that failed: to their own tenant only, and for as long as their file is there."""
+    if job.kind != JobKind.BATCH or not job.failed or job.tenant_id != caller.tenant_id:
         return []
-    return results.failed_lines(connection, job.created_on, job.job_id, limit=MOST_FAILED_LINES)
+    with parts.own_transaction(caller) as connection:
+        try:
+            if job.error_file_id is not None:
+                files.get(connection, job.error_file_id)
+        except NotFound:
+            return []
+        return results.failed_lines(connection, job.created_on, job.job_id, limit=MOST_FAILED_LINES)
+
+
+def _drawn_at(job: JobView) -> int:
+    """Return up to which step curves are drawn: some fifty times in the life of a job, and at its end."""
+    every = max(1, job.total // 50)
+    return job.completed if job.state.is_terminal else max(job.completed // every * every, min(job.completed, 1))
 
 
 def _actions(job: JobView, state: JobState) -> list[str]:
@@ -152,7 +164,9 @@ def night(parts: Parts, caller: Caller) -> dict[str, Any]:
 def fleet(parts: Parts, caller: Caller) -> dict[str, Any]:
     """Return the workers of the last hour, of each name the newest."""
     with parts.transaction(caller) as connection:
-        newest = {worker["name"]: worker for worker in worker_objects(connection, parts.settings.lease_seconds, caller)}
+        found = worker_objects(connection, parts.settings.lease_seconds, caller)
+    # A name lives on in the next process on its host.
+    newest = {(worker["name"], worker["host"]): worker for worker in found}
     return {"workers": list(newest.values())}
 
 

@@ -10,19 +10,40 @@ function showTimesHere(part) {
   }
 }
 
-// What the reader had in hand stays there: the focused element and how far tables were scrolled.
+// What the reader had in hand stays there: the focused element, by its id or else its place, and how far parts were scrolled.
+const SCROLLED = ".scroll, .gantt";
+const FOCUSABLE = "a, button, [tabindex]";
+
 function replace(region, html) {
-  const focused = region.contains(document.activeElement) ? document.activeElement.id : "";
-  const scrolled = [...region.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  const active = region.contains(document.activeElement) ? document.activeElement : null;
+  const place = active ? [...region.querySelectorAll(FOCUSABLE)].indexOf(active) : -1;
+  const scrolled = [...region.querySelectorAll(SCROLLED)].map((each) => [each.scrollLeft, each.scrollTop]);
   region.innerHTML = html;
   showTimesHere(region);
-  region.querySelectorAll(".scroll").forEach((each, number) => { each.scrollLeft = scrolled[number] ?? 0; });
-  if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  region.querySelectorAll(SCROLLED).forEach((each, number) => {
+    [each.scrollLeft, each.scrollTop] = scrolled[number] ?? [0, 0];
+  });
+  if (!active) return;
+  const next = active.id ? document.getElementById(active.id) : region.querySelectorAll(FOCUSABLE)[place];
+  next?.focus({ preventScroll: true });
 }
+
+// Nothing moves under a finger that is down, or under a text that is being marked.
+let isPressed = false;
+document.addEventListener("pointerdown", () => { isPressed = true; });
+for (const end of ["pointerup", "pointercancel"]) document.addEventListener(end, () => setTimeout(() => { isPressed = false; }));
+const isBusy = () => isPressed || !(document.getSelection()?.isCollapsed ?? true);
 
 function follow(region) {
   const state = document.querySelector("[data-live-state]");
   let source = null;
+  let waiting = null;
+  const show = () => {
+    if (waiting === null) return;
+    if (isBusy()) { setTimeout(show, 300); return; }
+    replace(region, waiting);
+    waiting = null;
+  };
   const say = (text, isBroken) => {
     state.hidden = false;
     state.textContent = text;
@@ -33,12 +54,18 @@ function follow(region) {
     if (source || document.hidden) return;
     source = new EventSource(region.dataset.live);
     source.addEventListener("open", () => say("Live", false));
-    source.addEventListener("fragment", (event) => replace(region, event.data));
+    source.addEventListener("fragment", (event) => { waiting = event.data; say("Live", false); show(); });
+    source.addEventListener("stale", () => say("Not live: the server cannot read what it shows. Trying again…", true));
     source.addEventListener("error", () => {
       say("Not live: what you see may be old. Trying again…", true);
-      // A refusal ends the stream for good; the page itself knows why (logged out, or the job is gone).
-      if (source?.readyState === EventSource.CLOSED) { stop(); setTimeout(start, 3000); }
+      if (source?.readyState === EventSource.CLOSED) { stop(); setTimeout(again, 3000); }
     });
+  };
+  // A refusal ends a stream for good. Whether it is for good here, too, the page itself knows: logged out, or the job is gone.
+  const again = async () => {
+    const page = await fetch(location.href).catch(() => null);
+    if (page && (page.redirected || page.status === 404)) location.reload();
+    else start();
   };
   document.addEventListener("visibilitychange", () => (document.hidden ? stop() : start()));
   window.addEventListener("pagehide", stop);
