@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help setup demo up test check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask bench-night peers chaos test-compose lock
+.PHONY: help setup demo up test test-long check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask bench-night peers chaos test-compose lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,7 +26,10 @@ up: setup ## Run the whole stack in the foreground
 	$(BIN)/lamplighter up
 
 test: setup ## Run every test that needs no GPU and no Docker
-	$(BIN)/python -m pytest tests -q -m 'not gpu' --durations=20
+	$(BIN)/python -m pytest tests -q -m 'not gpu and not long' --durations=20
+
+test-long: setup ## Further forms of tests: more models, balancings and shardings that must survive kills
+	$(BIN)/python -m pytest tests -q -m 'long and not gpu' --durations=20
 
 check: setup ## Format, lint, types, import contracts, function length
 	$(BIN)/ruff format --check .

@@ -126,6 +126,7 @@ def test_activations_are_torchs(dtype, activation, is_gated):
     torch.testing.assert_close(ours, TorchKernels().activate(x, activation, is_gated=is_gated), **close(dtype))
 
 
+@pytest.mark.long
 def test_libraries_are_compiled_once_and_for_every_kind(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LAMPLIGHTER_KERNELS", raising=False)

@@ -60,7 +60,9 @@ def same(one, other):
     return one[2].keys() == other[2].keys() and all(np.array_equal(one[2][n], other[2][n]) for n in one[2])
 
 
-@pytest.mark.parametrize("balancing", ["uncertainty", "dwa", "pcgrad"])
+@pytest.mark.parametrize(
+    "balancing", ["dwa", *(pytest.param(each, marks=pytest.mark.long) for each in ("uncertainty", "pcgrad"))]
+)
 def test_a_killed_job_ends_with_the_same_bits(files, tmp_path, balancing):
     """Killed after every third step, across the balancing's state, the sampler's and an early stop."""
     child = TrainerChild()
@@ -185,7 +187,9 @@ def assert_metrics_alike(one, other):
             assert task.metrics == pytest.approx(twin.metrics, abs=1e-8)
 
 
-@pytest.mark.parametrize(("kind", "sharding"), [("t5", "fsdp"), ("llama", "tensor")])
+@pytest.mark.parametrize(
+    ("kind", "sharding"), [("t5", "fsdp"), pytest.param("llama", "tensor", marks=pytest.mark.long)]
+)
 def test_a_divided_job_that_lost_a_process_ends_with_the_same_bits(texts, tmp_path, kind, sharding):
     base = make_trunk(kind, tmp_path / "base")
     first, second = TrainerChild(), TrainerChild()

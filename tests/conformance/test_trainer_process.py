@@ -170,7 +170,7 @@ def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, c
     assert child.restarts == kills
 
 
-@pytest.mark.parametrize("recorded", [0, 7, 12])
+@pytest.mark.parametrize("recorded", [7, *(pytest.param(each, marks=pytest.mark.long) for each in (0, 12))])
 def test_what_nobody_recorded_before_a_checkpoint_is_told_again(
     base, data, validation, tmp_path, child, undisturbed, recorded
 ):

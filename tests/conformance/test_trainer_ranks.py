@@ -172,7 +172,9 @@ def test_a_model_that_cannot_be_divided_is_refused(base, data, tmp_path, child, 
     assert second.next(Failed).code == "base_refused"
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "sharding", ["fsdp", *(pytest.param(each, marks=pytest.mark.long) for each in ("none", "tensor"))]
+)
 def test_a_lost_process_ends_its_fellows_and_the_job_goes_on_with_the_same_bits(
     base, data, validation, tmp_path, child, second, sharding
 ):

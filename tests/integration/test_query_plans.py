@@ -303,7 +303,7 @@ def test_slots_are_found_by_index(seeded):
         for statement in (
             "INSERT INTO schedule (tenant_id, schedule_id, name, cron, tz, kind, spec, overlap, key_id, next_at)"
             " SELECT 't' || (i % 50 + 1), gen_random_uuid(), i, '0 22 * * *', 'UTC', 'batch', '{}', 'allow', 'k',"
-            " now() + CASE WHEN i <= 10 THEN interval '-1 minute' ELSE i * interval '1 second' END FROM generate_series(1, 20000) i",
+            " now() + CASE WHEN i <= 10 THEN interval '-1 minute' ELSE i * interval '1 minute' END FROM generate_series(1, 20000) i",
             "INSERT INTO schedule_run (tenant_id, schedule_id, slot, state, error, ended_at) SELECT tenant_id, schedule_id,"
             " now() - n * interval '1 hour', CASE WHEN name::int <= 5 AND n = 1 THEN 'due' ELSE 'skipped' END, '{}',"
             " now() - n * interval '1 hour' FROM schedule, LATERAL generate_series(1, CASE WHEN name = '1' THEN 50000 ELSE 20 END) n",
