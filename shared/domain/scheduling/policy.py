@@ -304,6 +304,9 @@ class _Queues:
     ) -> None:
         self._fairness, self._weights, self._load_cost = fairness, weights, load_cost
         self._costs: dict[str | None, float] = {}
+        # Turns that wait for loads, by class and tenant: asked for at every look, and changed by few releases.
+        self._turns: dict[int, dict[str, float]] = defaultdict(dict)
+        self._loading: dict[str | None, set[str]] = defaultdict(set)
         self._urgent: list[tuple[float, int, Waiting]] = []
         self._classes: dict[int, dict[str, deque[Waiting]]] = defaultdict(lambda: defaultdict(deque))
         for place, waiting in enumerate(backlog):
@@ -338,6 +341,7 @@ class _Queues:
         tenants = self._classes[slice_class]
         tenant_id = self._next_tenant(slice_class)
         waiting = tenants[tenant_id].popleft()
+        self._turns[slice_class].pop(tenant_id, None)
         if not tenants[tenant_id]:
             del tenants[tenant_id]
         if not tenants:
@@ -347,17 +351,24 @@ class _Queues:
     def _next_tenant(self, slice_class: int) -> str:
         """Return who was served least, loads counted that its next slice would need now."""
         served, least, chosen = self._fairness.served, math.inf, ""
+        turns = self._turns[slice_class]
         for each, queue in self._classes[slice_class].items():
             if served[each] < least or (served[each] == least and each < chosen):
-                turn = self._turn(each, queue[0])
+                turn = turns.get(each)
+                if turn is None:
+                    turn = self._turn(slice_class, each, queue[0])
                 if turn < least or (turn == least and each < chosen):
                     least, chosen = turn, each
         return chosen
 
-    def _turn(self, tenant_id: str, waiting: Waiting) -> float:
+    def _turn(self, slice_class: int, tenant_id: str, waiting: Waiting) -> float:
         cost = self._expected_cost(waiting)
         served = self._fairness.served[tenant_id]
-        return served + PATIENCE * cost / self._weight(tenant_id) if cost else served
+        if not cost:
+            return served
+        turn = self._turns[slice_class][tenant_id] = served + PATIENCE * cost / self._weight(tenant_id)
+        self._loading[waiting.model].add(tenant_id)
+        return turn
 
     def _expected_cost(self, waiting: Waiting) -> float:
         """Return what a slice's load costs; a cost is asked for again once a slice of its model has been released."""
@@ -385,6 +396,10 @@ class _Queues:
 
     def charge(self, waiting: Waiting, load_cost: float) -> None:
         self._costs.pop(waiting.model, None)
+        changed = (waiting.tenant_id, *self._loading.pop(waiting.model, ()))
+        for turns in self._turns.values():
+            for tenant_id in changed:
+                turns.pop(tenant_id, None)
         tokens = waiting.estimated_tokens + round(load_cost)
         self._fairness.charge(waiting.tenant_id, tokens, self._weight(waiting.tenant_id))
         self._fairness.charge_class(waiting.slice_class, waiting.estimated_tokens)
