@@ -46,7 +46,7 @@ EXPECTED = """
     SELECT count(*) AS jobs,
         CASE WHEN on_time THEN 'in_time' WHEN forecast.ends_at <= job.deadline THEN 'at_risk' ELSE 'late' END AS verdict
     FROM forecast JOIN job USING (tenant_id, job_id)
-    WHERE job.state IN ('queued', 'running') AND job.deadline IS NOT NULL GROUP BY verdict
+    WHERE job.state IN ('queued', 'running') AND job.deadline IS NOT NULL AND on_time IS NOT NULL GROUP BY verdict
 """
 
 SILENT = """

@@ -1,7 +1,5 @@
 """Row surface-7 of `make bench-surface`: the board's first page, with 10,000 jobs of which the newest wait."""
 
-import os
-import shutil
 import statistics
 import time
 from datetime import UTC, datetime, timedelta
@@ -13,9 +11,9 @@ import psycopg
 from tests.benchmarks.bench_spine import running_stack
 from tests.benchmarks.table import Table
 from tests.support.batches import chat_lines, jsonl
+from tests.support.chromium import CHROMIUM, launch
 
 JOBS, WAITING, LOOKS = 10_000, 60, 40
-CHROMIUM = os.environ.get("LAMPLIGHTER_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 ENDED = """
     INSERT INTO job (tenant_id, job_id, kind, state, created_on, created_at, ended_at, model, endpoint, spec, total, completed)
@@ -70,8 +68,7 @@ def _in_chromium(url: str, key: str) -> list[float]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=flags).new_page()
+        page = launch(playwright).new_page()
         page.goto(f"{url}/")
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Log in").click()

@@ -245,7 +245,13 @@ SIMULATED = (
     *(bench_work, bench_deadlines, bench_urgency, bench_promises),
     *(bench_fairness, bench_affinity, bench_clocks, bench_scale, bench_day, bench_quality),
 )
-PARTS = {"simulated": SIMULATED, "real": (bench_real,), "affinity": (bench_affinity,), "promises": (bench_promises,)}
+PARTS = {
+    "simulated": SIMULATED,
+    "real": (bench_real,),
+    "affinity": (bench_affinity,),
+    "promises": (bench_promises,),
+    "scale": (bench_scale,),
+}
 
 
 def main() -> int:

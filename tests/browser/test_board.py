@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,11 +11,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from tests.support.batches import chat_line, chat_lines, submit, wait_for
+from tests.support.chromium import CHROMIUM, launch
 from tests.support.servers import wait_until
 from tests.support.task_rows import DIGIT_TASKS, digit_rows, with_files
 
-CHROMIUM = os.environ.get("LAMPLIGHTER_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SHOTS = os.environ.get("LAMPLIGHTER_TEST_SHOTS")
 PAGES = {
     "jobs": "/",
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

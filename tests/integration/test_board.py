@@ -1,5 +1,6 @@
 """The board over HTTP: who gets in, what a session may do, what pages tell a browser; without a browser."""
 
+import asyncio
 import re
 import time
 
@@ -8,10 +9,13 @@ import openai
 import psycopg
 import pytest
 
+from services.gateway.app import create_app
+from services.gateway.board import routes as board_routes
 from services.gateway.board.charts import loss_curves, thinned
 from services.gateway.board.session import COOKIE, local_path
 from lamplighter.night import judgement
 from services.gateway.board.views import verdict
+from shared.settings import Settings
 from tests.support.batches import chat_line, chat_lines, submit, wait_for
 from tests.support.servers import wait_until
 
@@ -166,6 +170,52 @@ def test_pause_and_resume(enter, admin_key, sdk, native):
     assert wait_for(sdk, batch.id).request_counts.completed == 20_000
 
 
+def test_what_makes_no_sense_is_refused_as_a_page_and_harms_nobody(enter, admin_key, stack):
+    assert httpx.post(f"{stack.url}/login", content=b"x" * (2 * 2**20)).status_code == 413
+    broken = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert httpx.post(f"{stack.url}/login", content=b"--b\r\nnonsense", headers=broken).status_code in (400, 401)
+    for given in ("k\0", "\N{SNOWMAN}", "k" * 301):
+        assert httpx.post(f"{stack.url}/login", data={"key": given}).status_code in (400, 401)
+    client = enter(admin_key)
+    for path in (
+        "/?tenant=%00",
+        "/?after=nothing",
+        "/?after=batch_%00",
+        "/board/jobs/%00",
+        "/board/static/..%2Froutes.py",
+    ):
+        answer = client.get(path)
+        assert answer.status_code in (400, 404) and "<h1>" in answer.text, path
+    assert client.get("/?status=odd&kind=odd").status_code == 200
+    assert client.get("/", headers={"Cookie": f"{COOKIE}={'x' * 5000}"}).status_code == 303
+
+
+def test_every_page_and_form_asks_who_it_is(stack, sdk):
+    """Without a session nothing but the login and its assets is answered, under every path that there is."""
+    for route in board_routes.router.routes:
+        path = re.sub(r"\{\w+(:path)?\}", "x", route.path)
+        for method in route.methods:
+            answer = httpx.request(method, stack.url + path)
+            if path in ("/login", "/board/static/x"):
+                continue
+            expected = 401 if path.startswith("/board/live/") else 303
+            assert answer.status_code == expected, (method, path)
+            assert expected == 401 or answer.headers["location"].startswith("/login?next="), (method, path)
+
+
+def test_without_postgres_a_page_says_so(caplog):
+    fields = {"database_url": "postgresql://x@127.0.0.1:1/x", "redis_url": "redis://127.0.0.1:1/0", "store_url": "/tmp"}
+
+    async def ask(path):
+        transport = httpx.ASGITransport(create_app(Settings(**fields)), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path, headers={"Cookie": f"{COOKIE}=x"})
+
+    answer = asyncio.run(ask("/"))
+    assert answer.status_code == 503 and "<h1>" in answer.text and "next=" not in answer.text
+    assert asyncio.run(ask("/login")).status_code == 200
+
+
 def test_a_task_of_flowers_leads_to_its_job(enter, admin_key, sdk, native):
     batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
     attempt = native.request("GET", f"/v1/jobs/{batch.id}/attempts")["data"][0]
@@ -222,9 +272,10 @@ def test_a_long_curve_is_averaged_and_a_short_one_is_as_it_was():
         (150, False, 100, "late"),
         (None, False, 100, "will not fit"),
         (50, None, None, ""),
+        (None, None, None, "will not fit"),
+        (50, None, 100, ""),
     ],
 )
 def test_a_plans_verdict_is_the_command_lines(ends_at, on_time, deadline, said):
     job = {"ends_at": ends_at, "on_time": on_time, "deadline": deadline}
-    assert verdict(job, deadline) == said
-    assert not deadline or said == judgement(job)
+    assert verdict(job, deadline) == said == judgement(job)

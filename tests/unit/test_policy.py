@@ -5,7 +5,7 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.scheduling.policy import PATIENCE, Caps, Fairness, _Room, hurries, plan_releases
+from shared.domain.scheduling.policy import PATIENCE, Caps, Fairness, _Queues, _Room, hurries, plan_releases
 
 
 @dataclass(frozen=True)
@@ -260,3 +260,31 @@ def test_a_load_is_charged_once_where_it_is_on_its_way():
     assert fairness.served["a"] == 650.0
     plan_releases([Slice(9, kind="train")], [Worker(worker_id=UUID(int=2))], fairness, **costs)
     assert fairness.served["a"] == 750.0, "a training has its own copy in any case"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcde"), st.sampled_from("xyz"), st.sampled_from([2, 3])), min_size=1, max_size=40
+    ),
+    st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 5e3, 3e5])), min_size=40, max_size=40),
+)
+def test_turns_that_are_kept_are_those_that_would_be_asked_for(slices, happens):
+    """Whoever is next is the one with the least turn, asked for anew, whatever was released and loaded until then.
+
+    A model's cost changes only with a release of its own, as `_Queues` has it; so it does here.
+    """
+    backlog = [Slice(number, tenant, slice_class, model) for number, (tenant, model, slice_class) in enumerate(slices)]
+    costs, fairness, weights = dict.fromkeys("xyz", 1e4), Fairness(), {"a": 3.0}
+    queues = _Queues(backlog, fairness, weights, lambda waiting: costs[waiting.model])
+
+    def turn(tenant, waiting):
+        return fairness.served[tenant] + PATIENCE * costs[waiting.model] / weights.get(tenant, 1.0)
+
+    for is_released, cost in happens[: len(slices)]:
+        for slice_class, tenants in queues._classes.items():
+            least = min(tenants, key=lambda tenant: (turn(tenant, tenants[tenant][0]), tenant))
+            assert queues._next_tenant(slice_class) == least
+        waiting = queues.pop()
+        if is_released:
+            queues.charge(waiting, costs[waiting.model])
+            costs[waiting.model] = cost

@@ -11,6 +11,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 HERE = Path(__file__).parent
+STATIC = {path.name: path for path in sorted((HERE / "static").iterdir())}
+RELEASE = hashlib.sha256(b"".join(path.read_bytes() for path in STATIC.values())).hexdigest()[:12]
+"""What stands in the addresses of static files: browsers keep them until they are others."""
 COLORS = 10
 """How many colours a plan tells jobs apart by (`.color-N` in board.css)."""
 
@@ -59,6 +62,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals["release"] = RELEASE
     made.filters.update(moment=moment, duration=duration, count=count, size=size, color=color)
     return made
 

@@ -1,4 +1,4 @@
-"""What the pages show: read in one short transaction each, as the viewer's key allows, in the API's own objects."""
+"""What the pages show: read in short transactions, as the viewer's key allows, in the API's own objects."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -42,14 +42,16 @@ class JobFilter:
 
 
 def verdict(expected: Mapping[str, Any] | None, deadline: float | None) -> str:
-    """Say in words whether a job will be done in time, as `lamplighter plan` does; nothing without a deadline."""
-    if expected is None or deadline is None:
+    """Say in words whether a job will be done in time, as `lamplighter plan` does; nothing where nobody foretold it."""
+    if expected is None:
         return ""
     if expected["ends_at"] is None:
         return "will not fit"
+    if expected["on_time"] is None:
+        return ""
     if expected["on_time"]:
         return "in time"
-    return "at risk" if expected["ends_at"] <= deadline else "late"
+    return "at risk" if deadline is not None and expected["ends_at"] <= deadline else "late"
 
 
 def _judged(shown: dict[str, Any], job: JobView) -> dict[str, Any]:
@@ -87,18 +89,16 @@ def one_job(parts: Parts, caller: Caller, job_id: str) -> dict[str, Any]:
         shown = job_objects(connection, [job])[0]
         happened = [event_object(row) for row in events.newest(connection, job.job_id, limit=MOST_EVENTS)]
         tries = jobs.newest_attempts(connection, job.job_id, limit=MOST_ATTEMPTS)
-    failed = _failed_lines(parts, caller, job)
-    state = job.state
     return {
         "job": _judged(shown, job),
         "events": happened,
         "attempts": tries,
-        "failed_lines": failed,
+        "failed_lines": _failed_lines(parts, caller, job),
         "tasks": job.outcome.get("tasks") or {},
         "curves_at": 0 if job.kind == JobKind.BATCH else _drawn_at(job),
         "files": [public_file_id(UUID(each)) for each in job.outcome.get("result_files", [])],
         "is_batch": job.kind == JobKind.BATCH,
-        "actions": _actions(job, state),
+        "actions": _actions(job),
         "flower": (parts.settings.flower_url or "").rstrip("/"),
     }
 
@@ -122,9 +122,9 @@ def _drawn_at(job: JobView) -> int:
     return job.completed if job.state.is_terminal else max(job.completed // every * every, min(job.completed, 1))
 
 
-def _actions(job: JobView, state: JobState) -> list[str]:
+def _actions(job: JobView) -> list[str]:
     """Return what may be done with a job as it is."""
-    found = []
+    state, found = job.state, []
     if state in (JobState.QUEUED, JobState.RUNNING):
         found.append("pause")
     if state is JobState.PAUSED:
@@ -148,7 +148,7 @@ def night(parts: Parts, caller: Caller) -> dict[str, Any]:
         plan = plan_object(connection, parts.settings.lease_seconds)
     judged = [job | {"verdict": verdict(job, job["deadline"])} for job in plan["jobs"]]
     expected = sorted(judged, key=lambda job: (job["ends_at"] is None, job["ends_at"]))
-    verdicts = Counter(job["verdict"] for job in judged)
+    verdicts = Counter(job["verdict"] for job in judged if job["deadline"] is not None)
     ends = [block["ends_at"] for lane in plan["lanes"] for block in lane["blocks"]]
     return {
         "now": plan["now"],
