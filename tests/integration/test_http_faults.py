@@ -174,7 +174,7 @@ def test_unknown_fields_are_refused_on_native_calls_and_ignored_on_openai_calls(
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/nope", "/v1/batches/", "/v1/files/x/y", "/v2/models", "/docs", "//v1/models"]
+    "path", ["/v1", "/v1/", "/v1/nope", "/v1/batches/", "/v1/files/x/y", "/v2/models", "/docs", "//v1/models"]
 )
 def test_unknown_routes(http, path):
     fault(http.get(path), 404)
