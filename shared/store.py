@@ -72,6 +72,12 @@ class Store:
             return None
         return Room(usage.free, usage.total)
 
+    def relative(self, address: str) -> str | None:
+        """Return an object's or a directory's path from its address, as models' sources are; None outside the store."""
+        root = f"{self._root.rstrip('/')}/"
+        address = address.removeprefix("file://") if self._is_local else address.partition("://")[2]
+        return address.removeprefix(root) if address.startswith(root) else None
+
     def writer(self, path: str) -> "ObjectWriter":
         """Open an object for writing; it appears under `path` only when the writer is committed."""
         return ObjectWriter(self._filesystem, self._full(path), durable=self._is_local)

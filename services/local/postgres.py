@@ -97,7 +97,7 @@ def _initialise(directory: Path, password: str) -> None:
     directory.mkdir(parents=True, mode=0o700)
     user = system_user()
     if user is not None:
-        _let_user_in(directory, user)
+        let_user_in(directory, user)
     password_file = directory.parent / ".initdb-password"
     write_secret(password_file, password.encode())
     if user is not None:
@@ -113,7 +113,7 @@ def _initialise(directory: Path, password: str) -> None:
         password_file.unlink()
 
 
-def _let_user_in(directory: Path, user: str) -> None:
+def let_user_in(directory: Path, user: str) -> None:
     """Make the wheel's files readable, and the path to `directory` passable, for Postgres' own account."""
     programs, wheel = binary(""), _wheel()
     wheel.ensure_prefix_permissions(programs)

@@ -165,3 +165,28 @@ def known_contents(connection: Connection, paths: Sequence[str]) -> set[str]:
     """)
     ids = [UUID(path.rsplit("/", 1)[-1].split(".")[0]) for path in paths]
     return set(connection.execute(statement, {"ids": ids, "paths": list(paths)}).scalars())
+
+
+@dataclass(frozen=True)
+class StoredContent:
+    """What the store must hold for a file, and how it is known again."""
+
+    file_id: UUID
+    store_path: str
+    index_path: str | None
+    bytes: int
+    sha256: str | None
+    lines: int | None
+
+
+_CONTENTS = text("""
+    SELECT file_id, store_path, index_path, bytes, sha256, lines FROM file
+    WHERE deleted_at IS NULL AND store_path IS NOT NULL AND (cast(:after AS uuid) IS NULL OR file_id > :after)
+    ORDER BY file_id LIMIT :limit
+""")
+
+
+def contents(connection: Connection, *, after: UUID | None, limit: int) -> list[StoredContent]:
+    """Return a page of what the store must hold for files that are there, by id."""
+    rows = connection.execute(_CONTENTS, {"after": after, "limit": limit}).mappings()
+    return [StoredContent(**row) for row in rows]

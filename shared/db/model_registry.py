@@ -147,3 +147,8 @@ def _named(names: list[str]) -> str:
 def _unknown(name: str) -> NotFound:
     message = f"The model {name[:200]!r} does not exist or you do not have access to it."
     return NotFound(message, param="model", code="model_not_found")
+
+
+def sources(connection: Connection) -> list[str]:
+    """Return where the weights of all tenants' models lie: directories, names on a hub, addresses."""
+    return list(connection.execute(text("SELECT DISTINCT source FROM model ORDER BY source")).scalars())

@@ -1,0 +1,196 @@
+"""A backup of a running stack, restored where nothing was: every job, result, event and file of it, verified by digest."""
+
+import json
+import shutil
+import subprocess
+import sys
+from uuid import uuid4
+
+import openai
+import psycopg
+import pytest
+
+from lamplighter import Client
+from services.local.stack import Stack, StackOptions
+from services.scheduler.store_audit import audit
+from shared.db import files
+from shared.db.session import tenant_transaction
+from shared.store import Store, file_path, index_path
+from tests.conftest import FAST
+from tests.support.batches import chat_lines, submit, wait_for
+from tests.support.servers import ROOT, wait_until
+
+
+def tool(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "backup.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def started(data):
+    stack = Stack(StackOptions(data, device="cpu", environment=FAST))
+    stack.start()
+    return stack
+
+
+def talk_to(stack):
+    key = (stack.directory / "admin.key").read_text().strip()
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key=key), Client(stack.url, key)
+
+
+def rows(stack, statement):
+    with psycopg.connect(stack.database_url("superuser")) as connection:
+        return set(connection.execute(statement).fetchall())
+
+
+RESULTS = "SELECT line_no, body, recorded_at FROM result WHERE job_id = '{}'"
+FILES = "SELECT file_id, bytes, sha256, store_path FROM file"
+KEYS = "SELECT key_id FROM api_key"
+
+
+def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
+    """The disk is lost after a backup that was made while a batch ran: with the backup it is as it was then, and the
+    batch goes on to its end, each line once."""
+    data, folder = scratch / "backed-up", scratch / "backup"
+    stack = started(data)
+    try:
+        sdk, native = talk_to(stack)
+        with sdk, native:
+            done = submit(sdk, chat_lines(300))
+            wait_for(sdk, done.id, "completed")
+            text = sdk.files.content(sdk.batches.retrieve(done.id).output_file_id).text
+            told = [event["message"] for event in native.request("GET", f"/v1/jobs/{done.id}/events")["data"]]
+            running = submit(sdk, chat_lines(1200, delay_ms=2000))
+            wait_until(lambda: sdk.batches.retrieve(running.id).request_counts.completed > 20, 30)
+            saved = tool("save", folder, "--data", data)
+            assert saved.returncode == 0, saved.stderr
+            assert sdk.batches.retrieve(running.id).status == "in_progress", "the backup was made too late"
+        of_done = RESULTS.format(done.id.removeprefix("batch_"))
+        before = [rows(stack, statement) for statement in (of_done, FILES, KEYS)]
+    finally:
+        stack.shut_down()
+    shutil.rmtree(data)
+    restored = tool("restore", folder, "--data", data)
+    assert restored.returncode == 0, restored.stderr
+    assert "4 objects of the store" in restored.stdout  # two files and their line indexes
+    stack = started(data)
+    try:
+        sdk, native = talk_to(stack)
+        with sdk, native:
+            wait_for(sdk, running.id, "completed")
+            assert sdk.files.content(sdk.batches.retrieve(done.id).output_file_id).text == text
+            assert [e["message"] for e in native.request("GET", f"/v1/jobs/{done.id}/events")["data"]] == told
+            ended = sdk.batches.retrieve(running.id)
+            lines = [json.loads(line) for line in sdk.files.content(ended.output_file_id).text.splitlines()]
+            assert [line["custom_id"] for line in lines] == [f"line-{i}" for i in range(1200)]
+            assert ended.request_counts.failed == 0
+        after = [rows(stack, statement) for statement in (of_done, FILES, KEYS)]
+    finally:
+        stack.shut_down()
+    assert before[0] == after[0] and len(after[0]) == 300
+    assert before[1] <= after[1]  # what the running batch rendered came later
+    assert before[2] < after[2]  # the new directory has an admin's key of its own
+
+
+@pytest.fixture
+def backup(tmp_path):
+    """A folder as `save` leaves it, of contents that nothing would unpack."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    parts = {}
+    for name in ("postgres.tar", "store.tar", "secrets"):
+        (folder / name).write_bytes(name.encode())
+        digest = subprocess.run(["sha256sum", folder / name], capture_output=True, text=True, check=True).stdout.split()
+        parts[name] = {"bytes": len(name), "sha256": digest[0]}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "made_at": "2026-01-01", "parts": parts}))
+    return folder
+
+
+def test_a_backup_that_is_not_what_was_written_is_not_restored(backup, tmp_path):
+    assert tool("check", backup).returncode == 0
+    (backup / "store.tar").write_bytes(b"store.taR")
+    refused = tool("restore", backup, "--data", tmp_path / "data")
+    assert refused.returncode == 1 and "store.tar is not what was written" in refused.stderr
+    assert not (tmp_path / "data" / "postgres").exists()
+
+
+def test_a_backup_that_was_cut_off_is_none(backup):
+    (backup / "manifest.json").unlink()
+    assert "cut off" in tool("check", backup).stderr
+
+
+def test_nothing_is_restored_over_what_is_there(backup, tmp_path):
+    there = tmp_path / "data" / "store" / "files" / "of-somebody"
+    there.parent.mkdir(parents=True)
+    there.write_text("precious")
+    (tmp_path / "data" / "postgres.json").write_text("{}")
+    refused = tool("restore", backup, "--data", tmp_path / "data")
+    assert refused.returncode == 1 and "not empty" in refused.stderr and there.read_text() == "precious"
+
+
+def test_save_over_a_backup_or_without_a_stack_is_refused(backup, tmp_path):
+    assert tool("save", backup, "--data", tmp_path / "nothing").returncode != 0
+    refused = tool("save", tmp_path / "new", "--data", tmp_path / "nothing")
+    assert refused.returncode == 1 and "nothing runs on" in refused.stderr
+    assert tool("check", tmp_path / "new").returncode == 1
+
+
+@pytest.fixture
+def held(database, tmp_path):
+    """A store with two files and a trained model, as Postgres knows them."""
+    store = Store(str(tmp_path / "store"))
+    written = {}
+    for content in (b'{"a":1}\n{"a":2}\n', b'{"b":1}\n'):
+        file_id, count = uuid4(), content.count(b"\n")
+        paths = file_path("default", file_id), index_path("default", file_id)
+        for path, stored in zip(paths, (content, bytes(8 * (count + 1))), strict=True):
+            writer = store.writer(path)
+            writer.write(stored)
+            writer.commit()
+        digest = (
+            subprocess.run(["sha256sum"], input=content, capture_output=True, check=True).stdout.decode().split()[0]
+        )
+        with tenant_transaction(database.engine("gateway"), "default") as connection:
+            files.add(
+                connection, tenant_id="default", file_id=file_id, purpose="batch", filename="x", bytes=len(content),
+                sha256=digest, store_path=paths[0], index_path=paths[1], lines=count, validation=None,
+                expires_after_seconds=None,
+            )  # fmt: skip
+        written[file_id] = tmp_path / "store" / paths[0]
+    step = tmp_path / "store" / "training" / "default" / uuid4().hex / "7" / "step-00000004"
+    (step / "model").mkdir(parents=True)
+    (step / "model" / "adapter.safetensors").write_bytes(b"weights")
+    digest = subprocess.run(["sha256sum"], input=b"weights", capture_output=True, check=True).stdout.decode().split()[0]
+    entries = {"model/adapter.safetensors": {"bytes": 7, "sha256": digest}, "state.json": {"bytes": 9, "sha256": "x"}}
+    (step / "manifest.json").write_text(json.dumps({"files": entries}))
+    with psycopg.connect(database.cluster.url("superuser", database.name)) as connection:
+        connection.execute(
+            "INSERT INTO model (tenant_id, name, kind, base, source, dtype)"
+            " VALUES ('default', 'ft:x', 'adapter', 'echo', %s, 'float32'),"
+            " ('default', 'hub', 'causal_lm', NULL, 'org/name', 'float32')",
+            (str(step / "model"),),
+        )
+    return database.engine("scheduler"), store, list(written.values()), step
+
+
+def test_what_postgres_names_is_found_whole(held):
+    found = audit(held[0], held[1])
+    assert found.wrong == [] and found.objects == 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda paths, _: paths[0].unlink(), "missing"),
+        (lambda paths, _: paths[0].write_bytes(paths[0].read_bytes()[:-1]), "bytes, not"),
+        (lambda paths, _: paths[0].write_bytes(paths[0].read_bytes().replace(b"1", b"3")), "SHA-256"),
+        (lambda paths, _: paths[0].with_name(f"{paths[0].name}.lines").write_bytes(b""), "0 bytes, not"),
+        (lambda _, step: (step / "model" / "adapter.safetensors").write_bytes(b"weightz"), "SHA-256"),
+        (lambda _, step: (step / "manifest.json").unlink(), "manifest is missing"),
+        (lambda _, step: (step / "manifest.json").write_text("{"), "manifest cannot be read"),
+    ],
+)
+def test_what_is_not_as_it_was_written_is_named(held, spoil, said):
+    engine, store, paths, step = held
+    spoil(paths, step)
+    (sentence,) = audit(engine, store).wrong
+    assert said in sentence
