@@ -110,6 +110,9 @@ class Settings(RemoteSettings):
         description="Private networks that webhooks may go to, such as 10.0.0.0/8, commas between them",
     )
     webhook_timeout_seconds: float = Field(15.0, gt=0, le=60, description="Time for one delivery of a webhook")
+    traces_url: str | None = Field(
+        None, description="Where traces of ended jobs go, by OTLP over HTTP: http://COLLECTOR:4318/v1/traces"
+    )
     erasure_grace_seconds: float = Field(
         900.0, ge=0, description="A tenant's data goes so long after its keys: no call of it is under way by then"
     )

@@ -4,8 +4,10 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import redis
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.scheduler.auditor import Auditor
@@ -29,12 +31,16 @@ from shared.queueing.wake import connect_redis, wait_for_wake
 from shared.settings import Settings, load_settings
 from shared.store import Store
 
+if TYPE_CHECKING:
+    from services.scheduler.tracer import Tracer
+
 log = logging.getLogger(__name__)
 
 RETENTION_SECONDS = 3600.0
 OUTAGE_PAUSE_SECONDS = 0.5
 DELIVERY_SECONDS = 1.0
 ERASURE_SECONDS = 2.0
+TRACE_SECONDS = 5.0
 
 
 class Scheduler:
@@ -60,6 +66,7 @@ class Scheduler:
         self._auditor, self._forecaster = Auditor(engine), Forecaster(engine, settings, measured)
         self._retention = Retention(engine, store, settings)
         self._deliverer, self._eraser = Deliverer(engine, settings), Eraser(engine, store, settings)
+        self._tracer = _tracer(engine, settings.traces_url)
 
     def listen(self) -> None:
         """Pass on who asks for a tick. While Redis is away nobody can ask, and the loops go by the clock."""
@@ -112,6 +119,11 @@ class Scheduler:
     def deliver(self) -> None:
         self._deliverer.tick(self.stop.is_set)
 
+    def trace(self) -> None:
+        assert self._tracer is not None
+        while self._tracer.tick() and not self.stop.is_set():
+            pass
+
     def run(self) -> None:
         """Start every loop and return when all have ended."""
         loops = {
@@ -126,6 +138,8 @@ class Scheduler:
             "eraser": (self.erase, lambda: self.stop.wait(ERASURE_SECONDS)),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
+        if self._tracer is not None:
+            loops["tracer"] = (self.trace, lambda: self.stop.wait(TRACE_SECONDS))
         threads = [
             threading.Thread(target=self._loop, args=(name, tick, pause), name=name)
             for name, (tick, pause) in loops.items()
@@ -157,6 +171,15 @@ class Scheduler:
         """Return once somebody asks for a tick, at the latest after `dispatch_seconds`."""
         wake.wait(self._settings.dispatch_seconds)
         wake.clear()
+
+
+def _tracer(engine: Engine, url: str | None) -> "Tracer | None":
+    """Return what sends traces, where somebody takes them; without, its library is not even loaded."""
+    if url is None:
+        return None
+    from services.scheduler.tracer import Tracer
+
+    return Tracer(engine, url)
 
 
 def main() -> None:
