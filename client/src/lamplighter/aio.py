@@ -29,6 +29,7 @@ from lamplighter.policy import (
     pause_seconds,
     readiness_answer,
     request_headers,
+    text_answer,
     unreachable,
     upload_form,
 )
@@ -134,6 +135,10 @@ class AsyncClient:
         except httpx.RequestError as error:
             raise unreachable(self._http.base_url, error) from None
         return readiness_answer(response)
+
+    async def metrics(self) -> str:
+        """Return what `GET /metrics` says, in Prometheus' text format (admin)."""
+        return text_answer(await self._send("GET", "/metrics"))
 
     async def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""

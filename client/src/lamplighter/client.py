@@ -28,6 +28,7 @@ from lamplighter.policy import (
     pause_seconds,
     readiness_answer,
     request_headers,
+    text_answer,
     unreachable,
     upload_form,
 )
@@ -136,6 +137,10 @@ class Client:
         except httpx.RequestError as error:
             raise unreachable(self._http.base_url, error) from None
         return readiness_answer(response)
+
+    def metrics(self) -> str:
+        """Return what `GET /metrics` says, in Prometheus' text format (admin)."""
+        return text_answer(self._send("GET", "/metrics"))
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return a job of any kind."""

@@ -138,6 +138,13 @@ def json_answer(response: httpx.Response) -> dict[str, Any]:
     raise api_error(response, body)
 
 
+def text_answer(response: httpx.Response) -> str:
+    """Return the text of a success; raises what `json_answer` does."""
+    if not response.is_success:
+        json_answer(response)
+    return response.text
+
+
 def readiness_answer(response: httpx.Response) -> dict[str, Any]:
     """Return the body of an answer to /readyz, a 200 or a 503; raises the ApiError of one that no gateway wrote."""
     try:
