@@ -1,4 +1,4 @@
-"""Writes `.env` for docker-compose.yml: every secret random, readable by its owner only. Overwrites none."""
+"""Makes `.env` of `.env.example` for docker-compose.yml: random secrets, for its owner only. Overwrites none."""
 
 import argparse
 import os
@@ -7,7 +7,17 @@ from pathlib import Path
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]", "gateway")
 """What the gateway of docker-compose.yml is called from the start."""
-PASSWORDS = ("POSTGRES", "REDIS", "FLOWER", "GRAFANA", "MIGRATION", "GATEWAY", "PREPROCESSOR", "WORKER", "SCHEDULER")
+EXAMPLE = Path(__file__).resolve().parents[1] / ".env.example"
+
+
+def filled(line: str) -> str:
+    """Return a line of the example, with a value for a secret that has none."""
+    name, _, value = line.partition("=")
+    if value or line.startswith("#"):
+        return line
+    if name.endswith("_PASSWORD"):
+        return f"{name}={secrets.token_hex(24)}"
+    return f"{name}=lk-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}" if name == "ADMIN_KEY" else line
 
 
 def main() -> None:
@@ -18,8 +28,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     path: Path = arguments.path
-    lines = [f"{name}_PASSWORD={secrets.token_hex(24)}" for name in PASSWORDS]
-    lines.append(f"ADMIN_KEY=lk-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}")
+    lines = [filled(line) for line in EXAMPLE.read_text().splitlines()]
     if arguments.host:
         lines.append(f"LAMPLIGHTER_ALLOWED_HOSTS={','.join([*HOSTS, *arguments.host])}")
     try:
