@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: help setup demo up test test-long check format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask bench-night peers chaos test-compose lock
+.PHONY: help setup demo up test test-long check reference format bench bench-spine bench-surface bench-engine bench-gpu bench-finetune bench-multitask bench-night peers chaos test-compose lock
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,12 +31,17 @@ test: setup ## Run every test that needs no GPU and no Docker
 test-long: setup ## Further forms of tests: more models, balancings and shardings that must survive kills
 	$(BIN)/python -m pytest tests -q -m 'long and not gpu' --durations=20
 
-check: setup ## Format, lint, types, import contracts, function length
+check: setup ## Format, lint, types, import contracts, function length, links, reference pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python tools/check_functions.py services shared client migrations/env.py examples
+	$(BIN)/python tools/check_functions.py services shared client migrations/env.py examples tools
+	$(BIN)/python tools/check_links.py
+	$(BIN)/python -m tools.reference --check
+
+reference: setup ## Write docs/reference of what the code says
+	$(BIN)/python -m tools.reference
 
 format: setup ## Format the code
 	$(BIN)/ruff format .

@@ -12,7 +12,7 @@ from services.gateway.middleware import HEALTH_PATHS
 from shared.domain.payloads import PREDICTIONS, ChatPayload, CompletionPayload, EmbeddingPayload, PredictionPayload
 
 _REF = "#/components/schemas/{model}"
-_REFUSALS = {
+REFUSALS = {
     "400": ("BadRequest", "The request is wrong; `param` names the field."),
     "401": ("Unauthorized", "There is no valid API key."),
     "403": ("Forbidden", "The key's scopes do not allow this."),
@@ -53,6 +53,23 @@ _HEADERS: dict[str, dict[str, Any]] = {
     },
     "Content-Length": {"description": "The file's bytes.", "schema": {"type": "integer", "minimum": 0}},
 }
+_PARAMETERS = {
+    "idempotency-key": "A name of yours for this request: sent again under it, it is done once, with one answer.",
+    "limit": "How many to answer with, at most.",
+    "after": "Go on behind this one: `last_id` of the page before.",
+    "order": "By when they were made.",
+    "purpose": "Those for this only.",
+    "kind": "Those of this kind only.",
+    "status": "Those that stand like this only.",
+    "tenant": "Of an admin: whose; by default the key's own tenant.",
+    "idempotency_key": "The job that was made under this key.",
+    "metadata": "Those whose metadata say so: `metadata[KEY]=VALUE`, or `metadata=null` for those without any.",
+    "failed": "The lines of the error file.",
+    "accept": "`text/event-stream` for events as they happen, `text/csv` for usage as a table.",
+    "last-event-id": "Go on behind this event, as browsers do by themselves.",
+    "bucket": "What one row sums up.",
+}
+"""What parameters mean that several calls have."""
 KINDS = ("fine_tuning", "training")
 _IGNORING = frozenset(
     {
@@ -113,7 +130,7 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
         schemas.update(_schemas_of(model, mode="validation"))
     schemas.update(_schemas_of(Error, *ANSWERS.values(), *(kind for kinds in EVENTS.values() for kind in kinds)))
     components["headers"] = _HEADERS
-    components["responses"] = {name: _refusal(status, meaning) for status, (name, meaning) in _REFUSALS.items()}
+    components["responses"] = {name: _refusal(status, meaning) for status, (name, meaning) in REFUSALS.items()}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -131,7 +148,7 @@ def _schemas_of(*models: type[BaseModel], mode: Any = "serialization") -> dict[s
 
 def _complete_operation(path: str, method: str, operation: dict[str, Any]) -> None:
     parameters = operation.get("parameters", [])
-    operation["parameters"] = [p for p in parameters if p["name"].lower() != "authorization"]
+    operation["parameters"] = [_told(p) for p in parameters if p["name"].lower() != "authorization"]
     operation["responses"].pop("422", None)
     operation["responses"]["200"] |= _success(path, method, operation)
     if path in _CALLS:  # its route reads the body itself, as a line of a batch is read
@@ -144,7 +161,14 @@ def _complete_operation(path: str, method: str, operation: dict[str, Any]) -> No
         return
     operation["security"] = [{"key": []}]
     for status in (*_EVERYWHERE, *(_WITH_BODY if method == "post" else ("409", "413"))):
-        operation["responses"][status] = {"$ref": f"#/components/responses/{_REFUSALS[status][0]}"}
+        operation["responses"][status] = {"$ref": f"#/components/responses/{REFUSALS[status][0]}"}
+
+
+def _told(parameter: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter with what it means, unless its route says so itself."""
+    known = parameter.get("description") or parameter["schema"].get("description")
+    meaning = _PARAMETERS.get(parameter["name"])
+    return parameter if known or meaning is None else parameter | {"description": meaning}
 
 
 def _success(path: str, method: str, operation: dict[str, Any]) -> dict[str, Any]:

@@ -20,14 +20,15 @@ import httpx
 import psycopg
 
 from tests.benchmarks.bench_board import bench_board
+from tests.benchmarks.bench_metrics import bench_metrics
 from tests.benchmarks.bench_spine import MIB, Memory, native_for, running_stack
 from tests.benchmarks.load import Connection, Sample, chat_body, closed_loop, open_loop, percentile
 from tests.benchmarks.table import Table
 from tests.support.models import make_tiny_llama
 from tests.support.servers import ROOT, wait_until
 
-SCHEMA_CASES = 100
-"""Of each route, and as many wrong ones: 5,000 and more in all."""
+SCHEMA_CASES = 150
+"""Of each route, and as many wrong ones: 10,000 and more in all."""
 LIMIT, DELAY_MS = 32, 1000
 ALONE_CALLS, ALONE_BATCHES = 20, 5
 STREAMS = 8
@@ -412,14 +413,14 @@ def bench_schema(table: Table) -> None:
     what = f"generated requests (right and wrong ones: {counts}, seed {found[1] if found else '?'}), each with a documented"
     what += " answer and none with a 5xx"
     count = sum(counts.values())
-    enough = count >= 5000 and min(counts.get("positive", 0), counts.get("negative", 0)) > 0
-    table.add("surface-6", what, count, "cases", "≥ 5,000, all of them", enough and done.returncode == 0, [counts])
+    enough = count >= 10_000 and min(counts.get("positive", 0), counts.get("negative", 0)) > 0
+    table.add("surface-6", what, count, "cases", "≥ 10,000, all of them", enough and done.returncode == 0, [counts])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", nargs="*", default=["online", "ttft", "fairness", "overload", "schema", "compose", "board"]
+        "--only", nargs="*", default=["online", "ttft", "fairness", "overload", "schema", "compose", "board", "metrics"]
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="length of the overload")
     arguments = parser.parse_args()
@@ -432,6 +433,7 @@ def main() -> None:
         "schema": lambda: bench_schema(table),
         "compose": lambda: bench_compose(table),
         "board": lambda: bench_board(table),
+        "metrics": lambda: bench_metrics(table),
     }
     started = time.monotonic()
     for name in arguments.only:

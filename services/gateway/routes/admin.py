@@ -25,6 +25,8 @@ router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 @router.post("/tenants")
 def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
+    """Make a tenant: whose jobs, files, keys and models are apart from all others'."""
+
     def create(connection: Connection) -> dict[str, Any]:
         tenants.create_tenant(connection, body.id, body.name or body.id)
         return _tenant_object(tenants.get_tenant(connection, body.id))
@@ -34,6 +36,7 @@ def create_tenant(body: TenantCreate, parts: PartsDependency, caller: Admin, key
 
 @router.patch("/tenants/{tenant_id}")
 def change_tenant(tenant_id: str, body: TenantPatch, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Change a tenant's name, its share of the fleet, its hours or its limits."""
     changes = body.model_dump(include=body.model_fields_set)
     with parts.transaction(caller) as connection:
         tenants.change_tenant(connection, tenant_id, changes)
@@ -62,6 +65,7 @@ def delete_tenant(tenant_id: str, parts: PartsDependency, caller: Admin) -> dict
 def list_erasures(
     parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
 ) -> dict[str, Any]:
+    """List the tenants that were deleted, and what of each went, the last one first."""
     with parts.transaction(caller) as connection:
         found = erasures.listing(connection)
     return short_page([_erasure_object(each) for each in found], limit, after)
@@ -69,6 +73,7 @@ def list_erasures(
 
 @router.get("/erasures/{erasure_id}")
 def get_erasure(erasure_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Say how far the deletion of a tenant has come, and what went with it."""
     with parts.transaction(caller) as connection:
         return _erasure_object(erasures.get(connection, erasures.ID.parse(erasure_id)))
 
@@ -117,6 +122,7 @@ def _tenant_object(row: dict[str, Any]) -> dict[str, Any]:
 def list_tenants(
     parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
 ) -> dict[str, Any]:
+    """List tenants with their shares and limits."""
     with parts.transaction(caller) as connection:
         rows = tenants.list_tenants(connection)
     return short_page([_tenant_object(row) for row in rows], limit, after)
@@ -143,6 +149,7 @@ def create_key(body: KeyCreate, parts: PartsDependency, caller: Admin, key: Idem
 def list_keys(
     parts: PartsDependency, caller: Admin, limit: Limit = MOST_LISTED, after: str | None = None
 ) -> dict[str, Any]:
+    """List keys, revoked ones too, without their secrets."""
     with parts.transaction(caller) as connection:
         rows = tenants.list_keys(connection)
     data = [{"object": "api_key", "id": row.pop("key_id"), "tenant": row.pop("tenant_id"), **row} for row in rows]
@@ -151,6 +158,7 @@ def list_keys(
 
 @router.delete("/keys/{key_id}")
 def revoke_key(key_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Make a key useless: at once here, within a second at other gateways. Its jobs go on."""
     with parts.transaction(caller) as connection:
         tenants.revoke_key(connection, key_id)
     parts.lookups.forget()

@@ -28,6 +28,8 @@ router = APIRouter(prefix="/v1/batches", route_class=KeyedRoute)
 
 @router.post("")
 def create_batch(body: BatchCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey) -> Response:
+    """Accept a batch over uploaded files. Its lines are checked next; the first wrong ones are told in `errors`."""
+
     def accept(connection: Connection) -> dict[str, Any]:
         job_id = submissions.accept_batch(connection, parts.settings, caller, body, key)
         return batch_object(jobs.get(connection, job_id))
@@ -42,6 +44,7 @@ def create_batch(body: BatchCreate, parts: PartsDependency, caller: Submitter, k
 def list_batches(
     parts: PartsDependency, caller: Reader, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> dict[str, Any]:
+    """List batches, newest first."""
     cursor = parse_job_id(after, JobKind.BATCH) if after else None
     with parts.own_transaction(caller) as connection:
         found = jobs.page(connection, limit=limit + 1, after=cursor, kind=JobKind.BATCH, tenant_id=caller.tenant_id)
@@ -50,6 +53,7 @@ def list_batches(
 
 @router.get("/{batch_id}")
 def retrieve_batch(batch_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a batch; its counts are exact at this moment."""
     with parts.own_transaction(caller) as connection:
         return batch_object(jobs.get(connection, parse_job_id(batch_id, JobKind.BATCH), JobKind.BATCH))
 
@@ -58,6 +62,7 @@ def retrieve_batch(batch_id: str, parts: PartsDependency, caller: Reader) -> dic
 def cancel_batch(
     batch_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: AnyFields | None = None
 ) -> Response:
+    """Cancel a batch. What is done stays, and is in its files once it is `cancelled`."""
     row_id = parse_job_id(batch_id, JobKind.BATCH)
 
     def cancel(connection: Connection) -> dict[str, Any]:

@@ -40,6 +40,7 @@ router = APIRouter(prefix="/v1/files", route_class=KeyedRoute)
 
 @router.post("")
 async def upload_file(request: Request, parts: PartsDependency, caller: Writer, key: IdempotencyKey) -> Response:
+    """Upload a file: input of batches (`batch`) or training data (`fine-tune`). It is on disk once this is answered."""
     file_id = uuid4()
     ingest = FileIngest(parts.store.writer(file_path(caller.tenant_id, file_id)))
     try:
@@ -93,6 +94,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
+    """List files, newest first."""
     with parts.own_transaction(caller) as connection:
         found = files.page(
             connection,
@@ -107,12 +109,14 @@ def list_files(
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return what is known of a file."""
     with parts.own_transaction(caller) as connection:
         return file_object(files.get(connection, parse_file_id(file_id)))
 
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, parts: PartsDependency, caller: Writer) -> dict[str, Any]:
+    """Delete a file. Open jobs that read it go on; its content goes after the last of them."""
     with parts.own_transaction(caller) as connection:
         file = files.delete(connection, parse_file_id(file_id))
     return {"id": public_file_id(file.file_id), "object": "file", "deleted": True}
@@ -120,6 +124,7 @@ def delete_file(file_id: str, parts: PartsDependency, caller: Writer) -> dict[st
 
 @router.get("/{file_id}/content")
 def download_file(file_id: str, parts: PartsDependency, caller: Reader) -> Response:
+    """Send a file's content: as it was uploaded, or what a job's results are."""
     with parts.own_transaction(caller) as connection:
         file = files.get(connection, parse_file_id(file_id))
     if file.rendered_job_id is not None:

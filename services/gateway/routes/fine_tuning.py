@@ -32,6 +32,8 @@ def _shown(_: Connection, job: JobView) -> dict[str, Any]:
 def create_fine_tuning_job(
     body: FineTuningCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey
 ) -> Response:
+    """Accept a fine-tuning job. Its files are checked next; `validating_files` says so meanwhile."""
+
     def accept(connection: Connection) -> dict[str, Any]:
         job_id = accept_fine_tuning(connection, parts.settings, caller, body, key)
         return fine_tuning_job_object(jobs.get(connection, job_id))
@@ -78,6 +80,7 @@ def _metadata_filter(request: Request, metadata: str | None) -> dict[str, str] |
 
 @router.get("/{job_id}")
 def retrieve_fine_tuning_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a fine-tuning job."""
     with parts.own_transaction(caller) as connection:
         return fine_tuning_job_object(jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
 

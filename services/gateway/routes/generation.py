@@ -46,21 +46,25 @@ Generator = Annotated[Caller, Depends(require("write"))]
 
 @router.post("/chat/completions")
 async def chat(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    """Answer a chat, whole or as a stream of events. The answer is recorded before it is sent."""
     return await _serve(request, parts, caller, key, "/v1/chat/completions")
 
 
 @router.post("/completions")
 async def complete(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    """Go on from one or several prompts, whole or as a stream of events."""
     return await _serve(request, parts, caller, key, "/v1/completions")
 
 
 @router.post("/predictions")
 async def predict(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    """Say what the heads of a multi-task model make of texts or vectors."""
     return await _serve(request, parts, caller, key, PREDICTIONS)
 
 
 @router.post("/embeddings")
 async def embed(request: Request, parts: PartsDependency, caller: Generator, key: IdempotencyKey) -> Response:
+    """Return an embedding for each input."""
     return await _serve(request, parts, caller, key, "/v1/embeddings")
 
 

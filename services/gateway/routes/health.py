@@ -13,6 +13,7 @@ router = APIRouter()
 
 @router.get("/healthz")
 async def health() -> dict[str, str]:
+    """Say that the process runs, and nothing of what it needs."""
     return {"status": "ok"}
 
 

@@ -54,6 +54,7 @@ def list_jobs(
     idempotency_key: str | None = None,
 ) -> dict[str, Any]:
     # An admin who names no tenant sees all; everybody else sees their own, whatever they name.
+    """List jobs of every kind, newest first; or find the one that an idempotency key stands for."""
     tenant_id = tenant if caller.is_admin else caller.tenant_id
     with parts.transaction(caller) as connection:
         found = jobs.page(
@@ -71,12 +72,15 @@ def list_jobs(
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a job: its progress, why it waits, when it is expected to end."""
     with parts.transaction(caller) as connection:
         return job_objects(connection, [find_job(connection, job_id)])[0]
 
 
 @router.patch("/{job_id}")
 def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writer) -> Response:
+    """Change a job's priority, deadline or window before it has ended."""
+
     def change(connection: Connection, row_id: UUID) -> JobView:
         if body.priority is not None:
             jobs.set_priority(connection, row_id, body.priority)
@@ -93,6 +97,7 @@ def change_job(job_id: str, body: JobPatch, parts: PartsDependency, caller: Writ
 def cancel_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
 ) -> Response:
+    """Cancel a job of any kind. What is done stays."""
     return _change(parts, caller, job_id, jobs.cancel, key, body)
 
 
@@ -100,6 +105,7 @@ def cancel_job(
 def pause_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
 ) -> Response:
+    """Hold a job: what runs is flushed, or written as a checkpoint, and waits."""
     return _change(parts, caller, job_id, jobs.pause, key, body)
 
 
@@ -107,6 +113,7 @@ def pause_job(
 def resume_job(
     job_id: str, parts: PartsDependency, caller: Writer, key: IdempotencyKey, body: NoFields | None = None
 ) -> Response:
+    """Let a paused job go on where it was."""
     return _change(parts, caller, job_id, jobs.resume, key, body)
 
 
@@ -156,6 +163,7 @@ def list_attempts(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> dict[str, Any]:
+    """List what was tried of a job: by which worker on which device, for how long, and how it ended."""
     with parts.transaction(caller) as connection:
         job = find_job(connection, job_id)
         rows = jobs.attempts(connection, job.job_id, after=_cursor(after), limit=limit + 1)
@@ -198,6 +206,7 @@ async def job_events(
     limit: Annotated[int, Query(ge=1, le=EVENT_PAGE)] = 20,
     after: str | None = None,
 ) -> Response:
+    """List what happened to a job; with `Accept: text/event-stream`, as it happens."""
     row_id = await run_in_threadpool(_row_id, parts, caller, job_id)  # an unknown job is a 404, not a stream
     start = _cursor(last_event_id or after, MOST_PLACE_DIGITS)
     if "text/event-stream" in accept:

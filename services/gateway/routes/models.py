@@ -34,6 +34,7 @@ router = APIRouter(prefix="/v1/models", route_class=KeyedRoute)
 
 @router.get("")
 def list_models(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """List the models that the caller's tenant may use."""
     with parts.own_transaction(caller) as connection:
         found = model_registry.visible(connection, caller.tenant_id)
     return {"object": "list", "data": [model_object(model) for model in found]}
@@ -41,6 +42,7 @@ def list_models(parts: PartsDependency, caller: Reader) -> dict[str, Any]:
 
 @router.post("")
 def add_model(body: ModelCreate, parts: PartsDependency, caller: Admin, key: IdempotencyKey) -> Response:
+    """Register a model, an adapter or a remote server under a name: for everybody, or for one tenant."""
     refuse_misplaced(body)
     base = _find_base(body, parts, caller) if body.base is not None else None
     try:
@@ -106,6 +108,7 @@ def _describe_adapter(body: ModelCreate, base: ModelView) -> ModelDescription:
 # Ids may contain slashes, percent-encoded by clients or not.
 @router.get("/{name:path}")
 def retrieve_model(name: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a model by its name."""
     with parts.own_transaction(caller) as connection:
         return model_object(model_registry.find(connection, caller.tenant_id, name))
 

@@ -41,6 +41,7 @@ def create_schedule(body: ScheduleCreate, parts: PartsDependency, caller: Writer
 def list_schedules(
     parts: PartsDependency, caller: Reader, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> dict[str, Any]:
+    """List schedules, each with its next slot."""
     with parts.transaction(caller) as connection:
         found = schedules.listing(connection)
     return short_page([_object(each) for each in found], limit, after)
@@ -48,6 +49,7 @@ def list_schedules(
 
 @router.get("/{schedule_id}")
 def get_schedule(schedule_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a schedule with its next slot."""
     with parts.transaction(caller) as connection:
         return _object(schedules.get(connection, schedules.ID.parse(schedule_id)))
 

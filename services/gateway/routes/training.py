@@ -38,6 +38,8 @@ def _shown_all(connection: Connection, found: list[JobView]) -> list[dict[str, A
 def create_training_job(
     body: TrainingCreate, parts: PartsDependency, caller: Submitter, key: IdempotencyKey
 ) -> Response:
+    """Accept a job that trains several tasks on one model, as `GET /v1/training/schema` says."""
+
     def accept(connection: Connection) -> dict[str, Any]:
         return _shown(connection, jobs.get(connection, accept_training(connection, parts.settings, caller, body, key)))
 
@@ -59,6 +61,7 @@ def list_training_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
 ) -> dict[str, Any]:
+    """List jobs that train several tasks, newest first."""
     cursor = parse_job_id(after, _KIND) if after else None
     with parts.own_transaction(caller) as connection:
         found = jobs.page(connection, limit=limit + 1, after=cursor, kind=_KIND, tenant_id=caller.tenant_id)
@@ -68,6 +71,7 @@ def list_training_jobs(
 
 @router.get("/jobs/{job_id}")
 def retrieve_training_job(job_id: str, parts: PartsDependency, caller: Reader) -> dict[str, Any]:
+    """Return a job with each task's metrics."""
     with parts.own_transaction(caller) as connection:
         return _shown(connection, jobs.get(connection, parse_job_id(job_id, _KIND), _KIND))
 

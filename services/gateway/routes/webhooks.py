@@ -36,6 +36,7 @@ router = APIRouter(prefix="/v1", route_class=KeyedRoute)
 
 @router.get("/webhook_event_types")
 def list_event_types(caller: Reader) -> dict[str, Any]:  # noqa: ARG001  # a key is needed, whichever
+    """List the events that a target may ask for."""
     return {"object": "list", "data": list(EVENT_TYPES)}
 
 
@@ -62,6 +63,7 @@ def create_webhook(body: WebhookCreate, parts: PartsDependency, caller: Admin, k
 def list_webhooks(
     parts: PartsDependency, caller: Admin, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> dict[str, Any]:
+    """List targets, without their secrets."""
     with parts.transaction(caller) as connection:
         found = webhooks.listing(connection)
     return short_page([_object(each) for each in found], limit, after)
@@ -69,6 +71,7 @@ def list_webhooks(
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
 def get_webhook(webhook_endpoint_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Return a target, without its secrets."""
     with parts.transaction(caller) as connection:
         return _object(webhooks.get(connection, webhooks.ID.parse(webhook_endpoint_id)))
 
@@ -93,6 +96,7 @@ def change_webhook(
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
 def delete_webhook(webhook_endpoint_id: str, parts: PartsDependency, caller: Admin) -> dict[str, Any]:
+    """Forget a target; what it was not told yet, it is not told."""
     with parts.transaction(caller) as connection:
         webhooks.delete(connection, webhooks.ID.parse(webhook_endpoint_id))
     return {"id": webhook_endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
