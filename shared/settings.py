@@ -64,24 +64,24 @@ class Settings(RemoteSettings):
     redis_url: SecretStr = Field(description="redis://[:PASSWORD@]HOST:PORT/0")
     store_url: str = Field(description="fsspec URL or directory of file contents and weights")
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str = Field("127.0.0.1", description="Address that the gateway listens on")
+    port: int = Field(8000, description="Port that the gateway listens on")
     allowed_hosts: Annotated[list[HostName], NoDecode, BeforeValidator(_names)] = Field(
         list(LOOPBACK),
         description="Names under which the gateway is called, commas between them; *.DOMAIN and * are possible",
     )
 
-    flower_host: str = "127.0.0.1"
-    flower_port: int = 5555
-    flower_user: str = "lamplighter"
-    flower_password: SecretStr | None = None
+    flower_host: str = Field("127.0.0.1", description="Address that Flower listens on")
+    flower_port: int = Field(5555, description="Port that Flower listens on")
+    flower_user: str = Field("lamplighter", description="Who may look at Flower")
+    flower_password: SecretStr | None = Field(None, description="And with what; without it Flower does not start")
     flower_url: str | None = Field(None, description="Where browsers find Flower; the board's tasks are links to there")
     board_url: str | None = Field(
         None, description="Where browsers find the board; Flower's tasks name their job's page"
     )
 
     max_queued_lines: int = Field(10_000_000, ge=1, description="Unfinished batch lines that the system accepts")
-    max_queued_lines_per_tenant: int = Field(2_000_000, ge=1)
+    max_queued_lines_per_tenant: int = Field(2_000_000, ge=1, description="Unfinished batch lines of one tenant")
     max_open_training_jobs_per_tenant: int = Field(100, ge=1, description="Training jobs that a tenant may have open")
     online_limit: int = Field(512, ge=1, description="Online calls in flight on one worker")
     online_limit_per_tenant: int = Field(384, ge=1, description="Online calls in flight of one tenant, at each gateway")
@@ -96,14 +96,14 @@ class Settings(RemoteSettings):
     )
 
     lease_seconds: float = Field(60.0, gt=0, description="A slice whose lease ran out is given to another worker")
-    heartbeat_seconds: float = Field(10.0, gt=0)
+    heartbeat_seconds: float = Field(10.0, gt=0, description="How often a worker says that it lives, and renews leases")
     hang_seconds: float = Field(120.0, gt=0, description="A child that makes no progress for so long is killed")
     drain_seconds: float = Field(30.0, gt=0, description="Time for running slices to flush after SIGTERM")
     dispatch_seconds: float = Field(1.0, gt=0, description="Pause between dispatcher ticks that nothing wakes")
-    reap_seconds: float = Field(5.0, gt=0)
+    reap_seconds: float = Field(5.0, gt=0, description="How often ended leases and silent workers are looked for")
     redispatch_seconds: float = Field(60.0, gt=0, description="A dispatched slice that nobody claimed is sent again")
     epoch_seconds: float = Field(2.0, gt=0, description="How often Redis is asked whether it lost its data")
-    audit_seconds: float = Field(60.0, gt=0)
+    audit_seconds: float = Field(60.0, gt=0, description="How often the invariants of jobs and slices are checked")
     forecast_seconds: float = Field(5.0, gt=0, description="How often it is foretold when open jobs begin and end")
     webhook_networks: Annotated[list[IPvAnyNetwork], NoDecode, BeforeValidator(_names)] = Field(
         [],
@@ -127,17 +127,20 @@ class Settings(RemoteSettings):
     slots: int = Field(4, ge=1, le=64, description="Slices that one worker runs at once")
     queue_window: int = Field(2, ge=0, description="Slices that wait in Redis beyond a worker's free slots")
     slice_lines: int = Field(256, ge=1, le=4096, description="Largest slice that the planner makes")
-    flush_seconds: float = Field(0.5, gt=0)
-    flush_lines: int = Field(512, ge=1)
+    flush_seconds: float = Field(0.5, gt=0, description="Results wait so long to be recorded together")
+    flush_lines: int = Field(512, ge=1, description="As many are recorded at once, without waiting")
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any, else the CPU")
     workers: str = Field("auto", description="Number of worker processes on this host, or auto: one for each device")
+    gpus: Annotated[list[Annotated[int, Field(ge=0)]], NoDecode, BeforeValidator(_names)] = Field(
+        [], description="Of this host's GPUs those to use, by nvidia-smi's numbers, commas between; by default all"
+    )
     cache_bytes: int | None = Field(None, description="Byte budget of the model cache; by default 80 % of the device")
     kv_tokens: int = Field(
         DEFAULT_KV_TOKENS, ge=16, description="Tokens in a model's KV cache, or one full context if that is more"
     )
     torch_threads: int | None = Field(None, description="CPU threads of an engine child; by default cores / workers")
-    log_level: str = "INFO"
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     @cached_property
     def sqlalchemy_url(self) -> str:

@@ -1,6 +1,7 @@
-"""Writes docs/reference: the API by its OpenAPI document, the client by its docstrings, the command line by Typer.
+"""Writes docs/reference: the API by its OpenAPI document, the client by its docstrings, the command line by Typer; and
+the table of settings in docs/configuration.md.
 
-`make reference` writes it; `make check` runs it with `--check`, and fails on a page that is not what the code says.
+`make reference` writes them; `make check` runs it with `--check`, and fails on a page that is not what the code says.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typer.cli import get_docs_for_click
 
 from services.gateway.app import create_app
 from services.gateway.openapi import REFUSALS
-from shared.settings import Settings
+from shared.settings import RemoteSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOWHERE = {"database_url": "postgresql://nobody@127.0.0.1:1/none", "redis_url": "redis://127.0.0.1:1/0"}
@@ -201,15 +202,39 @@ def cli_page() -> str:
     )
 
 
+def settings_page(page: str) -> str:
+    """Return docs/configuration.md with the table of settings as the code has them."""
+    rows = [
+        [f"`LAMPLIGHTER_{name.upper()}`", _default(field), field.description or ""]
+        for name, field in sorted(
+            Settings.model_fields.items(), key=lambda each: each[0] in RemoteSettings.model_fields
+        )
+    ]
+    table = _table(["variable", "default", "meaning"], rows)
+    return re.sub(r"^\| variable \|.*?\n\n", lambda _: f"{table}\n\n", page, count=1, flags=re.MULTILINE | re.DOTALL)
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    return ",".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail on pages that are not as they would be"
     )
     is_check = parser.parse_args().check
-    pages = {"api.md": api_page(document()), "client.md": client_page(), "cli.md": cli_page()}
-    for name, text in pages.items():
-        path = ROOT / "docs" / "reference" / name
+    docs = ROOT / "docs"
+    pages = {
+        docs / "reference" / "api.md": api_page(document()),
+        docs / "reference" / "client.md": client_page(),
+        docs / "reference" / "cli.md": cli_page(),
+        docs / "configuration.md": settings_page((docs / "configuration.md").read_text()),
+    }
+    for path, text in pages.items():
         if not is_check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:

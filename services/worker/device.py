@@ -32,8 +32,8 @@ class Device:
 
 
 def enumerate_devices(settings: Settings) -> list[Device]:
-    """Return the devices to start workers on: all GPUs, or as many CPU workers as were asked for."""
-    gpus = [] if settings.device == "cpu" else _gpus()
+    """Return the devices to start workers on: GPUs, all or the chosen ones, or as many CPU workers as asked for."""
+    gpus = [] if settings.device == "cpu" else _chosen(_gpus(), settings.gpus)
     if settings.device == "cuda" and not gpus:
         raise RuntimeError("LAMPLIGHTER_DEVICE is cuda, but nvidia-smi lists no GPU.")
     if gpus:
@@ -41,6 +41,17 @@ def enumerate_devices(settings: Settings) -> list[Device]:
     count = 1 if settings.workers == "auto" else int(settings.workers)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [Device(f"cpu:{index}", int(memory * CPU_MEMORY_SHARE / count)) for index in range(count)]
+
+
+def _chosen(gpus: list[Device], indices: list[int]) -> list[Device]:
+    """Return those GPUs that were chosen, in that order. Raises RuntimeError for one that is not there."""
+    known = {gpu.name: gpu for gpu in gpus}
+    wanted = [f"cuda:{index}" for index in dict.fromkeys(indices)]
+    if missing := [name for name in wanted if name not in known]:
+        raise RuntimeError(
+            f"LAMPLIGHTER_GPUS names {', '.join(missing)}; nvidia-smi lists {', '.join(known) or 'none'}."
+        )
+    return [known[name] for name in wanted] if wanted else gpus
 
 
 def _gpus() -> list[Device]:

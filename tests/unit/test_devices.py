@@ -1,0 +1,47 @@
+"""Which devices a host's workers are started on, by what its nvidia-smi says."""
+
+import os
+
+import pytest
+
+from services.worker.device import enumerate_devices
+from shared.settings import Settings
+
+
+@pytest.fixture
+def four_gpus(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, 81559"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def settings(**more):
+    nowhere = {"database_url": "postgresql://x@y/z", "redis_url": "redis://x", "store_url": "/nonexistent"}
+    return Settings(**nowhere, **more)
+
+
+def names(**more):
+    return [device.name for device in enumerate_devices(settings(**more))]
+
+
+def test_all_gpus_or_the_chosen_ones_or_so_many(four_gpus, monkeypatch):
+    assert names() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert names(workers="2") == ["cuda:0", "cuda:1"]
+    assert names(gpus=[3, 1, 3]) == ["cuda:3", "cuda:1"]
+    monkeypatch.setenv("LAMPLIGHTER_GPUS", "0, 2")  # as Compose gives it
+    assert names() == ["cuda:0", "cuda:2"]
+    monkeypatch.setenv("LAMPLIGHTER_GPUS", "")
+    assert len(names()) == 4
+    assert names(device="cpu", workers="2") == ["cpu:0", "cpu:1"]
+
+
+def test_a_gpu_that_is_not_there_is_named(four_gpus):
+    with pytest.raises(RuntimeError, match="names cuda:7; nvidia-smi lists cuda:0, "):
+        names(gpus=[0, 7])
+
+
+def test_a_device_pins_its_process(four_gpus):
+    device = enumerate_devices(settings(gpus=[2]))[0]
+    assert device.environment(1, None) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert device.memory_bytes == int(81559 * 2**20 * 0.8)
