@@ -2,14 +2,17 @@
 
     python3 tools/backup.py save FOLDER      while everything runs
     python3 tools/backup.py check FOLDER     are the archives what was written?
-    python3 tools/backup.py restore FOLDER   into volumes that are empty; then everything is started and checked
+    python3 tools/backup.py restore FOLDER   where nothing is; it is checked, and then everything is started
 
-A backup is Postgres as it lies on disk, then the store, then the secrets, and last a manifest of their SHA-256.
-Postgres goes first: files are written before the row that names them, so the store's copy has all that a row names.
-Postgres is not dumped: events are read in the order of its transactions' numbers, which a dump does not keep.
+A backup is Postgres as it lies on disk, then the store, models and weights, then the secrets, and last a manifest of
+their SHA-256. Postgres goes first: files are written before the row that names them, so the store's copy has all that a
+row names. It is not dumped: events are read in the order of its transactions' numbers, which a dump does not keep.
 
-With `--data DIR` it does the same for `lamplighter up --data DIR` (run it with `.venv/bin/python`). Restore such a one
-to the path where it was: models name their directories in full.
+`restore --no-start` ends when all has been compared: for a rehearsal beside the deployment that it is of, whose
+webhooks and schedules would otherwise go off twice. `restore --only store` is for a store that was lost alone.
+
+With `--data DIR` it does the same for `lamplighter up --data DIR` (run it with `.venv/bin/python`), without models,
+which may lie anywhere. Restore such a one to where it was: models that were trained name their directories in full.
 """
 
 import argparse
@@ -18,7 +21,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,54 +33,82 @@ from typing import Any, BinaryIO, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
-POSTGRES, STORE, SECRETS = "postgres.tar", "store.tar", "secrets"
+POSTGRES, STORE, WEIGHTS, MODELS, SECRETS = "postgres.tar", "store.tar", "weights.tar", "models.tar", "secrets"
 BLOCK_BYTES = 1 << 20
 READY_SECONDS = 180
 BASE_BACKUP = ["-D", "-", "-Ft", "-X", "fetch", "-c", "fast"]
 """One archive on standard output, with the log that was written meanwhile, begun at once."""
 CHANGED_MEANWHILE = 1
 """How GNU tar ends when something went or grew while it was read. What counts is looked at after a restore."""
+IS_EMPTY = '[ -z "$(ls -A {} 2>/dev/null)" ]'
 UNPACK_POSTGRES = """
 set -e
-if [ -n "$(ls -A "$PGDATA" 2>/dev/null)" ]; then echo "Postgres' volume is not empty" >&2; exit 1; fi
 mkdir -p "$PGDATA"; tar -C "$PGDATA" -xpf -
 chown -R postgres "$PGDATA"; chmod 700 "$PGDATA"
-PATH="$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)" pg_verifybackup "$PGDATA" >&2
+status=0
+PATH="$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)" pg_verifybackup "$PGDATA" >&2 || status=$?
+# One that was killed by a signal, or is not there, has found nothing: the archive's SHA-256 has been compared before.
+if [ "$status" -ge 126 ]; then echo "pg_verifybackup could not look (status $status)" >&2; else exit "$status"; fi
 """
-UNPACK_STORE = """
-set -e
-if [ -n "$(ls -A /data/store)" ]; then echo "the store's volume is not empty" >&2; exit 1; fi
-tar -C /data/store -xf -
-"""
+SET_PASSWORD = b"\\getenv password POSTGRES_PASSWORD\nALTER ROLE postgres PASSWORD :'password';\n"
+"""By standard input and the container's own environment: a command line is seen by everybody on the machine."""
 
 
 class Deployment(Protocol):
-    """What is backed up. Commands write an archive to their standard output, or read one from their input."""
+    """What is backed up."""
 
     secrets: Path
+    keeps_secrets: bool
+    """Whether secrets that are there already go before those of a backup."""
 
-    def pack_postgres(self) -> list[str]: ...
-    def pack_store(self) -> list[str]: ...
-    def unpack(self, postgres: BinaryIO, store: BinaryIO) -> None: ...
-    def audit(self) -> dict[str, Any]:
-        """Start what was restored and return what `services.scheduler.store_audit` found."""
+    def packers(self) -> dict[str, list[str]]:
+        """Return commands that write an archive to their standard output, by its name."""
         ...
+
+    def psql(self) -> list[str]: ...
+    def require_empty(self, name: str) -> None:
+        """Raise SystemExit when there is something already where an archive is to be unpacked."""
+        ...
+
+    def unpack(self, name: str, archive: BinaryIO) -> None: ...
+    def audit(self) -> dict[str, Any]:
+        """Start Postgres alone and return what `services.scheduler.store_audit` finds."""
+        ...
+
+    def start(self) -> None: ...
 
 
 def save(deployment: Deployment, folder: Path) -> None:
     """Make a backup in a folder that is not there yet; without a manifest it is not whole."""
     folder.mkdir(parents=True, mode=0o700)
-    parts = {
-        POSTGRES: _collect(deployment.pack_postgres(), folder / POSTGRES, accepted={0}),
-        STORE: _collect(deployment.pack_store(), folder / STORE, accepted={0, CHANGED_MEANWHILE}),
-        SECRETS: _collect(["cat", str(deployment.secrets)], folder / SECRETS, accepted={0}),
-    }
+    packers = deployment.packers()
+    parts = {}
+    with _log_kept(deployment.psql()):
+        parts[POSTGRES] = _collect(packers.pop(POSTGRES), folder / POSTGRES, accepted={0})
+    for name, command in packers.items():
+        parts[name] = _collect(command, folder / name, accepted={0, CHANGED_MEANWHILE})
+    parts[SECRETS] = _collect(["cat", str(deployment.secrets)], folder / SECRETS, accepted={0})
     manifest = {"format": 1, "made_at": datetime.now(timezone.utc).isoformat(), "parts": parts}  # noqa: UP017  # 3.9
     with (folder / MANIFEST).open("x") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
     print(f"saved {sum(part['bytes'] for part in parts.values()):,} bytes to {folder}")
+
+
+@contextlib.contextmanager
+def _log_kept(psql: list[str]) -> Iterator[None]:
+    """Have Postgres keep its log inside the block: the end of a backup needs that of its beginning."""
+    command = [*psql, "-qAt", "-v", "ON_ERROR_STOP=1"]
+    slot = f"backup_{os.getpid()}_{int(time.time())}"
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        session.stdin.write(f"SELECT pg_create_physical_replication_slot('{slot}', true, true) IS NOT NULL;\n")
+        session.stdin.flush()
+        if session.stdout.readline().strip() != "t":
+            raise SystemExit("Postgres does not run, or keeps no log: nothing was saved.")
+        yield  # the slot is temporary: it ends with its session
 
 
 def _collect(command: list[str], path: Path, accepted: set[int]) -> dict[str, Any]:
@@ -100,10 +130,10 @@ def _collect(command: list[str], path: Path, accepted: set[int]) -> dict[str, An
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def check(folder: Path) -> None:
-    """Compare the archives with the manifest. Raises SystemExit that names what is not as it was written."""
+def check(folder: Path) -> dict[str, Any]:
+    """Return the manifest, compared with the archives. Raises SystemExit that names what is not as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise SystemExit(f"{folder} has no {MANIFEST}: it is no backup, or one that was cut off.") from None
     for name, part in manifest["parts"].items():
@@ -114,126 +144,192 @@ def check(folder: Path) -> None:
         if digest.hexdigest() != part["sha256"]:
             raise SystemExit(f"{folder / name} is not what was written: its SHA-256 is another. Nothing was restored.")
     print(f"{folder} of {manifest['made_at']} is what was written")
+    return manifest
 
 
-def restore(deployment: Deployment, folder: Path) -> None:
-    """Check a backup, unpack it where nothing is, start, and compare every file with what Postgres says of it."""
-    check(folder)
-    if not deployment.secrets.exists():
-        deployment.secrets.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / SECRETS, deployment.secrets)
-        deployment.secrets.chmod(0o600)
-    with (folder / POSTGRES).open("rb") as postgres, (folder / STORE).open("rb") as store:
-        deployment.unpack(postgres, store)
+def restore(deployment: Deployment, folder: Path, *, only: "str | None" = None, is_started: bool = True) -> None:
+    """Check a backup, unpack it where nothing is, compare every file with what Postgres says of it, and start."""
+    names = [name for name in check(folder)["parts"] if name != SECRETS and only in (None, name)]
+    if only is None and deployment.keeps_secrets and not deployment.secrets.exists():
+        _install_secrets(deployment, folder / SECRETS)  # without them not even emptiness can be looked at
+    for name in names:  # all are looked at before one is written
+        deployment.require_empty(name)
+    if only is None and not deployment.keeps_secrets:
+        _install_secrets(deployment, folder / SECRETS)
+    for name in names:
+        with (folder / name).open("rb") as archive:
+            deployment.unpack(name, archive)
     found = deployment.audit()
     for sentence in found["wrong"]:
         print(sentence, file=sys.stderr)
     if found["wrong"]:
-        raise SystemExit(f"restored, but {len(found['wrong'])} objects of the store are not as Postgres says.")
+        raise SystemExit(
+            f"unpacked, but {len(found['wrong'])} things are not as Postgres says; nothing else was started."
+        )
     print(f"restored; {found['objects']:,} objects of the store, {found['bytes']:,} bytes, are as Postgres says")
+    if is_started:
+        deployment.start()
+
+
+def _install_secrets(deployment: Deployment, saved: Path) -> None:
+    """Put a backup's secrets where they belong; nobody else can read them, not even for a moment."""
+    deployment.secrets.parent.mkdir(parents=True, exist_ok=True)
+    deployment.secrets.unlink(missing_ok=True)
+    with os.fdopen(os.open(deployment.secrets, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(saved.read_bytes())
 
 
 class Composed:
     """A deployment of docker-compose.yml."""
 
+    keeps_secrets = True
+    PLACES = {STORE: "/data/store", WEIGHTS: "/data/weights", MODELS: "/models"}  # noqa: RUF012  # read only
+    """Where archives lie in the gateway's container, which may write the first two."""
+
     def __init__(self, command: str, env_file: Path) -> None:
         self.secrets = env_file
         self._command = [*shlex.split(command), "--env-file", str(env_file)]
+
+    def packers(self) -> dict[str, list[str]]:
+        postgres = [*self._command, "exec", "-T", "postgres", "pg_basebackup", "-U", "postgres", *BASE_BACKUP]
+        return {POSTGRES: postgres} | {
+            # Of a file that is being written only the finished form counts.
+            name: self._inside("gateway", "tar", "-C", place, "--exclude=*.part", "-cf", "-", ".")
+            for name, place in self.PLACES.items()
+        }
 
     def _inside(self, service: str, *command: str) -> list[str]:
         """Return a command that runs in a new container of a service, beside its volumes."""
         return [*self._command, "run", "--rm", "-T", "--no-deps", "--entrypoint", command[0], service, *command[1:]]
 
-    def pack_postgres(self) -> list[str]:
-        return [*self._command, "exec", "-T", "postgres", "pg_basebackup", "-U", "postgres", *BASE_BACKUP]
+    def psql(self) -> list[str]:
+        return [*self._command, "exec", "-T", "postgres", "psql", "-U", "postgres"]
 
-    def pack_store(self) -> list[str]:
-        # Of a file that is being written only the finished form counts.
-        return self._inside("scheduler", "tar", "-C", "/data/store", "--exclude=*.part", "-cf", "-", ".")
+    def _models(self) -> Path:
+        """Return this machine's directory of models, as the deployment's variables have it."""
+        lines = self.secrets.read_text().splitlines()
+        named = [line.partition("=")[2] for line in lines if line.startswith("LAMPLIGHTER_MODELS=")]
+        return ROOT / (named[-1] if named and named[-1] else "models")
 
-    def unpack(self, postgres: BinaryIO, store: BinaryIO) -> None:
-        _run(self._inside("scheduler", "sh", "-c", UNPACK_STORE), stdin=store)
-        _run(self._inside("postgres", "sh", "-c", UNPACK_POSTGRES), stdin=postgres)
-        _run([*self._command, "up", "-d", "postgres"])
-        # The superuser's password is the backup's; this deployment's may be another. The socket asks for none.
-        change = "ALTER ROLE postgres PASSWORD :'password'"
-        psql = 'psql -q -U postgres -v "password=$POSTGRES_PASSWORD" -v ON_ERROR_STOP=1'
-        _retry([*self._command, "exec", "-T", "postgres", "sh", "-c", f'echo "{change}" | {psql}'])
-        _run([*self._command, "up", "-d"])
+    def require_empty(self, name: str) -> None:
+        if name == MODELS:
+            return  # what is there stays, as a machine may well have them already
+        service, place = ("postgres", '"$PGDATA"') if name == POSTGRES else ("gateway", self.PLACES[name])
+        command = self._inside(service, "sh", "-c", IS_EMPTY.format(place))
+        if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+            raise SystemExit(f"{name}: its volume is not empty. Nothing was restored.")
+
+    def unpack(self, name: str, archive: BinaryIO) -> None:
+        if name == POSTGRES:
+            _run(self._inside("postgres", "sh", "-c", UNPACK_POSTGRES), stdin=archive)
+        elif name != MODELS:
+            _run(self._inside("gateway", "tar", "-C", self.PLACES[name], "-xf", "-"), stdin=archive)
+        elif (directory := self._models()).is_dir() and any(directory.iterdir()):
+            print(f"{directory} has models already, and stays as it is")
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            _run(["tar", "-C", str(directory), "-xf", "-"], stdin=archive)
 
     def audit(self) -> dict[str, Any]:
-        command = [*self._command, "exec", "-T", "scheduler", "python", "-m", "services.scheduler.store_audit"]
-        return _audited(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=False))
+        _run([*self._command, "up", "-d", "postgres"])
+        # The superuser's password is the backup's; this deployment's may be another. The socket asks for none.
+        _retry([*self.psql(), "-q", "-v", "ON_ERROR_STOP=1"], SET_PASSWORD)
+        _run([*self._command, "run", "--rm", "-T", "--no-deps", "migrate"])  # the services' passwords, too
+        return _audited(self._inside("scheduler", "python", "-m", "services.scheduler.store_audit"), {})
+
+    def start(self) -> None:
+        _run([*self._command, "up", "-d"])
 
 
 class Embedded:
     """The servers of `lamplighter up`, or what they left in their directory."""
 
+    keeps_secrets = False  # nothing would give the restored cluster other ones
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
-        self._cluster, self.secrets = self._directory / "postgres", self._directory / "postgres.json"
+        self._places = {POSTGRES: self._directory / "postgres", STORE: self._directory / "store"}
+        self.secrets = self._directory / "postgres.json"
 
-    def pack_postgres(self) -> list[str]:
+    def packers(self) -> dict[str, list[str]]:
+        return {
+            POSTGRES: [*self._program("pg_basebackup"), *BASE_BACKUP],
+            STORE: ["tar", "-C", str(self._places[STORE]), "--exclude=*.part", "-cf", "-", "."],
+        }
+
+    def _program(self, name: str) -> list[str]:
+        """Return a command for the server that runs now; where none does it will say so."""
         from services.local import postgres
 
-        try:
-            port = (self._cluster / "postmaster.pid").read_text().splitlines()[3]
-        except FileNotFoundError:
-            raise SystemExit(f"nothing runs on {self._directory}: lamplighter up --data {self._directory}") from None
-        password = json.loads(self.secrets.read_text())["superuser"]
-        # By its environment: a command line is seen by everybody.
-        os.environ["PGPASSWORD"] = password
-        where = ["-h", "127.0.0.1", "-p", port, "-U", "postgres"]
-        return [str(postgres.binary("pg_basebackup")), *where, *BASE_BACKUP]
+        with contextlib.suppress(FileNotFoundError):
+            # By its environment: a command line is seen by everybody.
+            os.environ["PGPASSWORD"] = json.loads(self.secrets.read_text())["superuser"]
+            port = (self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[3]
+            return [str(postgres.binary(name)), "-h", "127.0.0.1", "-p", port, "-U", "postgres"]
+        return ["false"]
 
-    def pack_store(self) -> list[str]:
-        return ["tar", "-C", str(self._directory / "store"), "--exclude=*.part", "-cf", "-", "."]
+    def psql(self) -> list[str]:
+        return self._program("psql")
 
-    def unpack(self, postgres: BinaryIO, store: BinaryIO) -> None:
+    def require_empty(self, name: str) -> None:
+        if self._places[name].exists() and any(self._places[name].iterdir()):
+            raise SystemExit(f"{self._places[name]} is not empty. Nothing was restored.")
+
+    def unpack(self, name: str, archive: BinaryIO) -> None:
         from services.local.postgres import let_user_in, system_user
 
-        for path in (self._cluster, self._directory / "store"):
-            if path.exists() and any(path.iterdir()):
-                raise SystemExit(f"{path} is not empty. Nothing was restored.")
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _run(["tar", "-C", str(self._directory / "store"), "-xf", "-"], stdin=store)
-        _run(["tar", "-C", str(self._cluster), "-xpf", "-"], stdin=postgres)
+        self._places[name].mkdir(parents=True, exist_ok=True, mode=0o700)
+        _run(["tar", "-C", str(self._places[name]), "-xpf", "-"], stdin=archive)
         # The wheel's pg_verifybackup 18 crashes on every backup; the archive's SHA-256 has been looked at.
-        if (user := system_user()) is not None:
-            let_user_in(self._cluster, user)
-            _run(["chown", "-R", user, str(self._cluster)])
+        if name == POSTGRES and (user := system_user()) is not None:
+            let_user_in(self._places[name], user)
+            _run(["chown", "-R", user, str(self._places[name])])
 
     def audit(self) -> dict[str, Any]:
         with self._postgres() as url:
             own = {
                 "LAMPLIGHTER_DATABASE_URL": url,
                 "LAMPLIGHTER_REDIS_URL": "redis://127.0.0.1:1/0",  # not asked
-                "LAMPLIGHTER_STORE_URL": str(self._directory / "store"),
+                "LAMPLIGHTER_STORE_URL": str(self._places[STORE]),
             }
-            command = [sys.executable, "-m", "services.scheduler.store_audit"]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | own, check=False)
-        return _audited(done)
+            return _audited([sys.executable, "-m", "services.scheduler.store_audit"], own)
+
+    def start(self) -> None:
+        print(f"lamplighter up --data {self._directory}")
 
     @contextlib.contextmanager
     def _postgres(self) -> Iterator[str]:
         """Run the restored Postgres; yields the scheduler's URL."""
         from services.local import postgres
 
-        cluster = postgres.prepare(self._cluster)
+        cluster = postgres.prepare(self._places[POSTGRES])
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(cluster.command(), stdout=log, stderr=log, user=postgres.system_user(), cwd="/")
             try:
                 _retry([str(postgres.binary("pg_isready")), "-q", "-h", "127.0.0.1", "-p", str(cluster.port)])
+                _migrate(cluster.url("migration"))
                 yield cluster.url("scheduler")
             finally:
                 process.send_signal(signal.SIGINT)
                 process.wait()
 
 
-def _audited(done: "subprocess.CompletedProcess[bytes]") -> dict[str, Any]:
-    """Return what the audit printed. Raises SystemExit when it could not look."""
+def _migrate(url: str) -> None:
+    """Bring what an earlier release has saved to this one's schema."""
+    from sqlalchemy import create_engine
+
+    from shared.db.setup import migrate
+
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    migrate(engine)
+    engine.dispose()
+
+
+def _audited(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Return what the audit prints. Raises SystemExit when it could not look."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | environment, check=False)
     if done.returncode not in (0, 1) or not done.stdout.strip():
-        raise SystemExit(f"restored, but the store could not be compared with Postgres (status {done.returncode}).")
+        raise SystemExit(f"unpacked, but the store could not be compared with Postgres (status {done.returncode}).")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -245,10 +341,10 @@ def _run(command: list[str], stdin: "BinaryIO | None" = None) -> None:
         raise SystemExit(f"{shlex.join(command)[:300]} ended with {done.returncode}.")
 
 
-def _retry(command: list[str]) -> None:
-    """Run a command until it succeeds: what it asks is being started."""
+def _retry(command: list[str], said: bytes = b"") -> None:
+    """Run a command until it succeeds, with `said` as its input: what it asks is being started."""
     deadline = time.monotonic() + READY_SECONDS
-    while subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+    while subprocess.run(command, cwd=ROOT, input=said, capture_output=True, check=False).returncode:
         if time.monotonic() > deadline:
             raise SystemExit(f"{shlex.join(command)[:300]} did not succeed within {READY_SECONDS} s.")
         time.sleep(0.5)
@@ -267,6 +363,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="of `lamplighter up`; without it, what docker-compose.yml deploys")
     parser.add_argument("--compose", help="command, such as 'docker compose -p other -f docker-compose.yml'")
     parser.add_argument("--env-file", type=Path, default=ROOT / ".env")
+    parser.add_argument(
+        "--no-start", action="store_true", help="of restore: compare everything, and start nothing else"
+    )
+    parser.add_argument("--only", choices=("store",), help="of restore: this alone, beside a Postgres that is well")
     arguments = parser.parse_args()
     if arguments.what == "check":
         check(arguments.folder)
@@ -277,7 +377,12 @@ def main() -> None:
         deployment = Embedded(arguments.data)
     else:
         deployment = Composed(arguments.compose or _compose(), arguments.env_file.resolve())
-    {"save": save, "restore": restore}[arguments.what](deployment, arguments.folder.resolve())
+    folder = arguments.folder.resolve()
+    if arguments.what == "save":
+        save(deployment, folder)
+    else:
+        only = f"{arguments.only}.tar" if arguments.only else None
+        restore(deployment, folder, only=only, is_started=not arguments.no_start)
 
 
 if __name__ == "__main__":

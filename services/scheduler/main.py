@@ -111,7 +111,14 @@ class Scheduler:
             self.stop.wait(self._forecaster.pause_seconds)  # an outage, too, is no reason to try at once
 
     def forget(self) -> None:
-        self._retention.tick()
+        run_each([self._retention.tick, self._rewrite_redis_file])
+
+    def _rewrite_redis_file(self) -> None:
+        """Have prompts go from the disk that went through Redis: they stand in its file until it is written anew."""
+        try:
+            self._redis.bgrewriteaof()
+        except redis.RedisError as error:  # one that is away, writes it just now, or does not let us: in an hour again
+            log.info("Redis does not rewrite its file", extra={"error": str(error)})
 
     def erase(self) -> None:
         self._eraser.tick(self.stop.is_set)
@@ -121,8 +128,7 @@ class Scheduler:
 
     def trace(self) -> None:
         assert self._tracer is not None
-        while self._tracer.tick() and not self.stop.is_set():
-            pass
+        self._tracer.run(self.stop)
 
     def run(self) -> None:
         """Start every loop and return when all have ended."""

@@ -1,7 +1,8 @@
 """`python -m services.scheduler.store_audit`: is everything that Postgres names in the store, as it was written?
 
-Run after a backup was restored, or whenever the store's disk is in doubt. It reads every content once and changes
-nothing; what is wrong is printed, a line each, and the exit status is 1.
+Run after a backup was restored, or whenever the store's disk is in doubt. It reads every file and every model that was
+trained here once, and changes nothing; of models from elsewhere it looks whether their directory is there. What it
+found is printed as JSON, and the exit status is 1 when something is wrong.
 """
 
 import hashlib
@@ -9,11 +10,13 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from sqlalchemy import Engine
 
 from shared.db import files, model_registry
 from shared.db.files import StoredContent
+from shared.db.model_registry import ModelSource
 from shared.db.session import connect_engine
 from shared.logging import configure_logging
 from shared.settings import load_settings
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 500
 MANIFEST_FILE = "manifest.json"
-"""Beside a trained model's directory: size and SHA-256 of every file of its checkpoint."""
+"""Size and SHA-256 of every file of a model that was trained here, or of its checkpoint."""
 
 
 @dataclass
@@ -34,20 +37,27 @@ class Audit:
     bytes: int = 0
     wrong: list[str] = field(default_factory=list)
 
+    def add(self, other: "Audit") -> None:
+        self.objects += other.objects
+        self.bytes += other.bytes
+        self.wrong += other.wrong
+
 
 def audit(engine: Engine, store: Store) -> Audit:
-    """Compare files and trained models with what Postgres, or their checkpoint, says of them."""
+    """Compare files and models with what Postgres says of them."""
     found = Audit()
     for content in _contents(engine):
-        _expect(found, store, content.store_path, content.bytes, content.sha256)
+        seen = Audit()
+        _expect(seen, store, content.store_path, content.bytes, content.sha256)
         if content.index_path is not None and content.lines is not None:
-            _expect(found, store, content.index_path, (content.lines + 1) * OFFSET_BYTES, None)
+            _expect(seen, store, content.index_path, (content.lines + 1) * OFFSET_BYTES, None)
+        if seen.wrong and _as_it_is_now(engine, content) != content:
+            continue  # it was deleted, or has expired, while we looked
+        found.add(seen)
     with engine.connect() as connection:
         known = model_registry.sources(connection)
-    for source in known:
-        path = store.relative(source)
-        if path is not None:
-            _check_model(found, store, path)
+    for model in known:
+        _check_model(found, store, model)
     return found
 
 
@@ -63,18 +73,38 @@ def _contents(engine: Engine) -> Iterator[StoredContent]:
         after = page[-1].file_id
 
 
-def _check_model(found: Audit, store: Store, path: str) -> None:
-    directory, _, name = path.rpartition("/")
+def _as_it_is_now(engine: Engine, content: StoredContent) -> StoredContent | None:
+    with engine.connect() as connection:
+        return files.content(connection, content.file_id)
+
+
+def _check_model(found: Audit, store: Store, model: ModelSource) -> None:
+    path = store.relative(model.source)
+    if path is not None:
+        _check_trained(found, store, model, path)
+    elif model.source.startswith("/") and not Path(model.source).is_dir():
+        found.wrong.append(f"model {model.name}: there is no directory {model.source}")
+
+
+def _check_trained(found: Audit, store: Store, model: ModelSource, path: str) -> None:
+    """Compare a model's files with its manifest: of what a run ended with it is one of them, of a checkpoint beside."""
+    parent, _, name = path.rpartition("/")
+    is_checkpoint = model.manifest_sha256 is not None
+    directory = parent if is_checkpoint else path
+    manifest = f"{directory}/{MANIFEST_FILE}"
     try:
-        manifest = json.loads(b"".join(store.read(f"{directory}/{MANIFEST_FILE}")))
+        content = b"".join(store.read(manifest))
+        entries = json.loads(content)["files"]
     except FileNotFoundError:
         found.wrong.append(f"{path}: the model's manifest is missing")
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         found.wrong.append(f"{path}: the model's manifest cannot be read: {error}")
         return
-    for file, entry in manifest["files"].items():
-        if file.startswith(f"{name}/"):
+    if is_checkpoint and hashlib.sha256(content).hexdigest() != model.manifest_sha256:
+        found.wrong.append(f"{manifest}: not the bytes that were written: their SHA-256 is another")
+    for file, entry in entries.items():
+        if not is_checkpoint or file.startswith(f"{name}/"):
             _expect(found, store, f"{directory}/{file}", entry["bytes"], entry["sha256"])
 
 

@@ -7,6 +7,7 @@ is sent twice, by two schedulers or after a restart, is the same span.
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from shared.db import traces
 from shared.db.session import alone
@@ -26,9 +27,10 @@ from shared.db.traces import EndedAttempt, EndedJob
 log = logging.getLogger(__name__)
 
 LOCK = "traces"
-JOBS_AT_ONCE = 50
-MOST_ATTEMPTS = 1000
+JOBS_AT_ONCE = 20
+MOST_ATTEMPTS = 500
 """Of one job: a batch of a million lines has four thousand, and nobody looks at so many."""
+PAUSE_SECONDS = 5.0
 BACK = timedelta(minutes=10)
 """How far a scheduler that has just started looks back."""
 LATE = timedelta(seconds=60)
@@ -39,7 +41,7 @@ NOT_WELL = ("failed", "dead", "lost", "expired")
 
 
 class Tracer:
-    """Sends each ended job once to a collector that speaks OTLP over HTTP; while that is away, later."""
+    """Sends each ended job to a collector that speaks OTLP over HTTP; while that is away, later."""
 
     def __init__(self, engine: Engine, url: str, exporter: SpanExporter | None = None) -> None:
         self._engine = engine
@@ -48,36 +50,47 @@ class Tracer:
         self._sent: dict[UUID, datetime] = {}
         self._since: datetime | None = None
 
-    def tick(self) -> int:
-        """Send what has ended since; return how many jobs that were. Raises OSError when the collector is away."""
+    def run(self, stop: threading.Event) -> None:
+        """Send what has ended until `stop` is set, as the only scheduler that does; return when another one is."""
         with alone(self._engine, LOCK) as session:
-            if session is None:
-                return 0  # another scheduler does it
-            self._since = self._since or traces.now(session) - BACK
-            jobs = traces.ended_jobs(session, self._since, list(self._sent), JOBS_AT_ONCE)
-            tried = traces.attempts(session, [job.job_id for job in jobs], MOST_ATTEMPTS) if jobs else []
-        if not jobs:
-            return 0
-        if self._exporter.export(list(self._spans(jobs, tried))) is not SpanExportResult.SUCCESS:
-            raise OSError("the collector of traces took nothing")
-        self._remember(jobs)
-        return len(jobs)
+            while session is not None and not stop.is_set():
+                if not self.tick(session):
+                    stop.wait(PAUSE_SECONDS)
 
-    def _remember(self, jobs: Sequence[EndedJob]) -> None:
-        """Go on behind these; what may still be committed before the last of them is looked for again."""
-        self._sent |= {job.job_id: job.ended_at for job in jobs}
-        self._since = max(self._since or jobs[0].ended_at, jobs[-1].ended_at - LATE)
-        self._sent = {job_id: ended for job_id, ended in self._sent.items() if ended > self._since}
-
-    def _spans(self, jobs: Sequence[EndedJob], tried: Sequence[EndedAttempt]) -> Iterator[ReadableSpan]:
+    def tick(self, session: Connection) -> bool:
+        """Send a few jobs that have ended since; return whether there may be more to be sent now."""
+        self._since = self._since or traces.now(session) - BACK
+        jobs = traces.ended_jobs(session, self._since, list(self._sent), JOBS_AT_ONCE)
         for job in jobs:
-            yield self._span(job.job_id, "", job.kind, (job.created_at, job.ended_at), job.state, _about_job(job))
-            waited = (job.created_at, job.started_at or job.ended_at)
-            yield self._span(job.job_id, "wait", "wait", waited, "done", {})
+            if not self._send(job, traces.attempts(session, [job.job_id], MOST_ATTEMPTS)):
+                return False
+            self._remember(job)
+        return len(jobs) == JOBS_AT_ONCE
+
+    def _send(self, job: EndedJob, tried: Sequence[EndedAttempt]) -> bool:
+        """Send one job's trace. False when the collector is away; one that it does not want is given up."""
+        if self._exporter.export(list(self._spans(job, tried))) is SpanExportResult.SUCCESS:
+            return True
+        is_there = self._exporter.export([]) is SpanExportResult.SUCCESS
+        message = "a trace was refused" if is_there else "the collector of traces is away"
+        log.warning(message, extra={"job_id": job.job_id.hex, "spans": len(tried) + 2})
+        return is_there
+
+    def _remember(self, job: EndedJob) -> None:
+        """Go on behind this one; what may still be committed before it is looked for again."""
+        self._sent[job.job_id] = job.ended_at
+        since = max(self._since or job.ended_at, job.ended_at - LATE)
+        self._since = since
+        self._sent = {job_id: ended for job_id, ended in self._sent.items() if ended > since}
+
+    def _spans(self, job: EndedJob, tried: Sequence[EndedAttempt]) -> Iterator[ReadableSpan]:
+        yield self._span(job.job_id, "", job.kind, (job.created_at, job.ended_at), job.state, _about_job(job))
+        waited = (job.created_at, job.started_at or job.ended_at)
+        yield self._span(job.job_id, "wait", "wait", waited, "done", {})
         for each in tried:
             period = (each.started_at, each.ended_at)
             about = _about_attempt(each)
-            yield self._span(each.job_id, str(each.attempt_id), "attempt", period, each.outcome or "", about)
+            yield self._span(job.job_id, str(each.attempt_id), "attempt", period, each.outcome or "", about)
 
     def _span(
         self, job_id: UUID, key: str, name: str, period: tuple[datetime, datetime], ended: str, about: dict[str, Any]

@@ -190,3 +190,15 @@ def contents(connection: Connection, *, after: UUID | None, limit: int) -> list[
     """Return a page of what the store must hold for files that are there, by id."""
     rows = connection.execute(_CONTENTS, {"after": after, "limit": limit}).mappings()
     return [StoredContent(**row) for row in rows]
+
+
+_CONTENT = text("""
+    SELECT file_id, store_path, index_path, bytes, sha256, lines FROM file
+    WHERE file_id = :file_id AND deleted_at IS NULL AND store_path IS NOT NULL
+""")
+
+
+def content(connection: Connection, file_id: UUID) -> StoredContent | None:
+    """Return what the store must hold for one file, or None when it is no longer there."""
+    row = connection.execute(_CONTENT, {"file_id": file_id}).mappings().one_or_none()
+    return StoredContent(**row) if row is not None else None

@@ -3,6 +3,7 @@
 All tenants are counted: these are for an admin's transaction.
 """
 
+import math
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
@@ -85,7 +86,7 @@ class Counts:
     expected: dict[str, int]
     """Open jobs with a deadline, by whether they are expected to meet it."""
     forecast_age_seconds: float
-    """Since the scheduler last foretold what happens when; 0 before its first time."""
+    """Since the scheduler last foretold what happens when; infinite before its first time."""
     silent_seconds: dict[str, float]
     """For how long the running slice that has told nothing for longest has told nothing, by kind."""
 
@@ -96,6 +97,7 @@ def count(connection: Connection) -> Counts:
     def jobs(statement: str) -> dict[tuple[str, str], int]:
         return {(row.kind, row.state): row.jobs for row in connection.execute(text(statement))}
 
+    age = connection.execute(text(FORETOLD)).scalar_one()
     return Counts(
         queues=[Queue(**row) for row in connection.execute(text(QUEUES)).mappings()],
         open_jobs=jobs(OPEN_JOBS),
@@ -104,6 +106,6 @@ def count(connection: Connection) -> Counts:
         dead_lettered_lines=connection.execute(text(DEAD_LETTERS)).scalar_one(),
         audit_findings=connection.execute(text(FINDINGS)).scalar_one(),
         expected={row.verdict: row.jobs for row in connection.execute(text(EXPECTED))},
-        forecast_age_seconds=connection.execute(text(FORETOLD)).scalar_one() or 0.0,
+        forecast_age_seconds=age if age is not None else math.inf,
         silent_seconds={row.kind: row.seconds for row in connection.execute(text(SILENT))},
     )

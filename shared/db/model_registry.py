@@ -149,6 +149,23 @@ def _unknown(name: str) -> NotFound:
     return NotFound(message, param="model", code="model_not_found")
 
 
-def sources(connection: Connection) -> list[str]:
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights lie; of one that was trained here, `manifest_sha256` is its checkpoint's."""
+
+    name: str
+    source: str
+    manifest_sha256: str | None
+
+
+_SOURCES = text("""
+    SELECT model.name, model.source, checkpoint.sha256 AS manifest_sha256
+    FROM model LEFT JOIN checkpoint ON checkpoint.tenant_id = model.tenant_id
+        AND checkpoint.store_path || '/model' = model.source
+    ORDER BY model.source, model.name
+""")
+
+
+def sources(connection: Connection) -> list[ModelSource]:
     """Return where the weights of all tenants' models lie: directories, names on a hub, addresses."""
-    return list(connection.execute(text("SELECT DISTINCT source FROM model ORDER BY source")).scalars())
+    return [ModelSource(**row) for row in connection.execute(_SOURCES).mappings()]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -155,6 +156,9 @@ def test_containers_reach_and_write_what_is_theirs(deployment):
     for service in ("gateway", "scheduler", "preprocessor", "flower", "worker"):
         assert deployment("exec", "-T", service, "touch", "/app/new", check=False).returncode != 0, service
         assert deployment("exec", "-T", service, "touch", "/tmp/new").returncode == 0, service
+    # Triton compiles kernels into the home directory, and loads them from there.
+    script = "printf '#!/bin/sh\\ntrue\\n' > ~/run && chmod +x ~/run && ~/run"
+    assert deployment("exec", "-T", "worker", "sh", "-c", script).returncode == 0
     ask = "import socket; socket.create_connection(('postgres', 5432), 3)"
     assert deployment("exec", "-T", "scheduler", "python", "-c", ask).returncode == 0
     assert "gaierror" in deployment("exec", "-T", "flower", "python", "-c", ask, check=False).stderr
@@ -166,6 +170,8 @@ def test_containers_reach_and_write_what_is_theirs(deployment):
     for network in ("database", "queue"):
         assert docker("network", "inspect", "-f", "{{.Internal}}", f"{deployment.project}_{network}").strip() == "true"
     cli = 'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli --user lamplighter '
+    version = deployment("exec", "-T", "redis", "redis-server", "--version").stdout.split()[2]
+    print("Redis", version, "Postgres", ask_postgres(deployment, "SHOW server_version"), compose_command())
     for command in ("flushall", "config get maxmemory", "shutdown", "acl list"):
         refused = deployment("exec", "-T", "redis", "sh", "-c", cli + command, check=False)
         assert "NOPERM" in refused.stdout + refused.stderr, command
@@ -222,9 +228,8 @@ def test_a_killed_worker_costs_nothing(deployment):
     with Client(deployment.url, deployment.key) as client:
         batch = client.submit(requests, "/v1/chat/completions")
         wait_until(lambda: client.job(batch["id"])["progress"]["done"] > 50, 60)
-        wait_until(lambda: len(running_on(deployment)) == 2, 60, "both workers run slices")
-        containers = deployment("ps", "-q", "worker").stdout.split()
-        (victim,) = [c for c in containers if c.startswith(min(running_on(deployment)))]
+        both = wait_until(lambda: len(hosts := running_on(deployment)) == 2 and hosts, 60, "both workers run slices")
+        (victim,) = [c for c in deployment.containers("worker") if c.startswith(min(both))]
         subprocess.run(["docker", "kill", "-s", "KILL", victim], check=True, capture_output=True)
         job = client.wait(batch["id"])
         attempts = client.request("GET", f"/v1/jobs/{batch['id']}/attempts", params={"limit": 100})["data"]
@@ -345,9 +350,10 @@ def two_gateways(deployment):
     if shutil.which("haproxy") is None:
         pytest.skip("no haproxy on this machine")
     second = f"{deployment.project}-gateway-b"
+    containers = [*deployment.containers("gateway"), second]  # looked for first: the second one would be listed, too
     deployment("run", "-d", "--no-deps", "--name", second, "gateway")
-    containers = [*deployment.containers("gateway")[:1], second]
     addresses = [f"{deployment.address(each)}:8000" for each in containers]
+    assert len(set(addresses)) == 2
     for address in addresses:
         url = f"http://{address}/readyz"
         wait_until(lambda url=url: answers(url), 60, f"{url} answers")
@@ -441,16 +447,24 @@ def test_a_backup_is_restored_into_a_fresh_deployment(deployment, tmp_path_facto
     with Client(deployment.url, deployment.key) as client:
         done = client.submit(slow_requests(50, 10), "/v1/chat/completions")
         client.wait(done["id"])
-        running = client.submit(slow_requests(3000, 3000), "/v1/chat/completions")
+        running = client.submit(slow_requests(12_000, 3000), "/v1/chat/completions")
         wait_until(lambda: client.job(running["id"])["progress"]["done"] > 20, 60)
         folder = tmp_path_factory.mktemp("backups") / "tonight"
         saved = deployment.backup("save", folder)
         assert saved.returncode == 0, saved.stderr
         assert client.job(running["id"])["status"] == "running", "the backup was made too late"
         output = client.job(done["id"])["output_file_id"]
-        content = client.request("GET", f"/v1/jobs/{done['id']}/results")
+        content = list(client.finished_lines(done["id"]))
     fresh = Deployment(tmp_path_factory.mktemp("restored"), project="lamplighter-restored")
+    models = tmp_path_factory.mktemp("elsewhere") / "models"  # as a machine has it that never had any
+    with fresh.env_file.open("a") as file:
+        file.write(f"LAMPLIGHTER_MODELS={models}\n")
     try:
+        rehearsed = fresh.backup("restore", folder, "--no-start")
+        assert rehearsed.returncode == 0, rehearsed.stderr[-3000:]
+        assert not fresh.containers("gateway"), "a rehearsal starts nothing that acts"
+        assert (models / "tiny-llama" / "config.json").is_file()
+        fresh("down", "-v", "-t", "5")
         restored = fresh.backup("restore", folder)
         assert restored.returncode == 0, restored.stderr[-3000:]
         print(restored.stdout.splitlines()[-1])
@@ -459,8 +473,8 @@ def test_a_backup_is_restored_into_a_fresh_deployment(deployment, tmp_path_facto
         for key in (deployment.key, fresh.key):
             with Client(fresh.url, key) as client:
                 assert client.job(done["id"])["output_file_id"] == output
-                assert client.request("GET", f"/v1/jobs/{done['id']}/results") == content
-        all_lines_once(fresh.url, fresh.key, running["id"], 3000)
+                assert list(client.finished_lines(done["id"])) == content
+        all_lines_once(fresh.url, fresh.key, running["id"], 12_000)
         again = fresh.backup("restore", folder)
         assert again.returncode == 1 and "not empty" in again.stderr
     finally:
@@ -470,16 +484,25 @@ def test_a_backup_is_restored_into_a_fresh_deployment(deployment, tmp_path_facto
 def test_a_worker_of_another_machine_joins(deployment, tmp_path):
     """Postgres and Redis are opened on one private address; a second project, which knows that address and where the store
     is mounted, stands for the other machine. It runs slices, and what it has when it is stopped goes to others."""
-    address = docker("network", "inspect", "bridge", "-f", "{{(index .IPAM.Config 0).Gateway}}").strip()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: the kernel says from which address it would be
+        address = probe.getsockname()[0]
     mounts = {
         name: docker("volume", "inspect", "-f", "{{.Mountpoint}}", f"{deployment.project}_{name.lower()}").strip()
         for name in ("STORE", "WEIGHTS")
     }
+    mounts["MODELS"] = deployment.secrets["LAMPLIGHTER_MODELS"]
     with deployment.env_file.open("a") as file:
-        file.write(f"LAMPLIGHTER_PRIVATE_ADDRESS={address}\nLAMPLIGHTER_MAIN_ADDRESS={address}\n")
-        file.writelines(f"LAMPLIGHTER_{name}={mount}\n" for name, mount in mounts.items())
+        file.write(f"LAMPLIGHTER_PRIVATE_ADDRESS={address}\n")
+    env_file = tmp_path / "worker.env"
+    write = [sys.executable, ROOT / "tools" / "write_env.py", env_file, "--worker", deployment.env_file]
+    subprocess.run(write, check=True)
+    places = {f"LAMPLIGHTER_{name}": mount for name, mount in mounts.items()} | {"LAMPLIGHTER_MAIN_ADDRESS": address}
+    lines = [f"{line}{places.get(line.rstrip('='), '')}" for line in env_file.read_text().splitlines()]
+    env_file.write_text("\n".join(lines) + "\n")
+    assert not [line for line in lines if "ADMIN" in line or "POSTGRES" in line]
     opened = ["-f", "docker-compose.yml", "-f", "docker-compose.hosts.yml"]
-    other = [*compose_command(), "-p", "lamplighter-other", "--env-file", str(deployment.env_file)]
+    other = [*compose_command(), "-p", "lamplighter-other", "--env-file", str(env_file)]
     other += ["-f", "docker-compose.worker.yml"]
     run = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
     try:

@@ -1,24 +1,30 @@
 """A backup of a running stack, restored where nothing was: every job, result, event and file of it, verified by digest."""
 
+import hashlib
 import json
 import shutil
+import stat
 import subprocess
 import sys
-from uuid import uuid4
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import openai
 import psycopg
 import pytest
+from sqlalchemy import text
 
 from lamplighter import Client
 from services.local.stack import Stack, StackOptions
 from services.scheduler.store_audit import audit
-from shared.db import files
-from shared.db.session import tenant_transaction
+from services.worker.trainer.checkpoint import write_product_manifest
+from shared.db import files, model_registry
+from shared.db.session import connect_engine, tenant_transaction
 from shared.store import Store, file_path, index_path
 from tests.conftest import FAST
-from tests.support.batches import chat_lines, submit, wait_for
+from tests.support.batches import chat_lines, jsonl, submit, wait_for
 from tests.support.servers import ROOT, wait_until
+from tests.support.task_rows import DIGIT_TASKS, digit_rows, with_files
 
 
 def tool(*arguments):
@@ -122,15 +128,24 @@ def test_nothing_is_restored_over_what_is_there(backup, tmp_path):
     there = tmp_path / "data" / "store" / "files" / "of-somebody"
     there.parent.mkdir(parents=True)
     there.write_text("precious")
-    (tmp_path / "data" / "postgres.json").write_text("{}")
+    secrets = tmp_path / "data" / "postgres.json"
+    secrets.write_text("{}")
     refused = tool("restore", backup, "--data", tmp_path / "data")
-    assert refused.returncode == 1 and "not empty" in refused.stderr and there.read_text() == "precious"
+    assert refused.returncode == 1 and "not empty" in refused.stderr
+    assert there.read_text() == "precious" and secrets.read_text() == "{}"
+    assert not (tmp_path / "data" / "postgres").exists(), "something was unpacked before everything was looked at"
+
+
+def test_secrets_are_read_by_their_owner_alone(scratch, backup):
+    data = scratch / "owner"
+    tool("restore", backup, "--data", data)  # whose archives are none; the secrets come before them
+    assert stat.S_IMODE((data / "postgres.json").stat().st_mode) == 0o600
 
 
 def test_save_over_a_backup_or_without_a_stack_is_refused(backup, tmp_path):
     assert tool("save", backup, "--data", tmp_path / "nothing").returncode != 0
     refused = tool("save", tmp_path / "new", "--data", tmp_path / "nothing")
-    assert refused.returncode == 1 and "nothing runs on" in refused.stderr
+    assert refused.returncode == 1 and "Postgres does not run" in refused.stderr
     assert tool("check", tmp_path / "new").returncode == 1
 
 
@@ -156,20 +171,21 @@ def held(database, tmp_path):
                 expires_after_seconds=None,
             )  # fmt: skip
         written[file_id] = tmp_path / "store" / paths[0]
-    step = tmp_path / "store" / "training" / "default" / uuid4().hex / "7" / "step-00000004"
-    (step / "model").mkdir(parents=True)
-    (step / "model" / "adapter.safetensors").write_bytes(b"weights")
-    digest = subprocess.run(["sha256sum"], input=b"weights", capture_output=True, check=True).stdout.decode().split()[0]
-    entries = {"model/adapter.safetensors": {"bytes": 7, "sha256": digest}, "state.json": {"bytes": 9, "sha256": "x"}}
-    (step / "manifest.json").write_text(json.dumps({"files": entries}))
+    elsewhere = tmp_path / "local-model"
+    elsewhere.mkdir()
+    model = tmp_path / "store" / "training" / "default" / uuid4().hex / "model"
+    model.mkdir(parents=True)
+    (model / "adapter.safetensors").write_bytes(b"weights")
+    write_product_manifest(model)
     with psycopg.connect(database.cluster.url("superuser", database.name)) as connection:
         connection.execute(
             "INSERT INTO model (tenant_id, name, kind, base, source, dtype)"
             " VALUES ('default', 'ft:x', 'adapter', 'echo', %s, 'float32'),"
-            " ('default', 'hub', 'causal_lm', NULL, 'org/name', 'float32')",
-            (str(step / "model"),),
+            " ('default', 'hub', 'causal_lm', NULL, 'org/name', 'float32'),"
+            " ('default', 'local', 'causal_lm', NULL, %s, 'float32')",
+            (str(model), str(elsewhere)),
         )
-    return database.engine("scheduler"), store, list(written.values()), step
+    return database.engine("scheduler"), store, list(written.values()), model
 
 
 def test_what_postgres_names_is_found_whole(held):
@@ -184,13 +200,58 @@ def test_what_postgres_names_is_found_whole(held):
         (lambda paths, _: paths[0].write_bytes(paths[0].read_bytes()[:-1]), "bytes, not"),
         (lambda paths, _: paths[0].write_bytes(paths[0].read_bytes().replace(b"1", b"3")), "SHA-256"),
         (lambda paths, _: paths[0].with_name(f"{paths[0].name}.lines").write_bytes(b""), "0 bytes, not"),
-        (lambda _, step: (step / "model" / "adapter.safetensors").write_bytes(b"weightz"), "SHA-256"),
-        (lambda _, step: (step / "manifest.json").unlink(), "manifest is missing"),
-        (lambda _, step: (step / "manifest.json").write_text("{"), "manifest cannot be read"),
+        (lambda _, model: (model / "adapter.safetensors").write_bytes(b"weightz"), "SHA-256"),
+        (lambda _, model: (model / "manifest.json").unlink(), "manifest is missing"),
+        (lambda _, model: (model / "manifest.json").write_text("{"), "manifest cannot be read"),
+        (lambda _, model: (model.parents[4] / "local-model").rmdir(), "model local: there is no directory"),
     ],
 )
 def test_what_is_not_as_it_was_written_is_named(held, spoil, said):
-    engine, store, paths, step = held
-    spoil(paths, step)
+    engine, store, paths, model = held
+    spoil(paths, model)
     (sentence,) = audit(engine, store).wrong
     assert said in sentence
+
+
+def test_what_is_deleted_while_the_audit_reads_is_not_missing(held, monkeypatch):
+    """It had read the row before, and finds no content afterwards: it looks at the row again."""
+    engine, store, paths, _ = held
+    read = store.read
+
+    def deleting(path):
+        if path.endswith(paths[0].name):
+            with engine.begin() as connection:
+                file_id = UUID(paths[0].name)
+                connection.execute(text("UPDATE file SET deleted_at = now() WHERE file_id = :f"), {"f": file_id})
+            paths[0].unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(store, "read", deleting)
+    found = audit(engine, store)
+    assert found.wrong == [] and found.objects == 3
+
+
+def test_a_manifest_is_what_postgres_knows_of_it(scratch, stack, sdk, native):
+    """Of a model that was trained here: whoever changes weights and manifest alike is found as well."""
+    rows, validation = digit_rows()
+    ids = [native.upload("rows.jsonl", jsonl(part[:100]), "fine-tune")["id"] for part in (rows, validation)]
+    asked = {"n_epochs": 2, "batch_size": 16}
+    job = native.training.create(model="vector:64:8", tasks=with_files(DIGIT_TASKS, *ids), hyperparameters=asked)
+    assert native.wait(job["id"])["status"] == "succeeded"
+    engine = connect_engine(stack.settings("scheduler"))
+    store = Store(str(stack.directory / "store"))
+    with engine.connect() as connection:
+        known = {model.name: model for model in model_registry.sources(connection)}
+    product = known[job["produces"]]
+    steps = [model for name, model in known.items() if name.startswith(f"{job['produces']}:ckpt-step-")]
+    assert product.manifest_sha256 is None and steps and all(model.manifest_sha256 for model in steps)
+    whole = audit(engine, store)
+    assert not [sentence for sentence in whole.wrong if "/training/" in sentence]
+    manifest = Path(steps[0].source).parent / "manifest.json"
+    content = manifest.read_bytes()
+    try:
+        manifest.write_bytes(content + b" ")
+        assert [s for s in audit(engine, store).wrong if "manifest.json: not the bytes" in s]
+    finally:
+        manifest.write_bytes(content)
+        engine.dispose()

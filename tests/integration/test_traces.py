@@ -9,15 +9,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from services.scheduler import tracer
 from services.scheduler.tracer import Tracer
-from shared.db.session import alone, connect_engine
+from shared.db.session import connect_engine
 from tests.support.batches import chat_lines, submit, wait_for
+from tests.support.servers import wait_until
 
 
 class Collector:
-    """Takes what an OpenTelemetry collector takes; `status` is what it answers with."""
+    """Takes what an OpenTelemetry collector takes; `answer` says with which status, of the spans of a request."""
 
     def __init__(self):
-        self.spans, self.status = [], 200
+        self.spans, self.answer = [], lambda _spans: 200
         collector = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -27,10 +28,12 @@ class Collector:
                     import gzip
 
                     body = gzip.decompress(body)
-                if collector.status == 200:
-                    for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                        collector.spans += [span for scope in resource.scope_spans for span in scope.spans]
-                self.send_response(collector.status)
+                sent = ExportTraceServiceRequest.FromString(body).resource_spans
+                spans = [span for resource in sent for scope in resource.scope_spans for span in scope.spans]
+                status = collector.answer(spans)
+                if status == 200:
+                    collector.spans += spans
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -66,18 +69,24 @@ def engine(stack):
 
 
 @pytest.fixture
-def traced(engine, collector):
+def session(engine):
+    with engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@pytest.fixture
+def traced(engine, session, collector):
     """A tracer to whom everything that tests before have done is old."""
     made = Tracer(engine, collector.url)
-    while made.tick():
+    while made.tick(session):
         pass
     collector.spans.clear()
     return made
 
 
-def test_a_jobs_trace_is_its_id_and_has_every_attempt(sdk, stack, collector, traced):
+def test_a_jobs_trace_is_its_id_and_has_every_attempt(sdk, stack, session, collector, traced):
     batch = wait_for(sdk, submit(sdk, chat_lines(600)).id)
-    assert traced.tick() == 1
+    traced.tick(session)
     spans = collector.of(batch.id)
     (root,) = [span for span in spans if not span.parent_span_id]
     assert root.name == "batch" and about(root)["lamplighter.state"] == "succeeded"
@@ -95,40 +104,63 @@ def test_a_jobs_trace_is_its_id_and_has_every_attempt(sdk, stack, collector, tra
     assert "hello number" not in str(spans)
 
 
-def test_each_job_is_sent_once_and_again_only_as_the_same_spans(sdk, engine, collector, traced):
+def test_each_job_is_sent_once_and_again_only_as_the_same_spans(sdk, engine, session, collector, traced):
     batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
-    assert traced.tick() == 1 and traced.tick() == 0
+    traced.tick(session)
+    traced.tick(session)
     once = {span.span_id for span in collector.of(batch.id)}
+    assert len(collector.of(batch.id)) == len(once) >= 3
     another = Tracer(engine, collector.url)  # a scheduler that was started again
-    while another.tick():
+    while another.tick(session):
         pass
     assert {span.span_id for span in collector.of(batch.id)} == once
     assert len(collector.of(batch.id)) == 2 * len(once)
 
 
-def test_while_the_collector_is_away_nothing_is_passed_over(sdk, collector, traced):
-    collector.status = 400  # 503 would be tried again by the exporter itself, for longer
+def test_while_the_collector_is_away_nothing_is_passed_over(sdk, session, collector, traced):
+    collector.answer = lambda _: 400  # 503 would be tried again by the exporter itself, for longer
     batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
-    with pytest.raises(OSError, match="took nothing"):
-        traced.tick()
-    collector.status = 200
-    assert traced.tick() == 1 and collector.of(batch.id)
+    assert not traced.tick(session) and not collector.of(batch.id)
+    collector.answer = lambda _: 200
+    traced.tick(session)
+    assert collector.of(batch.id)
 
 
-def test_one_scheduler_of_several_sends(sdk, engine, traced):
-    wait_for(sdk, submit(sdk, chat_lines(2)).id)
-    with alone(engine, tracer.LOCK) as held:
-        assert held is not None and traced.tick() == 0
-    assert traced.tick() == 1
+def test_a_trace_that_a_living_collector_refuses_stands_in_no_others_way(sdk, session, collector, traced):
+    large = wait_for(sdk, submit(sdk, chat_lines(600)).id)
+    collector.answer = lambda spans: 400 if len(spans) > 4 else 200
+    small = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+    traced.tick(session)
+    assert not collector.of(large.id) and collector.of(small.id)
 
 
-def test_more_jobs_than_one_request_takes(sdk, collector, traced, monkeypatch):
+def test_one_scheduler_of_several_sends(sdk, engine, collector, traced, monkeypatch):
+    """The second one returns at once while the first one runs, and goes on when that has ended."""
+    monkeypatch.setattr(tracer, "PAUSE_SECONDS", 0.05)
+    stops = threading.Event(), threading.Event()
+    first = threading.Thread(target=traced.run, args=(stops[0],))
+    first.start()
+    batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+    wait_until(lambda: collector.of(batch.id), 10)
+    second = Tracer(engine, collector.url)
+    second.run(stops[1])  # which would not return if it were the one
+    assert len({span.span_id for span in collector.of(batch.id)}) == len(collector.of(batch.id))
+    stops[0].set()
+    first.join()
+    other = threading.Thread(target=second.run, args=(stops[1],))
+    other.start()
+    later = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+    wait_until(lambda: collector.of(later.id), 10)
+    stops[1].set()
+    other.join()
+
+
+def test_more_jobs_than_one_look_takes(sdk, session, collector, traced, monkeypatch):
     monkeypatch.setattr(tracer, "JOBS_AT_ONCE", 2)
     made = [submit(sdk, chat_lines(1)).id for _ in range(5)]
     for batch_id in made:
         wait_for(sdk, batch_id)
-    sent = []
-    while count := traced.tick():
-        sent.append(count)
-    assert sum(sent) == 5 and max(sent) == 2
-    assert all(collector.of(batch_id) for batch_id in made)
+    looks = 0
+    while traced.tick(session):
+        looks += 1
+    assert looks == 2 and all(collector.of(batch_id) for batch_id in made)

@@ -43,5 +43,5 @@ def test_a_gpu_that_is_not_there_is_named(four_gpus):
 
 def test_a_device_pins_its_process(four_gpus):
     device = enumerate_devices(settings(gpus=[2]))[0]
-    assert device.environment(1, None) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert device.environment(1, None) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2"}
     assert device.memory_bytes == int(81559 * 2**20 * 0.8)

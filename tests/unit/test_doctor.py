@@ -54,9 +54,9 @@ def test_lines_that_were_given_up_are_told_and_are_no_fault_of_the_deployment():
     )
 
 
-def test_a_scheduler_without_open_jobs_foretells_nothing():
-    idle = {name: 0 for name in CALM if name.startswith("open_jobs")}
-    assert verdicts(forecast_age_seconds=9000, **idle)["Scheduler"] == (True, "at work")
+def test_a_scheduler_that_never_ran_is_told_from_one_that_fell_silent():
+    ok, detail = verdicts(forecast_age_seconds="+Inf")["Scheduler"]
+    assert not ok and "never been at work" in detail
 
 
 def test_a_remote_store_says_nothing_of_its_room():

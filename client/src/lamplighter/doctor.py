@@ -1,5 +1,6 @@
 """What `lamplighter doctor` looks at: what it found, a check each, in words that say what to do."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """What Linux calls units that multiply bfloat16: two names on x86, one on ARM."""
 FORECAST_SECONDS = 60.0
-"""The scheduler foretells every few seconds while jobs are open."""
+"""The scheduler foretells every few seconds while jobs are open, and every half minute while none is."""
 SILENT_SECONDS = 3600.0
 """As the alert JobStuck has it."""
 LEAST_FREE = 0.1
@@ -81,9 +82,9 @@ def of_metrics(metrics: Metrics) -> Iterator[dict[str, Any]]:
     """Yield what metrics say: is anything silent, stuck, broken, full or late?"""
     open_jobs = metrics.total("open_jobs")
     age = metrics.most("forecast_age_seconds")
-    is_silent = open_jobs > 0 and age > FORECAST_SECONDS
-    detail = f"silent for {age:.0f} s: jobs neither begin nor end; restart it" if is_silent else "at work"
-    yield _finding("Scheduler", not is_silent, detail)
+    since = "has never been at work" if age == math.inf else f"silent for {age:.0f} s"
+    detail = f"{since}: jobs neither begin nor end; see its log, start it" if age > FORECAST_SECONDS else "at work"
+    yield _finding("Scheduler", age <= FORECAST_SECONDS, detail)
     silence = metrics.most("running_slice_silent_seconds")
     stuck = f"something that runs has recorded nothing for {silence:.0f} s: see its job's attempts on the board"
     yield _finding("Jobs", silence <= SILENT_SECONDS, stuck if silence > SILENT_SECONDS else f"{open_jobs:.0f} open")

@@ -56,6 +56,13 @@ class Manifest(msgspec.Struct, frozen=True):
     environment: dict[str, str]
 
 
+class ProductManifest(msgspec.Struct, frozen=True):
+    """Of a model that a run ended with: it stands in the model's own directory."""
+
+    version: int
+    files: dict[str, FileEntry]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint; `sha256` is its manifest's."""
@@ -115,10 +122,7 @@ class CheckpointStore:
 
     def _fill(self, directory: Path, step: int, write: Callable[[Path], None]) -> None:
         write(directory)
-        files = {}
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            files[str(path.relative_to(directory))] = FileEntry(path.stat().st_size, _sha256(path))
-            self._moved()
+        files = _entries(directory, self._moved)
         manifest = Manifest(MANIFEST_VERSION, step, files, self._job, self._environment)
         (directory / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
 
@@ -186,6 +190,21 @@ class CheckpointStore:
         for step, path in present:
             if step not in kept:
                 remove_directory(path)
+
+
+def _entries(directory: Path, moved: Callable[[], None] = lambda: None) -> dict[str, FileEntry]:
+    """Return size and digest of every file below a directory, by its path there."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        files[str(path.relative_to(directory))] = FileEntry(path.stat().st_size, _sha256(path))
+        moved()
+    return files
+
+
+def write_product_manifest(directory: Path) -> None:
+    """Write into a model's directory what its files are, so that it can be told later whether they still are."""
+    manifest = ProductManifest(MANIFEST_VERSION, _entries(directory))
+    (directory / MANIFEST_FILE).write_bytes(msgspec.json.encode(manifest))
 
 
 def write_directory(path: Path, write: Callable[[Path], None]) -> Path:

@@ -12,7 +12,13 @@ import msgspec
 import torch
 
 from services.worker.protocol import CheckpointWritten, Evaluated, Finished, FromChild, Progress, Started, TrainingSpec
-from services.worker.trainer.checkpoint import CheckpointStore, as_disk_full, require_room, write_directory
+from services.worker.trainer.checkpoint import (
+    CheckpointStore,
+    as_disk_full,
+    require_room,
+    write_directory,
+    write_product_manifest,
+)
 from services.worker.trainer.errors import StopRequested
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.journal import Journal, Told
@@ -340,6 +346,7 @@ class TrainingJob(ABC, Generic[Spec]):
 
     def _write_product(self, directory: Path) -> None:
         self._model.save_product(directory)
+        write_product_manifest(directory)
         try:
             self._drawn = self._plots(directory)
         except Exception:  # a library's, about an image: no reason to lose what was trained
