@@ -1,15 +1,15 @@
-"""`python -m migrations`: logins, schema and first admin key of a deployment, from the environment."""
+"""`python -m migrations`: logins, schema and first admin key of a deployment, by its environment and its secrets."""
 
 from sqlalchemy import create_engine, make_url
 
 from shared.db.session import ROLE_PREFIX
 from shared.db.setup import create_roles, ensure_admin_key, migrate
 from shared.logging import configure_logging
-from shared.settings import SetupSettings
+from shared.settings import load_setup_settings
 
 
 def main() -> None:
-    settings = SetupSettings()
+    settings = load_setup_settings()
     configure_logging("migrate")
     superuser_url = settings.superuser_url.get_secret_value()
     create_roles(superuser_url, settings.passwords, settings.database)

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.model_files import DEFAULT_KV_TOKENS
 
+SECRETS_DIRECTORY = Path("/run/secrets")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  # nothing is bound here: what is bound to these has no name of its own
 
@@ -140,6 +141,10 @@ class Settings(RemoteSettings):
         DEFAULT_KV_TOKENS, ge=16, description="Tokens in a model's KV cache, or one full context if that is more"
     )
     torch_threads: int | None = Field(None, description="CPU threads of an engine child; by default cores / workers")
+    alive_file: str | None = Field(
+        None,
+        description="Touched every few seconds by scheduler, preprocessor and launcher: health checks ask for its age",
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     @cached_property
@@ -223,4 +228,14 @@ def read_secret(variable: str) -> SecretStr | None:
 
 def load_settings() -> Settings:
     """Read the environment once; a service's wiring file calls this and hands the object on."""
-    return Settings()
+    return Settings(_secrets_dir=secrets_directory())
+
+
+def load_setup_settings() -> SetupSettings:
+    """Read what the set-up of a deployment needs."""
+    return SetupSettings(_secrets_dir=secrets_directory())
+
+
+def secrets_directory() -> Path | None:
+    """Return where containers have secrets, a file each by the lower-case name of its variable; None elsewhere."""
+    return SECRETS_DIRECTORY if SECRETS_DIRECTORY.is_dir() else None

@@ -33,7 +33,9 @@ from typing import Any, BinaryIO, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
-POSTGRES, STORE, WEIGHTS, MODELS, SECRETS = "postgres.tar", "store.tar", "weights.tar", "models.tar", "secrets"
+POSTGRES, STORE, WEIGHTS, MODELS = "postgres.tar", "store.tar", "weights.tar", "models.tar"
+SECRETS, VARIABLES = "secrets.tar", "env"
+UNPACKED_FIRST = (SECRETS, VARIABLES)
 BLOCK_BYTES = 1 << 20
 READY_SECONDS = 180
 BASE_BACKUP = ["-D", "-", "-Ft", "-X", "fetch", "-c", "fast"]
@@ -50,16 +52,12 @@ PATH="$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)" pg_verifybackup "$PGDA
 # One that was killed by a signal, or is not there, has found nothing: the archive's SHA-256 has been compared before.
 if [ "$status" -ge 126 ]; then echo "pg_verifybackup could not look (status $status)" >&2; else exit "$status"; fi
 """
-SET_PASSWORD = b"\\getenv password POSTGRES_PASSWORD\nALTER ROLE postgres PASSWORD :'password';\n"
-"""By standard input and the container's own environment: a command line is seen by everybody on the machine."""
+SET_PASSWORD = b"\\set password `cat /run/secrets/postgres_password`\nALTER ROLE postgres PASSWORD :'password';\n"
+"""By standard input and the container's own file: a command line is seen by everybody on the machine."""
 
 
 class Deployment(Protocol):
     """What is backed up."""
-
-    secrets: Path
-    keeps_secrets: bool
-    """Whether secrets that are there already go before those of a backup."""
 
     def packers(self) -> dict[str, list[str]]:
         """Return commands that write an archive to their standard output, by its name."""
@@ -75,6 +73,10 @@ class Deployment(Protocol):
         """Start Postgres alone and return what `services.scheduler.store_audit` finds."""
         ...
 
+    def install_secrets(self, folder: Path) -> None:
+        """Put a backup's secrets where there are none, for their owner alone."""
+        ...
+
     def start(self) -> None: ...
 
 
@@ -87,7 +89,6 @@ def save(deployment: Deployment, folder: Path) -> None:
         parts[POSTGRES] = _collect(packers.pop(POSTGRES), folder / POSTGRES, accepted={0})
     for name, command in packers.items():
         parts[name] = _collect(command, folder / name, accepted={0, CHANGED_MEANWHILE})
-    parts[SECRETS] = _collect(["cat", str(deployment.secrets)], folder / SECRETS, accepted={0})
     manifest = {"format": 1, "made_at": datetime.now(timezone.utc).isoformat(), "parts": parts}  # noqa: UP017  # 3.9
     with (folder / MANIFEST).open("x") as file:
         json.dump(manifest, file, indent=2)
@@ -149,13 +150,12 @@ def check(folder: Path) -> dict[str, Any]:
 
 def restore(deployment: Deployment, folder: Path, *, only: "str | None" = None, is_started: bool = True) -> None:
     """Check a backup, unpack it where nothing is, compare every file with what Postgres says of it, and start."""
-    names = [name for name in check(folder)["parts"] if name != SECRETS and only in (None, name)]
-    if only is None and deployment.keeps_secrets and not deployment.secrets.exists():
-        _install_secrets(deployment, folder / SECRETS)  # without them not even emptiness can be looked at
+    parts = check(folder)["parts"]
+    names = [name for name in parts if name not in UNPACKED_FIRST and only in (None, name)]
+    if only is None:
+        deployment.install_secrets(folder)
     for name in names:  # all are looked at before one is written
         deployment.require_empty(name)
-    if only is None and not deployment.keeps_secrets:
-        _install_secrets(deployment, folder / SECRETS)
     for name in names:
         with (folder / name).open("rb") as archive:
             deployment.unpack(name, archive)
@@ -171,32 +171,37 @@ def restore(deployment: Deployment, folder: Path, *, only: "str | None" = None, 
         deployment.start()
 
 
-def _install_secrets(deployment: Deployment, saved: Path) -> None:
-    """Put a backup's secrets where they belong; nobody else can read them, not even for a moment."""
-    deployment.secrets.parent.mkdir(parents=True, exist_ok=True)
-    deployment.secrets.unlink(missing_ok=True)
-    with os.fdopen(os.open(deployment.secrets, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(saved.read_bytes())
+def _unpack_privately(archive: Path, directory: Path) -> None:
+    """Unpack into a directory that is its owner's alone from the beginning."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with archive.open("rb") as file:
+        _run(["tar", "-C", str(directory), "-xpf", "-"], stdin=file)
 
 
 class Composed:
     """A deployment of docker-compose.yml."""
 
-    keeps_secrets = True
     PLACES = {STORE: "/data/store", WEIGHTS: "/data/weights", MODELS: "/models"}  # noqa: RUF012  # read only
     """Where archives lie in the gateway's container, which may write the first two."""
 
     def __init__(self, command: str, env_file: Path) -> None:
-        self.secrets = env_file
+        self._env_file = env_file
         self._command = [*shlex.split(command), "--env-file", str(env_file)]
 
     def packers(self) -> dict[str, list[str]]:
         postgres = [*self._command, "exec", "-T", "postgres", "pg_basebackup", "-U", "postgres", *BASE_BACKUP]
-        return {POSTGRES: postgres} | {
-            # Of a file that is being written only the finished form counts.
-            name: self._inside("gateway", "tar", "-C", place, "--exclude=*.part", "-cf", "-", ".")
-            for name, place in self.PLACES.items()
-        }
+        return (
+            {POSTGRES: postgres}
+            | {
+                # Of a file that is being written only the finished form counts.
+                name: self._inside("gateway", "tar", "-C", place, "--exclude=*.part", "-cf", "-", ".")
+                for name, place in self.PLACES.items()
+            }
+            | {
+                SECRETS: ["tar", "-C", str(self._named("LAMPLIGHTER_SECRETS", "secrets")), "-cf", "-", "."],
+                VARIABLES: ["cat", str(self._env_file)],
+            }
+        )
 
     def _inside(self, service: str, *command: str) -> list[str]:
         """Return a command that runs in a new container of a service, beside its volumes."""
@@ -205,11 +210,18 @@ class Composed:
     def psql(self) -> list[str]:
         return [*self._command, "exec", "-T", "postgres", "psql", "-U", "postgres"]
 
-    def _models(self) -> Path:
-        """Return this machine's directory of models, as the deployment's variables have it."""
-        lines = self.secrets.read_text().splitlines()
-        named = [line.partition("=")[2] for line in lines if line.startswith("LAMPLIGHTER_MODELS=")]
-        return ROOT / (named[-1] if named and named[-1] else "models")
+    def _named(self, variable: str, usual: str) -> Path:
+        """Return a directory of this machine, as the deployment's variables have it."""
+        lines = self._env_file.read_text().splitlines()
+        named = [line.partition("=")[2] for line in lines if line.startswith(f"{variable}=")]
+        return ROOT / (named[-1] if named and named[-1] else usual)
+
+    def install_secrets(self, folder: Path) -> None:
+        if self._env_file.exists():
+            return  # this deployment has its own
+        with os.fdopen(os.open(self._env_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write((folder / VARIABLES).read_bytes())
+        _unpack_privately(folder / SECRETS, self._named("LAMPLIGHTER_SECRETS", "secrets"))
 
     def require_empty(self, name: str) -> None:
         if name == MODELS:
@@ -224,7 +236,7 @@ class Composed:
             _run(self._inside("postgres", "sh", "-c", UNPACK_POSTGRES), stdin=archive)
         elif name != MODELS:
             _run(self._inside("gateway", "tar", "-C", self.PLACES[name], "-xf", "-"), stdin=archive)
-        elif (directory := self._models()).is_dir() and any(directory.iterdir()):
+        elif (directory := self._named("LAMPLIGHTER_MODELS", "models")).is_dir() and any(directory.iterdir()):
             print(f"{directory} has models already, and stays as it is")
         else:
             directory.mkdir(parents=True, exist_ok=True)
@@ -244,17 +256,15 @@ class Composed:
 class Embedded:
     """The servers of `lamplighter up`, or what they left in their directory."""
 
-    keeps_secrets = False  # nothing would give the restored cluster other ones
-
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
         self._places = {POSTGRES: self._directory / "postgres", STORE: self._directory / "store"}
-        self.secrets = self._directory / "postgres.json"
 
     def packers(self) -> dict[str, list[str]]:
         return {
             POSTGRES: [*self._program("pg_basebackup"), *BASE_BACKUP],
             STORE: ["tar", "-C", str(self._places[STORE]), "--exclude=*.part", "-cf", "-", "."],
+            SECRETS: ["tar", "-C", str(self._directory), "-cf", "-", "postgres.json"],
         }
 
     def _program(self, name: str) -> list[str]:
@@ -263,13 +273,18 @@ class Embedded:
 
         with contextlib.suppress(FileNotFoundError):
             # By its environment: a command line is seen by everybody.
-            os.environ["PGPASSWORD"] = json.loads(self.secrets.read_text())["superuser"]
+            os.environ["PGPASSWORD"] = json.loads((self._directory / "postgres.json").read_text())["superuser"]
             port = (self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[3]
             return [str(postgres.binary(name)), "-h", "127.0.0.1", "-p", port, "-U", "postgres"]
         return ["false"]
 
     def psql(self) -> list[str]:
         return self._program("psql")
+
+    def install_secrets(self, folder: Path) -> None:
+        for name in self._places:  # the secrets of what is there stay
+            self.require_empty(name)
+        _unpack_privately(folder / SECRETS, self._directory)  # nothing would give the restored cluster other ones
 
     def require_empty(self, name: str) -> None:
         if self._places[name].exists() and any(self._places[name].iterdir()):

@@ -1,62 +1,85 @@
-"""Makes `.env` of `.env.example` for docker-compose.yml: random secrets, for its owner only. Overwrites none."""
+"""Makes `.env` of `.env.example` for docker-compose.yml, and a directory of random secrets beside it. Overwrites none.
+
+The directory is its owner's alone. The files in it may be read by whoever gets that far: containers see each one by
+itself, as an account without rights.
+"""
 
 import argparse
 import os
 import secrets
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / ".env.example"
 HOSTS = ("localhost", "127.0.0.1", "[::1]", "gateway")
 """What the gateway of docker-compose.yml is called from the start."""
-WORKER_SECRETS = ("WORKER_PASSWORD=", "REDIS_PASSWORD=")
-WORKER_PLACES = ("LAMPLIGHTER_MAIN_ADDRESS", "LAMPLIGHTER_STORE", "LAMPLIGHTER_WEIGHTS", "LAMPLIGHTER_MODELS")
-EXAMPLE = Path(__file__).resolve().parents[1] / ".env.example"
+ROLES = ("migration", "gateway", "preprocessor", "worker", "scheduler")
+SERVICES = ("gateway", "preprocessor", "worker", "scheduler")
+"""Roles whose service reaches Postgres by an address of its own."""
+WORKER_PLACES = ("LAMPLIGHTER_STORE", "LAMPLIGHTER_WEIGHTS", "LAMPLIGHTER_MODELS")
+WORKER_SECRETS = ("worker_database_url", "redis_url")
 
 
-def filled(line: str) -> str:
-    """Return a line of the example, with a value for a secret that has none."""
-    name, _, value = line.partition("=")
-    if value or line.startswith("#"):
-        return line
-    if name.endswith("_PASSWORD"):
-        return f"{name}={secrets.token_hex(24)}"
-    return f"{name}=lk-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}" if name == "ADMIN_KEY" else line
+def new_secrets() -> dict[str, str]:
+    """Return every secret of a deployment, by the name of its file."""
+    made = {f"{name}_password": secrets.token_hex(24) for name in ("postgres", "redis", "flower", "grafana", *ROLES)}
+    made["admin_key"] = f"lk-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}"
+    made["superuser_url"] = f"postgresql://postgres:{made['postgres_password']}@postgres:5432/postgres"
+    made["redis_url"] = f"redis://lamplighter:{made['redis_password']}@redis:6379/0"
+    for role in SERVICES:
+        login = f"lamplighter_{role}:{made[f'{role}_password']}"
+        made[f"{role}_database_url"] = f"postgresql://{login}@postgres:5432/lamplighter"
+    return made
 
 
-def of_a_worker(path: Path) -> list[str]:
-    """Return what a machine with workers alone needs of a deployment's variables, and the names of what to fill in."""
-    secrets_of = [line for line in path.read_text().splitlines() if line.startswith(WORKER_SECRETS)]
-    if len(secrets_of) < len(WORKER_SECRETS):
-        raise SystemExit(f"{path} has not {' and '.join(WORKER_SECRETS)}: it is no deployment's.")
-    return [*secrets_of, *(f"{name}=" for name in WORKER_PLACES)]
+def secrets_of_a_worker(known: Path, address: str) -> dict[str, str]:
+    """Return the two secrets that workers on another machine need; they reach this one at `address`."""
+    found = {name: (known / name).read_text() for name in WORKER_SECRETS}
+    return {
+        name: url.replace("@postgres:", f"@{address}:").replace("@redis:", f"@{address}:")
+        for name, url in found.items()
+    }
+
+
+def write(env_file: Path, lines: list[str], files: dict[str, str], *, is_taken_elsewhere: bool = False) -> None:
+    """Write both, side by side. Raises SystemExit when one of them is there."""
+    directory = env_file.parent / "secrets"
+    env_file.parent.mkdir(parents=True, exist_ok=True)
+    for path in (env_file, directory):
+        if path.exists():
+            raise SystemExit(f"{path} is there already; everything stays as it is.")
+    directory.mkdir(mode=0o700)
+    for name, value in files.items():
+        (directory / name).write_text(value)
+        (directory / name).chmod(0o444)
+    # Compose takes a relative one from where its file is.
+    is_relative = is_taken_elsewhere or env_file.parent.resolve() == ROOT
+    named = "./secrets" if is_relative else str(directory.resolve())
+    text = "\n".join(lines).replace("LAMPLIGHTER_SECRETS=", f"LAMPLIGHTER_SECRETS={named}", 1)
+    with os.fdopen(os.open(env_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", nargs="?", type=Path, default=Path(".env"))
+    parser.add_argument("--host", action="append", default=[], metavar="NAME", help="further name of the gateway")
     parser.add_argument(
-        "--host", action="append", default=[], metavar="NAME", help="further name of the gateway; may be repeated"
+        "--worker", metavar="ADDRESS", help="for docker-compose.worker.yml on a machine that reaches this one there"
     )
-    parser.add_argument(
-        "--worker",
-        type=Path,
-        metavar="FROM",
-        help="for docker-compose.worker.yml on another machine: of this one's .env",
-    )
+    parser.add_argument("--secrets", type=Path, default=ROOT / "secrets", help="of --worker: this machine's")
     arguments = parser.parse_args()
     path: Path = arguments.path
     if arguments.worker is not None:
-        lines = of_a_worker(arguments.worker)
-    else:
-        lines = [filled(line) for line in EXAMPLE.read_text().splitlines()]
+        lines = ["LAMPLIGHTER_SECRETS=", *(f"{name}=" for name in WORKER_PLACES)]
+        write(path, lines, secrets_of_a_worker(arguments.secrets, arguments.worker), is_taken_elsewhere=True)
+        print(f"wrote {path} and secrets beside it; fill in where the first machine's directories are mounted")
+        return
+    lines = EXAMPLE.read_text().splitlines()
     if arguments.host:
         lines.append(f"LAMPLIGHTER_ALLOWED_HOSTS={','.join([*HOSTS, *arguments.host])}")
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise SystemExit(f"{path} is there already; it stays as it is.") from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write("\n".join(lines) + "\n")
-    print(f"wrote {path}; " + ("fill in its last lines" if arguments.worker else "the admin key is ADMIN_KEY in it"))
+    write(path, lines, new_secrets())
+    print(f"wrote {path} and secrets beside it; the admin key is in secrets/admin_key")
 
 
 if __name__ == "__main__":

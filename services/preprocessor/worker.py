@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 from celery import Celery
+from celery.signals import heartbeat_sent
 from kombu import Queue
 
 from services.preprocessor.slots import Slots
@@ -12,6 +13,7 @@ from services.preprocessor.submissions import Submissions
 from services.preprocessor.tasks import register_tasks
 from services.preprocessor.training import Preparations
 from shared.db.session import connect_engine
+from shared.liveness import Alive
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
 from shared.queueing.names import PREPROCESS_QUEUE, SUBMIT_QUEUE
@@ -43,6 +45,9 @@ def main() -> None:
     settings = load_settings()
     configure_logging("preprocessor", settings.log_level)
     app = build_app(settings)
+    alive = Alive(settings.alive_file)
+    # Sent every two seconds while the consumer is connected and its loop turns.
+    heartbeat_sent.connect(lambda **_: alive.beat(), weak=False)
     app.Worker(
         hostname=f"preprocessor-{os.getpid()}@{socket.gethostname()}",
         pool="threads",

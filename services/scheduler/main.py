@@ -25,6 +25,7 @@ from services.scheduler.ticks import run_each
 from services.scheduler.timekeeper import Timekeeper
 from services.scheduler.webhooks import Deliverer
 from shared.db.session import connect_engine
+from shared.liveness import Alive
 from shared.logging import configure_logging
 from shared.queueing.celery_app import create_app
 from shared.queueing.wake import connect_redis, wait_for_wake
@@ -51,6 +52,7 @@ class Scheduler:
         self._has_jobs, self._has_slices = threading.Event(), threading.Event()
         """Set to have the planner, and the dispatcher, tick now."""
         self._settings = settings
+        self._alive = Alive(settings.alive_file)
         self._redis = connect_redis(settings.redis_url.get_secret_value())
         # Expiring a batch reads its file within a transaction.
         engine = connect_engine(settings, idle_seconds=60)
@@ -79,6 +81,7 @@ class Scheduler:
     def plan(self) -> None:
         """Begin and end jobs: what needs Postgres alone, and so never waits for Redis."""
         run_each([self._plan_jobs, self._finalizer.tick, self._tend_gates, self._timekeeper.note])
+        self._alive.beat()
 
     def _plan_jobs(self) -> None:
         if self._planner.tick():

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from services.worker.device import Device, enumerate_devices
 from shared.db import workers
 from shared.db.session import connect_engine
+from shared.liveness import Alive
 from shared.logging import configure_logging
 from shared.queueing.wake import connect_redis, wake_dispatcher
 from shared.settings import Settings, load_settings
@@ -57,6 +58,7 @@ class Launcher:
     def __init__(self, settings: Settings, engine: Engine, module: str = WORKER_MODULE) -> None:
         self.stop = threading.Event()
         self._settings, self._engine, self._module = settings, engine, module
+        self._alive = Alive(settings.alive_file)
         self._redis = connect_redis(settings.redis_url.get_secret_value(), timeout_seconds=0.5)
         self._slots = [
             Slot(device, f"worker-{device.name.replace(':', '-')}") for device in enumerate_devices(settings)
@@ -69,6 +71,7 @@ class Launcher:
         while not self.stop.wait(POLL_SECONDS):
             if time.monotonic() >= look_at:
                 self._kill_lost()
+                self._alive.beat()
                 look_at = time.monotonic() + LOST_POLL_SECONDS
             for slot in self._slots:
                 if slot.process is not None and slot.process.poll() is not None:

@@ -52,9 +52,9 @@ class Deployment:
             more["LAMPLIGHTER_TORCH_INDEX_URL"] = os.environ["LAMPLIGHTER_TORCH_INDEX_URL"]
         with self.env_file.open("a") as file:
             file.writelines(f"{name}={value}\n" for name, value in more.items())
-        lines = [line for line in self.env_file.read_text().splitlines() if line and not line.startswith("#")]
-        self.secrets = dict(line.split("=", 1) for line in lines)
-        self.key = self.secrets["ADMIN_KEY"]
+        self.models = directory / "models"
+        self.secrets = {path.name: path.read_text() for path in (directory / "secrets").iterdir()}
+        self.key = self.secrets["admin_key"]
         self.url = f"http://127.0.0.1:{self.port}"
         self.project, self.compose = project, [*compose_command(), "-p", project]
         self._command = [*self.compose, "--env-file", str(self.env_file)]
@@ -128,7 +128,7 @@ def test_the_sdk_suite_passes_against_it(deployment):
 def test_flower_is_there_behind_its_password(deployment):
     url = f"http://127.0.0.1:{deployment.flower_port}/workers?json=1"
     wait_until(lambda: httpx.get(url, timeout=5).status_code == 401, 30)
-    auth = ("lamplighter", deployment.secrets["FLOWER_PASSWORD"])
+    auth = ("lamplighter", deployment.secrets["flower_password"])
     wait_until(lambda: "preprocessor" in httpx.get(url, auth=auth, timeout=10).text, 30)
 
 
@@ -139,6 +139,23 @@ def test_images_run_as_nobody_special_and_hold_no_torch(deployment):
     for service in ("gateway", "scheduler", "preprocessor", "flower"):
         found = deployment("exec", "-T", service, "python", "-c", "import torch", check=False)
         assert found.returncode != 0 and "ModuleNotFoundError" in found.stderr + found.stdout, service
+
+
+def test_no_secret_stands_in_a_containers_environment(deployment):
+    """What Docker tells of a container to whoever may ask, and what its processes inherit, names files at most."""
+    values = [value for value in deployment.secrets.values() if len(value) > 8]
+    for service in ("postgres", "redis", "gateway", "preprocessor", "worker", "scheduler", "flower"):
+        for container in deployment.containers(service):
+            told = docker("inspect", container)
+            assert not [value for value in values if value in told], service
+
+
+def test_everything_says_that_it_is_well(deployment):
+    services = ("postgres", "redis", "gateway", "preprocessor", "worker", "scheduler", "flower")
+    for service in services:
+        (container,) = deployment.containers(service)[:1]
+        status = ["inspect", "-f", "{{.State.Health.Status}}", container]
+        wait_until(lambda status=status: docker(*status).strip() == "healthy", 90, f"{service} is healthy")
 
 
 def test_how_large_images_are(deployment):
@@ -169,7 +186,7 @@ def test_containers_reach_and_write_what_is_theirs(deployment):
         assert networks <= {"database", "queue"}, service
     for network in ("database", "queue"):
         assert docker("network", "inspect", "-f", "{{.Internal}}", f"{deployment.project}_{network}").strip() == "true"
-    cli = 'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli --user lamplighter '
+    cli = 'REDISCLI_AUTH="$(cat /run/secrets/redis_password)" redis-cli --user lamplighter '
     version = deployment("exec", "-T", "redis", "redis-server", "--version").stdout.split()[2]
     print("Redis", version, "Postgres", ask_postgres(deployment, "SHOW server_version"), compose_command())
     for command in ("flushall", "config get maxmemory", "shutdown", "acl list"):
@@ -180,7 +197,7 @@ def test_containers_reach_and_write_what_is_theirs(deployment):
 
 def test_redis_keeps_submissions(deployment):
     """What Celery clients sent and nobody took in yet is on disk a second later."""
-    cli = 'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli --user lamplighter '
+    cli = 'REDISCLI_AUTH="$(cat /run/secrets/redis_password)" redis-cli --user lamplighter '
     deployment("exec", "-T", "redis", "sh", "-c", cli + "set kept-by-redis yes")
     time.sleep(2)
     crash(deployment, "redis")
@@ -491,16 +508,19 @@ def test_a_worker_of_another_machine_joins(deployment, tmp_path):
         name: docker("volume", "inspect", "-f", "{{.Mountpoint}}", f"{deployment.project}_{name.lower()}").strip()
         for name in ("STORE", "WEIGHTS")
     }
-    mounts["MODELS"] = deployment.secrets["LAMPLIGHTER_MODELS"]
+    mounts["MODELS"] = deployment.models
     with deployment.env_file.open("a") as file:
         file.write(f"LAMPLIGHTER_PRIVATE_ADDRESS={address}\n")
-    env_file = tmp_path / "worker.env"
-    write = [sys.executable, ROOT / "tools" / "write_env.py", env_file, "--worker", deployment.env_file]
-    subprocess.run(write, check=True)
-    places = {f"LAMPLIGHTER_{name}": mount for name, mount in mounts.items()} | {"LAMPLIGHTER_MAIN_ADDRESS": address}
-    lines = [f"{line}{places.get(line.rstrip('='), '')}" for line in env_file.read_text().splitlines()]
-    env_file.write_text("\n".join(lines) + "\n")
-    assert not [line for line in lines if "ADMIN" in line or "POSTGRES" in line]
+    env_file = tmp_path / "other" / ".env"
+    write = [sys.executable, ROOT / "tools" / "write_env.py", env_file, "--worker", address]
+    subprocess.run([*write, "--secrets", deployment.env_file.parent / "secrets"], check=True)
+    places = {f"LAMPLIGHTER_{name}": mount for name, mount in mounts.items()}
+    places["LAMPLIGHTER_SECRETS"] = (
+        env_file.parent / "secrets"
+    )  # ./secrets on the other machine, which has a checkout of its own
+    names = [line.partition("=")[0] for line in env_file.read_text().splitlines()]
+    env_file.write_text("".join(f"{name}={places[name]}\n" for name in names))
+    assert {path.name for path in (env_file.parent / "secrets").iterdir()} == {"worker_database_url", "redis_url"}
     opened = ["-f", "docker-compose.yml", "-f", "docker-compose.hosts.yml"]
     other = [*compose_command(), "-p", "lamplighter-other", "--env-file", str(env_file)]
     other += ["-f", "docker-compose.worker.yml"]

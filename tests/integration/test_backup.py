@@ -99,14 +99,18 @@ def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
 
 @pytest.fixture
 def backup(tmp_path):
-    """A folder as `save` leaves it, of contents that nothing would unpack."""
+    """A folder as `save` leaves it; of its archives only that of the secrets is one."""
     folder = tmp_path / "folder"
     folder.mkdir()
     parts = {}
-    for name in ("postgres.tar", "store.tar", "secrets"):
+    for name in ("postgres.tar", "store.tar"):
         (folder / name).write_bytes(name.encode())
-        digest = subprocess.run(["sha256sum", folder / name], capture_output=True, text=True, check=True).stdout.split()
-        parts[name] = {"bytes": len(name), "sha256": digest[0]}
+    (tmp_path / "postgres.json").write_text('{"superuser": "x"}')
+    (tmp_path / "postgres.json").chmod(0o600)
+    subprocess.run(["tar", "-C", tmp_path, "-cf", folder / "secrets.tar", "postgres.json"], check=True)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        parts[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "made_at": "2026-01-01", "parts": parts}))
     return folder
 
@@ -139,7 +143,8 @@ def test_nothing_is_restored_over_what_is_there(backup, tmp_path):
 def test_secrets_are_read_by_their_owner_alone(scratch, backup):
     data = scratch / "owner"
     tool("restore", backup, "--data", data)  # whose archives are none; the secrets come before them
-    assert stat.S_IMODE((data / "postgres.json").stat().st_mode) == 0o600
+    assert (data / "postgres.json").read_text() == '{"superuser": "x"}'
+    assert stat.S_IMODE((data / "postgres.json").stat().st_mode) == 0o600 and stat.S_IMODE(data.stat().st_mode) == 0o700
 
 
 def test_save_over_a_backup_or_without_a_stack_is_refused(backup, tmp_path):

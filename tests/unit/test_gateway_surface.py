@@ -84,10 +84,11 @@ def test_names_stand_in_a_variable_with_commas_or_as_json(monkeypatch):
 def test_the_deployments_names_are_those_of_its_compose_file_and_those_that_were_asked_for(tmp_path):
     default = re.search(r"LAMPLIGHTER_ALLOWED_HOSTS:-(.*)}", (ROOT / "docker-compose.yml").read_text()).group(1)
     for options in ([], ["--host", "a.example", "--host", "*.b.example"]):
-        path = tmp_path / str(len(options))
+        path = tmp_path / str(len(options)) / ".env"
         command = [sys.executable, ROOT / "tools" / "write_env.py", path, *options]
         subprocess.run(command, check=True, capture_output=True)
-        written = dict(line.split("=", 1) for line in path.read_text().splitlines())
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        written = dict(line.split("=", 1) for line in lines)
         names = settings(allowed_hosts=written.get("LAMPLIGHTER_ALLOWED_HOSTS", default)).allowed_hosts
         assert names == ["localhost", "127.0.0.1", "[::1]", "gateway", *options[1::2]]
 
