@@ -60,9 +60,11 @@ class Settings(RemoteSettings):
         env_prefix="LAMPLIGHTER_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
     )
 
-    database_url: SecretStr = Field(description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE of this service's role")
+    database_url: SecretStr = Field(
+        min_length=1, description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE of this service's role"
+    )
     database_role: str | None = Field(None, description="Role to assume after login (SET ROLE), when logins are shared")
-    redis_url: SecretStr = Field(description="redis://[:PASSWORD@]HOST:PORT/0")
+    redis_url: SecretStr = Field(min_length=1, description="redis://[:PASSWORD@]HOST:PORT/0")
     store_url: str = Field(description="fsspec URL or directory of file contents and weights")
 
     host: str = Field("127.0.0.1", description="Address that the gateway listens on")

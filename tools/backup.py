@@ -40,8 +40,10 @@ BLOCK_BYTES = 1 << 20
 READY_SECONDS = 180
 BASE_BACKUP = ["-D", "-", "-Ft", "-X", "fetch", "-c", "fast"]
 """One archive on standard output, with the log that was written meanwhile, begun at once."""
-CHANGED_MEANWHILE = 1
-"""How GNU tar ends when something went or grew while it was read. What counts is looked at after a restore."""
+FORMAT = 2
+PACK = 'tar -C {} --exclude="*.part" -cf - . || [ $? -eq 1 ]'
+"""Of a file that is being written only the finished form counts. GNU tar ends with 1 when something went or grew while
+it was read; what counts is looked at after a restore. A Compose that failed ends with 1, too: hence the shell."""
 IS_EMPTY = '[ -z "$(ls -A {} 2>/dev/null)" ]'
 UNPACK_POSTGRES = """
 set -e
@@ -82,14 +84,14 @@ class Deployment(Protocol):
 
 def save(deployment: Deployment, folder: Path) -> None:
     """Make a backup in a folder that is not there yet; without a manifest it is not whole."""
-    folder.mkdir(parents=True, mode=0o700)
     packers = deployment.packers()
+    folder.mkdir(parents=True, mode=0o700)
     parts = {}
     with _log_kept(deployment.psql()):
-        parts[POSTGRES] = _collect(packers.pop(POSTGRES), folder / POSTGRES, accepted={0})
+        parts[POSTGRES] = _collect(packers.pop(POSTGRES), folder / POSTGRES)
     for name, command in packers.items():
-        parts[name] = _collect(command, folder / name, accepted={0, CHANGED_MEANWHILE})
-    manifest = {"format": 1, "made_at": datetime.now(timezone.utc).isoformat(), "parts": parts}  # noqa: UP017  # 3.9
+        parts[name] = _collect(command, folder / name)
+    manifest = {"format": FORMAT, "made_at": datetime.now(timezone.utc).isoformat(), "parts": parts}  # noqa: UP017  # 3.9
     with (folder / MANIFEST).open("x") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
@@ -112,7 +114,7 @@ def _log_kept(psql: list[str]) -> Iterator[None]:
         yield  # the slot is temporary: it ends with its session
 
 
-def _collect(command: list[str], path: Path, accepted: set[int]) -> dict[str, Any]:
+def _collect(command: list[str], path: Path) -> dict[str, Any]:
     """Write what a command prints to a file only its owner can read; return its size and digest."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -124,7 +126,7 @@ def _collect(command: list[str], path: Path, accepted: set[int]) -> dict[str, An
             size += len(block)
         file.flush()
         os.fsync(file.fileno())
-    if process.returncode not in accepted:
+    if process.returncode or not size:
         raise SystemExit(
             f"{path.name}: {shlex.join(command[:4])} … ended with {process.returncode}; this is no backup."
         )
@@ -137,6 +139,8 @@ def check(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise SystemExit(f"{folder} has no {MANIFEST}: it is no backup, or one that was cut off.") from None
+    if manifest["format"] != FORMAT:
+        raise SystemExit(f"{folder} has format {manifest['format']}, which another release of this tool reads.")
     for name, part in manifest["parts"].items():
         digest = hashlib.sha256()
         with (folder / name).open("rb") as file:
@@ -148,8 +152,18 @@ def check(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def restore(deployment: Deployment, folder: Path, *, only: "str | None" = None, is_started: bool = True) -> None:
-    """Check a backup, unpack it where nothing is, compare every file with what Postgres says of it, and start."""
+def restore(
+    deployment: Deployment,
+    folder: Path,
+    *,
+    only: "str | None" = None,
+    is_started: bool = True,
+    is_patient: bool = False,
+) -> None:
+    """Check a backup, unpack it where nothing is, compare every file with what Postgres says of it, and start.
+
+    With `is_patient` what is not as Postgres says is told, and hinders nothing.
+    """
     parts = check(folder)["parts"]
     names = [name for name in parts if name not in UNPACKED_FIRST and only in (None, name)]
     if only is None:
@@ -162,11 +176,13 @@ def restore(deployment: Deployment, folder: Path, *, only: "str | None" = None, 
     found = deployment.audit()
     for sentence in found["wrong"]:
         print(sentence, file=sys.stderr)
-    if found["wrong"]:
+    if found["wrong"] and not is_patient:
         raise SystemExit(
-            f"unpacked, but {len(found['wrong'])} things are not as Postgres says; nothing else was started."
+            f"unpacked, but {len(found['wrong'])} things are not as Postgres says, and nothing else was started. Jobs "
+            "that need them will fail. To start all the same: docker compose up -d (lamplighter up)."
         )
-    print(f"restored; {found['objects']:,} objects of the store, {found['bytes']:,} bytes, are as Postgres says")
+    rest = f"; {len(found['wrong'])} things are not" if found["wrong"] else ""
+    print(f"restored; {found['objects']:,} objects of the store, {found['bytes']:,} bytes, are as Postgres says{rest}")
     if is_started:
         deployment.start()
 
@@ -190,18 +206,12 @@ class Composed:
 
     def packers(self) -> dict[str, list[str]]:
         postgres = [*self._command, "exec", "-T", "postgres", "pg_basebackup", "-U", "postgres", *BASE_BACKUP]
-        return (
-            {POSTGRES: postgres}
-            | {
-                # Of a file that is being written only the finished form counts.
-                name: self._inside("gateway", "tar", "-C", place, "--exclude=*.part", "-cf", "-", ".")
-                for name, place in self.PLACES.items()
-            }
-            | {
-                SECRETS: ["tar", "-C", str(self._named("LAMPLIGHTER_SECRETS", "secrets")), "-cf", "-", "."],
-                VARIABLES: ["cat", str(self._env_file)],
-            }
-        )
+        packers = {POSTGRES: postgres}
+        for name, place in self.PLACES.items():
+            packers[name] = self._inside("gateway", "sh", "-c", PACK.format(place))
+        packers[SECRETS] = ["tar", "-C", str(self._named("LAMPLIGHTER_SECRETS", "secrets")), "-cf", "-", "."]
+        packers[VARIABLES] = ["cat", str(self._env_file)]
+        return packers
 
     def _inside(self, service: str, *command: str) -> list[str]:
         """Return a command that runs in a new container of a service, beside its volumes."""
@@ -219,13 +229,20 @@ class Composed:
     def install_secrets(self, folder: Path) -> None:
         if self._env_file.exists():
             return  # this deployment has its own
-        with os.fdopen(os.open(self._env_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write((folder / VARIABLES).read_bytes())
-        _unpack_privately(folder / SECRETS, self._named("LAMPLIGHTER_SECRETS", "secrets"))
+        directory = self._env_file.parent / "secrets"
+        if directory.exists() and any(directory.iterdir()):
+            raise SystemExit(f"{directory} is another deployment's: restore with an --env-file in a place of its own.")
+        _unpack_privately(folder / SECRETS, directory)
+        lines = (folder / VARIABLES).read_text().splitlines()
+        own = [line for line in lines if not line.startswith("LAMPLIGHTER_SECRETS=")]
+        with os.fdopen(os.open(self._env_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write("\n".join([*own, f"LAMPLIGHTER_SECRETS={directory}"]) + "\n")
 
     def require_empty(self, name: str) -> None:
-        if name == MODELS:
-            return  # what is there stays, as a machine may well have them already
+        if name == MODELS:  # what is there stays, as a machine may well have them already
+            # Made here: Docker would make it for itself, and nobody else could write to it.
+            self._named("LAMPLIGHTER_MODELS", "models").mkdir(parents=True, exist_ok=True)
+            return
         service, place = ("postgres", '"$PGDATA"') if name == POSTGRES else ("gateway", self.PLACES[name])
         command = self._inside(service, "sh", "-c", IS_EMPTY.format(place))
         if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
@@ -236,10 +253,14 @@ class Composed:
             _run(self._inside("postgres", "sh", "-c", UNPACK_POSTGRES), stdin=archive)
         elif name != MODELS:
             _run(self._inside("gateway", "tar", "-C", self.PLACES[name], "-xf", "-"), stdin=archive)
-        elif (directory := self._named("LAMPLIGHTER_MODELS", "models")).is_dir() and any(directory.iterdir()):
+        else:
+            self._unpack_models(archive)
+
+    def _unpack_models(self, archive: BinaryIO) -> None:
+        directory = self._named("LAMPLIGHTER_MODELS", "models")
+        if any(path.is_dir() for path in directory.iterdir()):
             print(f"{directory} has models already, and stays as it is")
         else:
-            directory.mkdir(parents=True, exist_ok=True)
             _run(["tar", "-C", str(directory), "-xf", "-"], stdin=archive)
 
     def audit(self) -> dict[str, Any]:
@@ -263,12 +284,12 @@ class Embedded:
     def packers(self) -> dict[str, list[str]]:
         return {
             POSTGRES: [*self._program("pg_basebackup"), *BASE_BACKUP],
-            STORE: ["tar", "-C", str(self._places[STORE]), "--exclude=*.part", "-cf", "-", "."],
+            STORE: ["sh", "-c", PACK.format(shlex.quote(str(self._places[STORE])))],
             SECRETS: ["tar", "-C", str(self._directory), "-cf", "-", "postgres.json"],
         }
 
     def _program(self, name: str) -> list[str]:
-        """Return a command for the server that runs now; where none does it will say so."""
+        """Return a command for the server that runs now. Raises SystemExit where none does."""
         from services.local import postgres
 
         with contextlib.suppress(FileNotFoundError):
@@ -276,7 +297,7 @@ class Embedded:
             os.environ["PGPASSWORD"] = json.loads((self._directory / "postgres.json").read_text())["superuser"]
             port = (self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[3]
             return [str(postgres.binary(name)), "-h", "127.0.0.1", "-p", port, "-U", "postgres"]
-        return ["false"]
+        raise SystemExit(f"Postgres does not run on {self._directory}: nothing was saved.")
 
     def psql(self) -> list[str]:
         return self._program("psql")
@@ -381,6 +402,9 @@ def main() -> None:
     parser.add_argument(
         "--no-start", action="store_true", help="of restore: compare everything, and start nothing else"
     )
+    parser.add_argument(
+        "--start-anyway", action="store_true", help="of restore: also when something is not as Postgres says"
+    )
     parser.add_argument("--only", choices=("store",), help="of restore: this alone, beside a Postgres that is well")
     arguments = parser.parse_args()
     if arguments.what == "check":
@@ -397,7 +421,9 @@ def main() -> None:
         save(deployment, folder)
     else:
         only = f"{arguments.only}.tar" if arguments.only else None
-        restore(deployment, folder, only=only, is_started=not arguments.no_start)
+        # What a store that was lost alone had since the backup is missing, and no reason to stand still.
+        is_patient = arguments.start_anyway or only is not None
+        restore(deployment, folder, only=only, is_started=not arguments.no_start, is_patient=is_patient)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ WORKER_PLACES = ("LAMPLIGHTER_STORE", "LAMPLIGHTER_WEIGHTS", "LAMPLIGHTER_MODELS
 WORKER_SECRETS = ("worker_database_url", "redis_url")
 
 
-def new_secrets() -> dict[str, str]:
-    """Return every secret of a deployment, by the name of its file."""
+def new_secrets(known: dict[str, str]) -> dict[str, str]:
+    """Return every secret of a deployment, by the name of its file: those that are known, and new ones."""
     made = {f"{name}_password": secrets.token_hex(24) for name in ("postgres", "redis", "flower", "grafana", *ROLES)}
     made["admin_key"] = f"lk-{secrets.token_hex(8)}-{secrets.token_urlsafe(32)}"
+    made |= {name: known[name] for name in made if name in known}
     made["superuser_url"] = f"postgresql://postgres:{made['postgres_password']}@postgres:5432/postgres"
     made["redis_url"] = f"redis://lamplighter:{made['redis_password']}@redis:6379/0"
     for role in SERVICES:
@@ -39,6 +40,12 @@ def secrets_of_a_worker(known: Path, address: str) -> dict[str, str]:
         name: url.replace("@postgres:", f"@{address}:").replace("@redis:", f"@{address}:")
         for name, url in found.items()
     }
+
+
+def variables(env_file: Path) -> dict[str, str]:
+    """Return the variables of an `.env`."""
+    lines = [line for line in env_file.read_text().splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
 
 
 def write(env_file: Path, lines: list[str], files: dict[str, str], *, is_taken_elsewhere: bool = False) -> None:
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--worker", metavar="ADDRESS", help="for docker-compose.worker.yml on a machine that reaches this one there"
     )
+    parser.add_argument("--from", dest="old", type=Path, metavar="ENV", help="an `.env` that held the secrets itself")
     parser.add_argument("--secrets", type=Path, default=ROOT / "secrets", help="of --worker: this machine's")
     arguments = parser.parse_args()
     path: Path = arguments.path
@@ -75,10 +83,13 @@ def main() -> None:
         write(path, lines, secrets_of_a_worker(arguments.secrets, arguments.worker), is_taken_elsewhere=True)
         print(f"wrote {path} and secrets beside it; fill in where the first machine's directories are mounted")
         return
+    old = variables(arguments.old) if arguments.old is not None else {}
+    known = {name.lower(): value for name, value in old.items() if name == "ADMIN_KEY" or name.endswith("_PASSWORD")}
     lines = EXAMPLE.read_text().splitlines()
+    lines += [f"{name}={value}" for name, value in old.items() if name.lower() not in known]
     if arguments.host:
         lines.append(f"LAMPLIGHTER_ALLOWED_HOSTS={','.join([*HOSTS, *arguments.host])}")
-    write(path, lines, new_secrets())
+    write(path, lines, new_secrets(known))
     print(f"wrote {path} and secrets beside it; the admin key is in secrets/admin_key")
 
 

@@ -114,9 +114,9 @@ class Scheduler:
             self.stop.wait(self._forecaster.pause_seconds)  # an outage, too, is no reason to try at once
 
     def forget(self) -> None:
-        run_each([self._retention.tick, self._rewrite_redis_file])
+        self._retention.tick()
 
-    def _rewrite_redis_file(self) -> None:
+    def rewrite_redis_file(self) -> None:
         """Have prompts go from the disk that went through Redis: they stand in its file until it is written anew."""
         try:
             self._redis.bgrewriteaof()
@@ -145,6 +145,7 @@ class Scheduler:
             "forecaster": (self.foretell, lambda: None),
             "deliverer": (self.deliver, lambda: self.stop.wait(DELIVERY_SECONDS)),
             "eraser": (self.erase, lambda: self.stop.wait(ERASURE_SECONDS)),
+            "redis file": (self.rewrite_redis_file, lambda: self.stop.wait(RETENTION_SECONDS)),
             "retention": (self.forget, lambda: self.stop.wait(RETENTION_SECONDS)),
         }
         if self._tracer is not None:

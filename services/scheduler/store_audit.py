@@ -31,16 +31,18 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclass
 class Audit:
-    """What was looked at, and what is wrong: a sentence for each object."""
+    """What was looked at, what is wrong, and what nobody can say: a sentence for each object."""
 
     objects: int = 0
     bytes: int = 0
     wrong: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def add(self, other: "Audit") -> None:
         self.objects += other.objects
         self.bytes += other.bytes
         self.wrong += other.wrong
+        self.unknown += other.unknown
 
 
 def audit(engine: Engine, store: Store) -> Audit:
@@ -94,18 +96,27 @@ def _check_trained(found: Audit, store: Store, model: ModelSource, path: str) ->
     manifest = f"{directory}/{MANIFEST_FILE}"
     try:
         content = b"".join(store.read(manifest))
-        entries = json.loads(content)["files"]
+        files = json.loads(content)["files"]
+        entries = {file: (int(entry["bytes"]), str(entry["sha256"])) for file, entry in files.items()}
     except FileNotFoundError:
-        found.wrong.append(f"{path}: the model's manifest is missing")
+        _note_missing_manifest(found, store, path, is_checkpoint=is_checkpoint)
         return
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found.wrong.append(f"{path}: the model's manifest cannot be read: {error}")
         return
     if is_checkpoint and hashlib.sha256(content).hexdigest() != model.manifest_sha256:
         found.wrong.append(f"{manifest}: not the bytes that were written: their SHA-256 is another")
-    for file, entry in entries.items():
+    for file, expected in entries.items():
         if not is_checkpoint or file.startswith(f"{name}/"):
-            _expect(found, store, f"{directory}/{file}", entry["bytes"], entry["sha256"])
+            _expect(found, store, f"{directory}/{file}", *expected)
+
+
+def _note_missing_manifest(found: Audit, store: Store, path: str, *, is_checkpoint: bool) -> None:
+    """Earlier releases wrote none for what a run ended with: of such a model it can be said that it is there."""
+    if not is_checkpoint and store.listing(path):
+        found.unknown.append(f"{path}: trained before models had manifests; its files are there")
+    else:
+        found.wrong.append(f"{path}: the model's manifest is missing")
 
 
 def _expect(found: Audit, store: Store, path: str, size: int, sha256: str | None) -> None:

@@ -8,7 +8,7 @@ is sent twice, by two schedulers or after a restart, is the same span.
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -31,6 +31,8 @@ JOBS_AT_ONCE = 20
 MOST_ATTEMPTS = 500
 """Of one job: a batch of a million lines has four thousand, and nobody looks at so many."""
 PAUSE_SECONDS = 5.0
+MOST_REFUSALS = 5
+"""Of one trace, while others are taken: it is given up."""
 BACK = timedelta(minutes=10)
 """How far a scheduler that has just started looks back."""
 LATE = timedelta(seconds=60)
@@ -47,41 +49,53 @@ class Tracer:
         self._engine = engine
         self._exporter = exporter or OTLPSpanExporter(endpoint=url, timeout=TIMEOUT_SECONDS)
         self._resource = Resource.create({"service.name": "lamplighter"})
-        self._sent: dict[UUID, datetime] = {}
+        self._settled: dict[UUID, datetime] = {}
+        self._refusals: dict[UUID, int] = {}
         self._since: datetime | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Send what has ended until `stop` is set, as the only scheduler that does; return when another one is."""
         with alone(self._engine, LOCK) as session:
             while session is not None and not stop.is_set():
-                if not self.tick(session):
+                if not self.tick(session, stop.is_set):
                     stop.wait(PAUSE_SECONDS)
 
-    def tick(self, session: Connection) -> bool:
+    def tick(self, session: Connection, is_stopping: Callable[[], bool] = lambda: False) -> bool:
         """Send a few jobs that have ended since; return whether there may be more to be sent now."""
         self._since = self._since or traces.now(session) - BACK
-        jobs = traces.ended_jobs(session, self._since, list(self._sent), JOBS_AT_ONCE)
+        jobs = traces.ended_jobs(session, self._since, list(self._settled), JOBS_AT_ONCE)
+        failed: list[EndedJob] = []
+        taken: list[EndedJob] = []
         for job in jobs:
-            if not self._send(job, traces.attempts(session, [job.job_id], MOST_ATTEMPTS)):
-                return False
-            self._remember(job)
-        return len(jobs) == JOBS_AT_ONCE
+            if is_stopping():
+                break
+            spans = self._spans(job, traces.attempts(session, [job.job_id], MOST_ATTEMPTS))
+            is_taken = self._exporter.export(list(spans)) is SpanExportResult.SUCCESS
+            (taken if is_taken else failed).append(job)
+        self._settled |= {job.job_id: job.ended_at for job in taken}
+        self._weigh(failed, is_there=bool(taken))
+        self._go_on_behind(jobs, failed)
+        return bool(taken) and len(jobs) == JOBS_AT_ONCE
 
-    def _send(self, job: EndedJob, tried: Sequence[EndedAttempt]) -> bool:
-        """Send one job's trace. False when the collector is away; one that it does not want is given up."""
-        if self._exporter.export(list(self._spans(job, tried))) is SpanExportResult.SUCCESS:
-            return True
-        is_there = self._exporter.export([]) is SpanExportResult.SUCCESS
-        message = "a trace was refused" if is_there else "the collector of traces is away"
-        log.warning(message, extra={"job_id": job.job_id.hex, "spans": len(tried) + 2})
-        return is_there
+    def _weigh(self, failed: Sequence[EndedJob], *, is_there: bool) -> None:
+        """Give up what is refused again and again while others are taken. Where nothing is, the collector is away."""
+        if failed and not is_there:
+            log.warning("the collector of traces takes nothing", extra={"jobs": len(failed)})
+            return
+        for job in failed:
+            self._refusals[job.job_id] = self._refusals.get(job.job_id, 0) + 1
+            if self._refusals[job.job_id] >= MOST_REFUSALS:
+                log.warning("a trace is given up", extra={"job_id": job.job_id.hex})
+                self._settled[job.job_id] = job.ended_at
+                del self._refusals[job.job_id]
 
-    def _remember(self, job: EndedJob) -> None:
-        """Go on behind this one; what may still be committed before it is looked for again."""
-        self._sent[job.job_id] = job.ended_at
-        since = max(self._since or job.ended_at, job.ended_at - LATE)
-        self._since = since
-        self._sent = {job_id: ended for job_id, ended in self._sent.items() if ended > since}
+    def _go_on_behind(self, jobs: Sequence[EndedJob], failed: Sequence[EndedJob]) -> None:
+        """Move on behind what is settled, but neither beyond what is not, nor beyond what may still be committed."""
+        waiting = [job.ended_at for job in failed if job.job_id not in self._settled]
+        settled = [job.ended_at for job in jobs if job.job_id in self._settled]
+        if settled and self._since is not None:
+            self._since = since = max(self._since, min([max(settled), *waiting]) - LATE)
+            self._settled = {job_id: ended for job_id, ended in self._settled.items() if ended > since}
 
     def _spans(self, job: EndedJob, tried: Sequence[EndedAttempt]) -> Iterator[ReadableSpan]:
         yield self._span(job.job_id, "", job.kind, (job.created_at, job.ended_at), job.state, _about_job(job))

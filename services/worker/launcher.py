@@ -71,7 +71,8 @@ class Launcher:
         while not self.stop.wait(POLL_SECONDS):
             if time.monotonic() >= look_at:
                 self._kill_lost()
-                self._alive.beat()
+                if self._has_a_lasting_worker():
+                    self._alive.beat()
                 look_at = time.monotonic() + LOST_POLL_SECONDS
             for slot in self._slots:
                 if slot.process is not None and slot.process.poll() is not None:
@@ -79,6 +80,11 @@ class Launcher:
                 if slot.process is None and time.monotonic() >= slot.start_at:
                     self._start(slot)
         self._drain()
+
+    def _has_a_lasting_worker(self) -> bool:
+        """Whether some worker lives, and has for longer than those that die of how they are set up."""
+        long_ago = time.monotonic() - QUICK_DEATH_SECONDS
+        return any(slot.process is not None and slot.started_at < long_ago for slot in self._slots)
 
     def _start(self, slot: Slot) -> None:
         slot.worker_id = uuid4()

@@ -22,6 +22,7 @@ from shared.db import files, model_registry
 from shared.db.session import connect_engine, tenant_transaction
 from shared.store import Store, file_path, index_path
 from tests.conftest import FAST
+from tools import backup as backup_tool
 from tests.support.batches import chat_lines, jsonl, submit, wait_for
 from tests.support.servers import ROOT, wait_until
 from tests.support.task_rows import DIGIT_TASKS, digit_rows, with_files
@@ -111,7 +112,7 @@ def backup(tmp_path):
     for path in folder.iterdir():
         content = path.read_bytes()
         parts[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "made_at": "2026-01-01", "parts": parts}))
+    (folder / "manifest.json").write_text(json.dumps({"format": 2, "made_at": "2026-01-01", "parts": parts}))
     return folder
 
 
@@ -206,7 +207,8 @@ def test_what_postgres_names_is_found_whole(held):
         (lambda paths, _: paths[0].write_bytes(paths[0].read_bytes().replace(b"1", b"3")), "SHA-256"),
         (lambda paths, _: paths[0].with_name(f"{paths[0].name}.lines").write_bytes(b""), "0 bytes, not"),
         (lambda _, model: (model / "adapter.safetensors").write_bytes(b"weightz"), "SHA-256"),
-        (lambda _, model: (model / "manifest.json").unlink(), "manifest is missing"),
+        (lambda _, model: shutil.rmtree(model), "manifest is missing"),
+        (lambda _, model: (model / "manifest.json").write_text("[]"), "manifest cannot be read"),
         (lambda _, model: (model / "manifest.json").write_text("{"), "manifest cannot be read"),
         (lambda _, model: (model.parents[4] / "local-model").rmdir(), "model local: there is no directory"),
     ],
@@ -236,8 +238,54 @@ def test_what_is_deleted_while_the_audit_reads_is_not_missing(held, monkeypatch)
     assert found.wrong == [] and found.objects == 3
 
 
-def test_a_manifest_is_what_postgres_knows_of_it(scratch, stack, sdk, native):
-    """Of a model that was trained here: whoever changes weights and manifest alike is found as well."""
+def test_a_model_from_before_there_were_manifests_is_told_and_not_wrong(held):
+    engine, store, _, model = held
+    (model / "manifest.json").unlink()
+    found = audit(engine, store)
+    assert found.wrong == [] and "trained before" in found.unknown[0]
+
+
+def test_another_formats_backup_is_refused(backup):
+    manifest = json.loads((backup / "manifest.json").read_text())
+    (backup / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    assert "format 1, which another release" in tool("check", backup).stderr
+
+
+def test_a_command_that_fails_or_says_nothing_is_no_archive(tmp_path):
+    for command in (["false"], ["true"], ["sh", "-c", "echo some; exit 1"]):
+        with pytest.raises(SystemExit, match="this is no backup"):
+            backup_tool._collect(command, tmp_path / uuid4().hex)
+
+
+def test_tar_that_saw_something_go_is_an_archive_and_one_that_failed_is_none(tmp_path):
+    there = tmp_path / "store"
+    there.mkdir()
+    (there / "a").write_text("a")
+    (there / "b.part").write_text("unfinished")
+    packed = subprocess.run(["sh", "-c", backup_tool.PACK.format(there)], capture_output=True, check=False)
+    assert packed.returncode == 0 and b"unfinished" not in packed.stdout
+    gone = subprocess.run(["sh", "-c", backup_tool.PACK.format(tmp_path / "no")], capture_output=True, check=False)
+    assert gone.returncode != 0
+
+
+def test_secrets_of_another_deployment_are_not_written_over(tmp_path, backup):
+    """A rehearsal whose variables lie beside a living deployment's secrets."""
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "redis_password").write_text("of-the-living")
+    (backup / "env").write_text("LAMPLIGHTER_SECRETS=./secrets\nLAMPLIGHTER_PORT=1\n")
+    deployment = backup_tool.Composed("docker-compose", tmp_path / "rehearsal.env")
+    with pytest.raises(SystemExit, match="another deployment's"):
+        deployment.install_secrets(backup)
+    assert (tmp_path / "secrets" / "redis_password").read_text() == "of-the-living"
+    apart = backup_tool.Composed("docker-compose", tmp_path / "apart" / "rehearsal.env")
+    apart.install_secrets(backup)
+    text = (tmp_path / "apart" / "rehearsal.env").read_text()
+    assert text == f"LAMPLIGHTER_PORT=1\nLAMPLIGHTER_SECRETS={tmp_path / 'apart' / 'secrets'}\n"
+    assert (tmp_path / "apart" / "secrets" / "postgres.json").exists()
+
+
+def test_checkpoints_manifests_are_what_postgres_knows_of_them(scratch, stack, sdk, native):
+    """Whoever changes a checkpoint's weights and manifest alike is found as well."""
     rows, validation = digit_rows()
     ids = [native.upload("rows.jsonl", jsonl(part[:100]), "fine-tune")["id"] for part in (rows, validation)]
     asked = {"n_epochs": 2, "batch_size": 16}

@@ -718,3 +718,17 @@ def test_the_reaper_rests_after_an_outage_and_not_after_a_conflict(database, sto
     monkeypatch.setattr(reaper, "_take_back", lambda: looked.append(1) or taken_back())
     reaper.tick()
     assert bool(looked) is not rests
+
+
+def test_what_went_through_redis_goes_from_its_file(database, redis_server):
+    """Once in an hour, also while other things fail; a user who may not, and a Redis that is away, are told in the log."""
+    client = connect_redis(redis_server.url)
+    before = client.info("persistence")["aof_rewrites"]
+    scheduler = Scheduler(database.settings("scheduler", redis_url=redis_server.url))
+    scheduler.rewrite_redis_file()
+    wait_until(lambda: client.info("persistence")["aof_rewrites"] > before, 10, "the file is written anew")
+    client.acl_setuser("narrow", enabled=True, passwords=["+x"], keys=["*"], commands=["+@all", "-@admin"])
+    for url in (f"redis://narrow:x@127.0.0.1:{redis_server.port}/0", "redis://127.0.0.1:1/0"):
+        Scheduler(database.settings("scheduler", redis_url=url)).rewrite_redis_file()
+    client.acl_deluser("narrow")
+    client.close()

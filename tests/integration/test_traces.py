@@ -118,20 +118,27 @@ def test_each_job_is_sent_once_and_again_only_as_the_same_spans(sdk, engine, ses
 
 
 def test_while_the_collector_is_away_nothing_is_passed_over(sdk, session, collector, traced):
-    collector.answer = lambda _: 400  # 503 would be tried again by the exporter itself, for longer
+    """However long that lasts; one whose queue is full says no to spans and yes to nothing."""
+    collector.answer = lambda spans: 400 if spans else 200  # 503 would be tried again by the exporter itself
     batch = wait_for(sdk, submit(sdk, chat_lines(2)).id)
-    assert not traced.tick(session) and not collector.of(batch.id)
+    for _ in range(tracer.MOST_REFUSALS + 1):
+        assert not traced.tick(session) and not collector.of(batch.id)
     collector.answer = lambda _: 200
     traced.tick(session)
     assert collector.of(batch.id)
 
 
-def test_a_trace_that_a_living_collector_refuses_stands_in_no_others_way(sdk, session, collector, traced):
+def test_a_trace_that_is_refused_stands_in_no_others_way_and_is_given_up(sdk, session, collector, traced):
     large = wait_for(sdk, submit(sdk, chat_lines(600)).id)
-    collector.answer = lambda spans: 400 if len(spans) > 4 else 200
-    small = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+    asked = []
+    collector.answer = lambda spans: asked.append(len(spans)) or (400 if len(spans) > 4 else 200)
+    for _ in range(tracer.MOST_REFUSALS):
+        small = wait_for(sdk, submit(sdk, chat_lines(2)).id)
+        traced.tick(session)
+        assert not collector.of(large.id) and collector.of(small.id)
+    before = len(asked)
     traced.tick(session)
-    assert not collector.of(large.id) and collector.of(small.id)
+    assert len(asked) == before, "it was not given up"
 
 
 def test_one_scheduler_of_several_sends(sdk, engine, collector, traced, monkeypatch):

@@ -70,3 +70,16 @@ def test_another_machine_gets_the_two_secrets_that_it_needs(made, tmp_path):
     assert (other / ".env").read_text().splitlines() == [
         "LAMPLIGHTER_SECRETS=./secrets", "LAMPLIGHTER_STORE=", "LAMPLIGHTER_WEIGHTS=", "LAMPLIGHTER_MODELS=",
     ]  # fmt: skip
+
+
+def test_secrets_that_stood_in_an_env_file_are_taken_over(tmp_path):
+    old = tmp_path / "old.env"
+    old.write_text("# ours\nPOSTGRES_PASSWORD=postgres-of-before\nADMIN_KEY=lk-of-before\nLAMPLIGHTER_PORT=8001\n")
+    done = write_env(tmp_path / "new" / ".env", "--from", old)
+    assert done.returncode == 0, done.stderr
+    files = read(tmp_path / "new" / "secrets")
+    assert files["postgres_password"] == "postgres-of-before" and files["admin_key"] == "lk-of-before"
+    assert files["superuser_url"] == "postgresql://postgres:postgres-of-before@postgres:5432/postgres"
+    assert len(files["redis_password"]) == 48
+    text = (tmp_path / "new" / ".env").read_text()
+    assert "LAMPLIGHTER_PORT=8001\n" in text and "of-before" not in text
