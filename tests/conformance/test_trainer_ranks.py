@@ -197,6 +197,7 @@ def test_a_lost_process_ends_its_fellows_and_the_job_goes_on_with_the_same_bits(
     assert all(torch.equal(weights[name], undisturbed[name]) for name in undisturbed)
 
 
+@pytest.mark.long
 def test_a_rank_short_of_memory_has_the_next_try_compute_less(scratch, tmp_path, child, second):
     """Which of two ranks in step runs out in the midst of a pass, the other cannot go on, and neither does it again."""
     base = make_tiny_llama(scratch / "wide-ranks-base", vocab_size=16_384)
@@ -247,6 +248,7 @@ def test_all_pause_and_stop_with_any_of_them(base, data, tmp_path, child, second
     assert isinstance(second.next(Stopped), Stopped)
 
 
+@pytest.mark.long
 def test_who_does_not_come_is_not_waited_for_for_ever(base, data, tmp_path, child):
     """The first to come back after a crash may listen where nobody comes: a second that finds nobody says so."""
     listener = TrainerChild()

@@ -34,8 +34,8 @@ from shared.settings import Settings
 from tests.support.batches import chat_line, chat_lines, jsonl, submit, wait_for
 from tests.support.servers import wait_until
 
-# Cases a route, right ones and as many wrong ones; `make bench-surface` runs 5,000 in all.
-CASES = int(os.environ.get("LAMPLIGHTER_SCHEMA_CASES", "12"))
+# Cases a route, right ones and as many wrong ones; `make bench-surface` runs 10,000 in all.
+CASES = int(os.environ.get("LAMPLIGHTER_SCHEMA_CASES", "8"))
 SEED = int(os.environ.get("LAMPLIGHTER_SCHEMA_SEED") or random.SystemRandom().randrange(2**32))
 
 OPEN = {("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/openapi.json"), ("HEAD", "/openapi.json")}
