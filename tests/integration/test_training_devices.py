@@ -158,6 +158,7 @@ def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, st
     assert wait_for(sdk, second.id).status == "succeeded"
 
 
+@pytest.mark.long
 def test_nobody_who_came_later_trains_before_a_job_for_both_devices(sdk, native, stack):
     """One device trains and the other is free: it is kept for who needs both, and lines are computed there meanwhile."""
     first = create(sdk, "tunable", hyper={"n_epochs": 30, "batch_size": 1})
