@@ -2,6 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,8 +14,33 @@ import orjson
 _LEFT_OUT = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "data", "color_message"}
 
 
+_ids: ContextVar[dict[str, str | int]] = ContextVar("log_ids")
+"""What the work that is under way is about. A dictionary that its threads and tasks share, as they learn more."""
+
+
+def begin_ids(**ids: str | int) -> None:
+    """Have every line carry these ids that is logged from here on in this task, and in what it starts."""
+    _ids.set(ids)
+
+
+def note_ids(**ids: str | int) -> None:
+    """Add what has been learnt of the work that is under way, such as whose it is."""
+    if (known := _ids.get(None)) is not None:
+        known.update(ids)
+
+
+@contextmanager
+def logged_with(**ids: str | int) -> Iterator[None]:
+    """Have every line carry these ids that is logged inside the block."""
+    token = _ids.set(ids)
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time, level, logger, message, and whatever stood in `extra`."""
+    """One JSON object a record: time, level, logger, message, the ids of the work that is under way, and `extra`."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -26,6 +54,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        entry |= _ids.get({})
         entry |= {key: value for key, value in record.__dict__.items() if key not in _LEFT_OUT}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)

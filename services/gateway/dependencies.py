@@ -17,6 +17,7 @@ from shared.db import idempotency
 from shared.db.session import tenant_transaction
 from shared.db.tenants import Caller
 from shared.domain.errors import AuthenticationFailed, InvalidRequest, PermissionDenied
+from shared.logging import note_ids
 from shared.queueing.wake import wake_dispatcher
 from shared.settings import Settings
 from shared.store import Store
@@ -75,6 +76,7 @@ class Require:
         caller = await parts.lookups.caller(key.strip())
         if not caller.may(self._scope):
             raise PermissionDenied(f"This needs a key with the scope '{self._scope}'.")
+        note_ids(tenant=caller.tenant_id)
         return caller
 
     async def __call__(self, parts: PartsDependency, authorization: Annotated[str | None, Header()] = None) -> Caller:

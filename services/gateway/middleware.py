@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.errors import error_response
 from services.gateway.streaming import MAX_FILE_BYTES
 from shared.domain.errors import BodyTooLarge, InvalidRequest
+from shared.logging import begin_ids
 
 MAX_JSON_BYTES = 2**20
 MAX_CALL_BYTES = 4 * 2**20
@@ -38,6 +39,7 @@ class RequestId:
         request_id = new_request_id()
         # Kept for whoever answers outside of this: the handler of what nobody foresaw.
         scope.setdefault("state", {})["request_id"] = request_id
+        begin_ids(request_id=request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

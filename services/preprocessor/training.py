@@ -198,7 +198,7 @@ class Preparations:
     def _refuse(self, job: UnpreparedJob, error: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> bool:
         with tenant_transaction(self._engine, job.tenant_id) as connection:
             training.reject(connection, job, error, lines or [])
-        log.info("training job refused", extra={"job_id": str(job.job_id), "code": error["code"]})
+        log.info("training job refused", extra={"job_id": job.job_id.hex, "code": error["code"]})
         return False
 
 

@@ -53,7 +53,7 @@ class Finalizer:
             # While Postgres is away no job is to blame.
             if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
-            log.exception("cannot end a job", extra={"job_id": str(job.job_id)})
+            log.exception("cannot end a job", extra={"job_id": job.job_id.hex})
             self._troubled.note(job.job_id)
         else:
             self._troubled.forget(job.job_id)

@@ -176,7 +176,7 @@ class Forecaster:
         try:
             return _work(job, self._seconds_left(job), jobs, self._margin(job))
         except ValueError:
-            log.warning("a job cannot be foretold", extra={"job_id": str(job.job_id)}, exc_info=True)
+            log.warning("a job cannot be foretold", extra={"job_id": job.job_id.hex}, exc_info=True)
             return None
 
 

@@ -40,7 +40,7 @@ class Gatekeeper:
         except Exception:
             savepoint.rollback()
             gates.postpone(connection, job, RETRY_SECONDS)
-            log.exception("cannot decide whether a job may run", extra={"job_id": str(job.job_id)})
+            log.exception("cannot decide whether a job may run", extra={"job_id": job.job_id.hex})
             return False
         savepoint.commit()
         return changed
@@ -48,7 +48,7 @@ class Gatekeeper:
     def _decide(self, connection: Connection, job: GatedJob) -> bool:
         if job.failed_parent_id is not None:
             gates.fail_for_parent(connection, job)
-            log.info("job failed with one that it follows", extra={"job_id": str(job.job_id)})
+            log.info("job failed with one that it follows", extra={"job_id": job.job_id.hex})
             return True
         decided = job.decision
         gates.set_gate(connection, job, decided)

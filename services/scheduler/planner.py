@@ -47,7 +47,7 @@ class Planner:
             # While Postgres is away no job is to blame.
             if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
-            log.exception("cannot plan a job", extra={"job_id": str(job.job_id)})
+            log.exception("cannot plan a job", extra={"job_id": job.job_id.hex})
             if self._troubled.note(job.job_id) >= MOST_FAILURES:
                 with self._engine.begin() as connection:
                     jobs.reject(connection, job, [NOT_PLANNED])

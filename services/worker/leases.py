@@ -19,6 +19,7 @@ from shared.domain.errors import ChildLost, LeaseGivenUp, LeaseLost
 from shared.domain.job import StopReason
 from shared.domain.retry import backoff_seconds
 from shared.domain.slice import AttemptOutcome, SliceKind
+from shared.logging import logged_with
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -103,18 +104,19 @@ class SliceHolder:
             self.claiming.discard(slice_id)
         if claimed is None:
             return
-        with self.leases.hold(claimed) as lease:
+        ids = logged_with(tenant=claimed.tenant_id, job_id=claimed.job_id.hex, slice_id=slice_id)
+        with ids, self.leases.hold(claimed) as lease:
             try:
                 work(lease)
             except LeaseGivenUp:
-                log.warning("lease given up", extra={"slice_id": slice_id, "token": claimed.lease_token})
+                log.warning("lease given up", extra={"token": claimed.lease_token})
             except LeaseLost:
                 self.stale_writes += 1
-                log.warning("stale write rejected", extra={"slice_id": slice_id, "token": claimed.lease_token})
+                log.warning("stale write rejected", extra={"token": claimed.lease_token})
             except ChildLost:
                 self._settle(claimed, self._lose(lease))
             except Exception as error:
-                log.exception("slice failed", extra={"slice_id": slice_id})
+                log.exception("slice failed")
                 self._settle(claimed, self._release_failed(lease, error))
 
     def _claim(self, slice_id: int, task_id: str, kind: SliceKind) -> ClaimedSlice | None:

@@ -175,7 +175,7 @@ class SliceRunner:
         try:
             names = {line_no: entry["custom_id"] for line_no, entry in self._raw_lines(claimed, done)}
         except (OSError, ValueError):
-            log.exception("the input of a slice cannot be read", extra={"slice_id": claimed.slice_id})
+            log.exception("the input of a slice cannot be read")
             names = {}
         for line_no in sorted(set(range(claimed.lo, claimed.hi)) - done):
             _add_error(buffer, claimed, line_no, names.get(line_no, ""), None, SLICE_FAILED)

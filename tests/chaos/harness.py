@@ -62,6 +62,8 @@ class Outcome:
     flushes: dict = field(default_factory=dict)
     """How many lines each kill may cost, by its number."""
     stale_writes: int = 0
+    unnamed: int = 0
+    """Log lines of these that do not say of whose slice of which job they are."""
     findings: int = 0
     seconds: float = 0.0
     slowest: dict = field(default_factory=dict)
@@ -388,4 +390,7 @@ class Chaos:
         self.outcome.costs = self._costs()
         self.outcome.recomputed = sum(self.outcome.costs.values())
         logs = (self.stack.log_directory / "launcher.log").read_text(errors="replace")
-        self.outcome.stale_writes = logs.count("stale write rejected")
+        rejected = [line for line in logs.splitlines() if "stale write rejected" in line]
+        self.outcome.stale_writes = len(rejected)
+        ids = ('"tenant":"default"', f'"job_id":"{job.strip(chr(39))}"', '"slice_id":')
+        self.outcome.unnamed = sum(not all(each in line for each in ids) for line in rejected)

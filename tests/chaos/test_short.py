@@ -46,7 +46,7 @@ def test_scheduler_killed(directory):
 def test_zombies_are_thrown_out(directory):
     outcome = scenarios.zombies(directory, seed=5, lines=1200, times=3)
     nothing_lost(outcome)
-    assert outcome.stale_writes > 0
+    assert outcome.stale_writes > 0 and outcome.unnamed == 0
 
 
 def test_the_control_without_the_fence_fails(directory):

@@ -20,6 +20,7 @@ from services.gateway.dependencies import Parts, PartsDependency
 from shared.db import board_sessions
 from shared.db.tenants import Caller
 from shared.domain.errors import AuthenticationFailed, PermissionDenied, RequestError
+from shared.logging import note_ids
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ async def find_viewer(request: Request, parts: PartsDependency) -> Viewer:
     caller = await parts.lookups.session(token)
     if not caller.may("read"):
         raise PermissionDenied("The board needs a key with the scope 'read'.")
+    note_ids(tenant=caller.tenant_id)
     parts.rate_limit.spend(caller.tenant_id)
     return Viewer(caller, token)
 
