@@ -31,7 +31,7 @@ MANIFEST_FILE = "manifest.json"
 
 @dataclass
 class Audit:
-    """What was looked at, what is wrong, and what nobody can say: a sentence for each object."""
+    """How many objects are as they should be; what is wrong, and what nobody can say, a sentence each."""
 
     objects: int = 0
     bytes: int = 0
@@ -120,8 +120,7 @@ def _note_missing_manifest(found: Audit, store: Store, path: str, *, is_checkpoi
 
 
 def _expect(found: Audit, store: Store, path: str, size: int, sha256: str | None) -> None:
-    """Read an object, and note how it is not as it should be."""
-    found.objects += 1
+    """Read an object, and note that it is as it should be, or how it is not."""
     digest, read = hashlib.sha256(), 0
     try:
         for block in store.read(path):
@@ -138,6 +137,8 @@ def _expect(found: Audit, store: Store, path: str, size: int, sha256: str | None
         found.wrong.append(f"{path}: {read} bytes, not {size}")
     elif sha256 is not None and digest.hexdigest() != sha256:
         found.wrong.append(f"{path}: not the bytes that were written: their SHA-256 is another")
+    else:
+        found.objects += 1
 
 
 def main() -> None:

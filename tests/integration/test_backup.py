@@ -23,7 +23,7 @@ from shared.db.session import connect_engine, tenant_transaction
 from shared.store import Store, file_path, index_path
 from tests.conftest import FAST
 from tools import backup as backup_tool
-from tests.support.batches import chat_lines, jsonl, submit, wait_for
+from tests.support.batches import chat_line, chat_lines, jsonl, submit, wait_for
 from tests.support.servers import ROOT, wait_until
 from tests.support.task_rows import DIGIT_TASKS, digit_rows, with_files
 
@@ -66,7 +66,10 @@ def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
             wait_for(sdk, done.id, "completed")
             text = sdk.files.content(sdk.batches.retrieve(done.id).output_file_id).text
             told = [event["message"] for event in native.request("GET", f"/v1/jobs/{done.id}/events")["data"]]
-            running = submit(sdk, chat_lines(1200, delay_ms=2000))
+            # Most are answered before the backup, the last ones long after it.
+            delays = [200] * 350 + [12_000] * 50
+            lines = [chat_line(f"line-{i}", delay_ms=delay) for i, delay in enumerate(delays)]
+            running = submit(sdk, lines)
             wait_until(lambda: sdk.batches.retrieve(running.id).request_counts.completed > 20, 30)
             saved = tool("save", folder, "--data", data)
             assert saved.returncode == 0, saved.stderr
@@ -88,14 +91,23 @@ def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
             assert [e["message"] for e in native.request("GET", f"/v1/jobs/{done.id}/events")["data"]] == told
             ended = sdk.batches.retrieve(running.id)
             lines = [json.loads(line) for line in sdk.files.content(ended.output_file_id).text.splitlines()]
-            assert [line["custom_id"] for line in lines] == [f"line-{i}" for i in range(1200)]
+            assert [line["custom_id"] for line in lines] == [f"line-{i}" for i in range(400)]
             assert ended.request_counts.failed == 0
+            later = sdk.files.create(file=("later.jsonl", jsonl(chat_lines(1))), purpose="batch")
         after = [rows(stack, statement) for statement in (of_done, FILES, KEYS)]
     finally:
         stack.shut_down()
     assert before[0] == after[0] and len(after[0]) == 300
     assert before[1] <= after[1]  # what the running batch rendered came later
     assert before[2] < after[2]  # the new directory has an admin's key of its own
+    # The store alone is lost: Postgres stays as it is, and what came since the backup is named.
+    shutil.rmtree(data / "store")
+    only = tool("restore", folder, "--only", "store", "--data", data)
+    assert only.returncode == 0, only.stderr
+    assert "restored; 4 objects of the store" in only.stdout and "2 things are not" in only.stdout
+    missing = [line for line in only.stderr.splitlines() if line.endswith(": missing")]
+    assert len(missing) == 2 and all(later.id.removeprefix("file-") in line for line in missing)
+    assert sum(path.is_file() for path in (data / "store" / "files").rglob("*")) == 4
 
 
 @pytest.fixture
