@@ -723,6 +723,7 @@ class Worker(Answer):
     host: str
     device: str
     state: Literal["idle", "busy", "draining", "lost"]
+    heartbeat_at: Annotated[Time, Field(description="When it last said what it holds and does.")]
     models: Annotated[list[str], Field(description="What it holds in memory, of what the caller may use.")]
     memory: WorkerMemory
     tokens_per_second: float

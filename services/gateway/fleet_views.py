@@ -33,6 +33,7 @@ def _worker_object(worker: WorkerView, shown: set[str]) -> dict[str, Any]:
         "host": worker.host,
         "device": worker.device,
         "state": worker.state,
+        "heartbeat_at": unix(worker.heartbeat_at),
         "models": [] if worker.is_lost else [name for name in worker.models if name in shown],
         "memory": {"used_bytes": stats.get("cache_bytes", 0), "budget_bytes": worker.stats.get("budget_bytes", 0)},
         "tokens_per_second": stats.get("tokens_per_second", 0.0),

@@ -1,7 +1,7 @@
 """Worker processes and the devices that they own."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -256,7 +256,7 @@ def devices(connection: Connection) -> Devices:
 
 
 LISTING = """
-    SELECT worker_id, name, host, device, models, stats, now() - heartbeat_at AS silent_for,
+    SELECT worker_id, name, host, device, models, stats, heartbeat_at, now() - heartbeat_at AS silent_for,
         CASE WHEN heartbeat_at > now() - make_interval(secs => :silent_seconds) THEN state ELSE 'lost' END AS state
     FROM worker WHERE heartbeat_at > now() - interval '1 hour' ORDER BY name, started_at
 """
@@ -273,6 +273,7 @@ class WorkerView:
     state: str
     models: list[str]
     stats: dict[str, Any]
+    heartbeat_at: datetime
     silent_for: timedelta
 
     @property

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif("LAMPLIGHTER_COMPOSE" not in os.environ, reason="make test-compose runs it"),
 ]
 READY_SECONDS = 60
+IMAGE_IS_HERE = (["image", "inspect"], ["pull"])
 
 
 def compose_command():
@@ -42,11 +43,12 @@ class Deployment:
     def __init__(self, directory, project="lamplighter-test"):
         self.env_file = directory / ".env"
         subprocess.run([sys.executable, ROOT / "tools" / "write_env.py", self.env_file], check=True)
-        self.port, self.flower_port = free_port(), free_port()
+        self.port, self.flower_port, self.prometheus_port = free_port(), free_port(), free_port()
         make_tiny_llama(directory / "models" / "tiny-llama")
         for path in (directory, *(directory / "models").rglob("*")):
             path.chmod(0o755)  # the containers' account is nobody here
         more = {"LAMPLIGHTER_PORT": self.port, "LAMPLIGHTER_FLOWER_PORT": self.flower_port}
+        more["LAMPLIGHTER_PROMETHEUS_PORT"] = self.prometheus_port
         more["LAMPLIGHTER_MODELS"] = directory / "models"
         if "LAMPLIGHTER_TORCH_INDEX_URL" in os.environ:
             more["LAMPLIGHTER_TORCH_INDEX_URL"] = os.environ["LAMPLIGHTER_TORCH_INDEX_URL"]
@@ -130,6 +132,32 @@ def test_flower_is_there_behind_its_password(deployment):
     wait_until(lambda: httpx.get(url, timeout=5).status_code == 401, 30)
     auth = ("lamplighter", deployment.secrets["flower_password"])
     wait_until(lambda: "preprocessor" in httpx.get(url, auth=auth, timeout=10).text, 30)
+
+
+def test_prometheus_reads_the_gateway_and_knows_every_alert(deployment):
+    image = re.search(r"image: (prom/prometheus:\S+)", (ROOT / "docker-compose.yml").read_text())[1]
+    if not any(subprocess.run(["docker", *how, image], capture_output=True).returncode == 0 for how in IMAGE_IS_HERE):
+        pytest.skip(f"there is no {image}")
+    deployment("up", "-d", "prometheus")
+    api = f"http://127.0.0.1:{deployment.prometheus_port}/api/v1"
+
+    def answer(path):
+        try:
+            return httpx.get(f"{api}/{path}", timeout=5).raise_for_status().json()["data"]
+        except httpx.HTTPError:
+            return None
+
+    def targets():
+        found = answer("targets")
+        return found and [target["health"] for target in found["activeTargets"]]
+
+    wait_until(lambda: targets() == ["up"], 60, "Prometheus has read the gateway's metrics")
+    ready = wait_until(lambda: answer("query?query=sum(lamplighter_workers)")["result"], 30)
+    assert float(ready[0]["value"][1]) >= 1
+    rules = [rule for group in answer("rules")["groups"] for rule in group["rules"]]
+    written = (ROOT / "services/prometheus/alerts.yml").read_text()
+    assert {rule["name"] for rule in rules} == set(re.findall(r"alert: (\w+)", written))
+    assert [rule["name"] for rule in rules if rule["health"] == "err"] == []
 
 
 def test_images_run_as_nobody_special_and_hold_no_torch(deployment):

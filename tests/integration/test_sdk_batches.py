@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from functools import partial
 
 import openai
 import pytest
@@ -214,9 +215,14 @@ def test_models(sdk, native, tiny_llama):
 def test_a_second_job_loads_nothing(sdk, native, tiny_llama):
     native.request("POST", "/v1/models", json={"name": "tiny-once", "source": str(tiny_llama)})
 
+    def workers_heard_since(moment):
+        """Return the workers once each that lives has told its figures after `moment`."""
+        found = [worker for worker in native.request("GET", "/v1/workers")["data"] if worker["state"] != "lost"]
+        return found if found and all(worker["heartbeat_at"] > moment for worker in found) else None
+
     def loads():
-        time.sleep(2.5)  # two heartbeats
-        return sum(worker["model_loads"] for worker in native.request("GET", "/v1/workers")["data"])
+        heard = wait_until(partial(workers_heard_since, time.time() + 2), seconds=30)
+        return sum(worker["model_loads"] for worker in heard)
 
     lines = chat_lines(4, model="tiny-once", max_tokens=4, temperature=0)
     first = wait_for(sdk, submit(sdk, lines).id, seconds=120)
