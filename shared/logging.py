@@ -2,11 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
+from uuid import UUID
 
 import orjson
 
@@ -14,7 +15,8 @@ import orjson
 _LEFT_OUT = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "data", "color_message"}
 
 
-_ids: ContextVar[dict[str, str | int]] = ContextVar("log_ids")
+Ids = dict[str, str | int]
+_ids: ContextVar[Ids] = ContextVar("log_ids")
 """What the work that is under way is about. A dictionary that its threads and tasks share, as they learn more."""
 
 
@@ -29,18 +31,47 @@ def note_ids(**ids: str | int) -> None:
         known.update(ids)
 
 
+def current_ids() -> Ids:
+    """Return what the work that is under way is about, to be handed on to a process that does some of it."""
+    return dict(_ids.get({}))
+
+
 @contextmanager
-def logged_with(**ids: str | int) -> Iterator[None]:
-    """Have every line carry these ids that is logged inside the block."""
-    token = _ids.set(ids)
+def logged_as(ids: Mapping[str, str | int]) -> Iterator[None]:
+    """Have every line carry these ids, and no others, that is logged inside the block."""
+    token = _ids.set(dict(ids))
     try:
         yield
     finally:
         _ids.reset(token)
 
 
+@contextmanager
+def logged_with(**ids: str | int) -> Iterator[None]:
+    """Have every line carry these ids, too, that is logged inside the block."""
+    with logged_as(current_ids() | ids):
+        yield
+
+
+class OfAJob(Protocol):
+    """A job, or whatever else belongs to one."""
+
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def job_id(self) -> UUID: ...
+
+
+def ids_of(job: OfAJob) -> dict[str, Any]:
+    """Return a job's ids as `extra` of a line that is about it."""
+    return {"tenant": job.tenant_id, "job_id": job.job_id}
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time, level, logger, message, the ids of the work that is under way, and `extra`."""
+    """One JSON object a record: time, level, logger, message, the ids of the work that is under way, and `extra`.
+
+    UUIDs have no dashes, as in public ids and in the ids of traces.
+    """
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -55,10 +86,14 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         entry |= _ids.get({})
-        entry |= {key: value for key, value in record.__dict__.items() if key not in _LEFT_OUT}
+        entry |= {key: _shown(value) for key, value in record.__dict__.items() if key not in _LEFT_OUT}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(entry, default=str).decode()
+
+
+def _shown(value: Any) -> Any:
+    return value.hex if isinstance(value, UUID) else value
 
 
 class WithholdMessages(logging.Filter):

@@ -24,6 +24,7 @@ def _names(value: Any) -> Any:
     return json.loads(value) if '"' in value else [name.strip() for name in value.split(",")]
 
 
+GpuName = Annotated[str, Field(pattern=r"^(\d+|GPU-[0-9a-f-]+)$")]
 # No scheme and no port: such a name would be compared with hosts that have none, and match nothing.
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])$")]
 
@@ -135,8 +136,8 @@ class Settings(RemoteSettings):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any, else the CPU")
     workers: str = Field("auto", description="Number of worker processes on this host, or auto: one for each device")
-    gpus: Annotated[list[Annotated[int, Field(ge=0)]], NoDecode, BeforeValidator(_names)] = Field(
-        [], description="Of this host's GPUs those to use, by nvidia-smi's numbers, commas between; by default all"
+    gpus: Annotated[list[GpuName], NoDecode, BeforeValidator(_names)] = Field(
+        [], description="Of this host's GPUs those to use, by nvidia-smi's UUIDs or numbers; by default all"
     )
     cache_bytes: int | None = Field(None, description="Byte budget of the model cache; by default 80 % of the device")
     kv_tokens: int = Field(

@@ -73,10 +73,16 @@ class Store:
         return Room(usage.free, usage.total)
 
     def relative(self, address: str) -> str | None:
-        """Return an object's or a directory's path from its address, as models' sources are; None outside the store."""
-        root = f"{self._root.rstrip('/')}/"
+        """Return an object's or a directory's path from its address, as models' sources are; None outside the store.
+
+        A store on disk may be reached through a link; addresses have the directory's own name, or that of the link.
+        """
         address = address.removeprefix("file://") if self._is_local else address.partition("://")[2]
-        return address.removeprefix(root) if address.startswith(root) else None
+        roots = [self._root, str(Path(self._root).resolve())] if self._is_local else [self._root]
+        for root in roots:
+            if address.startswith(f"{root.rstrip('/')}/"):
+                return address.removeprefix(f"{root.rstrip('/')}/")
+        return None
 
     def writer(self, path: str) -> "ObjectWriter":
         """Open an object for writing; it appears under `path` only when the writer is committed."""

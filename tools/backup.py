@@ -9,7 +9,8 @@ their SHA-256. Postgres goes first: files are written before the row that names 
 row names. It is not dumped: events are read in the order of its transactions' numbers, which a dump does not keep.
 
 `restore --no-start` ends when all has been compared: for a rehearsal beside the deployment that it is of, whose
-webhooks and schedules would otherwise go off twice. `restore --only store` is for a store that was lost alone.
+webhooks and schedules would otherwise go off twice. `restore --only store` is for a store that was lost alone, and
+`--only postgres` for a Postgres: the other one stays as it is.
 
 With `--data DIR` it does the same for `lamplighter up --data DIR` (run it with `.venv/bin/python`), without models,
 which may lie anywhere. Restore such a one to where it was: models that were trained name their directories in full.
@@ -21,9 +22,11 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,13 +41,17 @@ SECRETS, VARIABLES = "secrets.tar", "env"
 UNPACKED_FIRST = (SECRETS, VARIABLES)
 BLOCK_BYTES = 1 << 20
 READY_SECONDS = 180
+LOG_CHARACTERS = 3000
 BASE_BACKUP = ["-D", "-", "-Ft", "-X", "fetch", "-c", "fast"]
 """One archive on standard output, with the log that was written meanwhile, begun at once."""
-FORMAT = 2
+FORMAT = 3
 PACK = 'tar -C {} --exclude="*.part" -cf - . || [ $? -eq 1 ]'
 """Of a file that is being written only the finished form counts. GNU tar ends with 1 when something went or grew while
 it was read; what counts is looked at after a restore. A Compose that failed ends with 1, too: hence the shell."""
-IS_EMPTY = '[ -z "$(ls -A {} 2>/dev/null)" ]'
+IS_EMPTY = 'if [ -z "$(ls -A {} 2>/dev/null)" ]; then echo is empty; else echo is full; fi'
+"""Told by words: a status may as well be that of a Compose that found no engine, image or secret."""
+BEGUN = ".restoring"
+"""Where models are unpacked before each is put in its place, whole."""
 UNPACK_POSTGRES = """
 set -e
 mkdir -p "$PGDATA"; tar -C "$PGDATA" -xpf -
@@ -59,7 +66,9 @@ SET_PASSWORD = b"\\set password `cat /run/secrets/postgres_password`\nALTER ROLE
 
 
 class Deployment(Protocol):
-    """What is backed up."""
+    """What is backed up. A backup of one `kind` is not restored as another."""
+
+    kind: str
 
     def packers(self) -> dict[str, list[str]]:
         """Return commands that write an archive to their standard output, by its name."""
@@ -75,8 +84,8 @@ class Deployment(Protocol):
         """Start Postgres alone and return what `services.scheduler.store_audit` finds."""
         ...
 
-    def install_secrets(self, folder: Path) -> None:
-        """Put a backup's secrets where there are none, for their owner alone."""
+    def install_secrets(self, folder: Path, names: "list[str]") -> None:
+        """Put a backup's secrets where there are none, for their owner alone; `names` are about to be unpacked."""
         ...
 
     def start(self) -> None: ...
@@ -91,7 +100,8 @@ def save(deployment: Deployment, folder: Path) -> None:
         parts[POSTGRES] = _collect(packers.pop(POSTGRES), folder / POSTGRES)
     for name, command in packers.items():
         parts[name] = _collect(command, folder / name)
-    manifest = {"format": FORMAT, "made_at": datetime.now(timezone.utc).isoformat(), "parts": parts}  # noqa: UP017  # 3.9
+    made_at = datetime.now(timezone.utc).isoformat()  # noqa: UP017  # 3.9
+    manifest = {"format": FORMAT, "kind": deployment.kind, "made_at": made_at, "parts": parts}
     with (folder / MANIFEST).open("x") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
@@ -137,19 +147,28 @@ def check(folder: Path) -> dict[str, Any]:
     """Return the manifest, compared with the archives. Raises SystemExit that names what is not as it was written."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise SystemExit(f"{folder} has no {MANIFEST}: it is no backup, or one that was cut off.") from None
-    if manifest["format"] != FORMAT:
-        raise SystemExit(f"{folder} has format {manifest['format']}, which another release of this tool reads.")
-    for name, part in manifest["parts"].items():
-        digest = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        if digest.hexdigest() != part["sha256"]:
-            raise SystemExit(f"{folder / name} is not what was written: its SHA-256 is another. Nothing was restored.")
-    print(f"{folder} of {manifest['made_at']} is what was written")
+        if manifest["format"] != FORMAT:
+            raise SystemExit(f"{folder} has format {manifest['format']}, which another release of this tool reads.")
+        for name, part in manifest["parts"].items():
+            if _sha256(folder / name) != part["sha256"]:
+                raise SystemExit(f"{folder / name} is not what was written: its SHA-256 is another.")
+        print(f"{folder}, of {manifest['kind']} on {manifest['made_at']}, is what was written")
+    except FileNotFoundError as error:
+        cut_off = " It is no backup, or one that was cut off." if error.filename == str(folder / MANIFEST) else ""
+        raise SystemExit(f"{error.filename} is missing.{cut_off}") from None
+    except OSError as error:
+        raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{folder / MANIFEST} is damaged: {error!r}.") from None
     return manifest
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def restore(
@@ -164,17 +183,19 @@ def restore(
 
     With `is_patient` what is not as Postgres says is told, and hinders nothing.
     """
-    parts = check(folder)["parts"]
-    names = [name for name in parts if name not in UNPACKED_FIRST and only in (None, name)]
-    if only is None:
-        deployment.install_secrets(folder)
+    manifest = check(folder)
+    if manifest["kind"] != deployment.kind:
+        raise SystemExit(f"{folder} is of {manifest['kind']}, and not of {deployment.kind}. Nothing was restored.")
+    names = [name for name in manifest["parts"] if name not in UNPACKED_FIRST and only in (None, name)]
+    if POSTGRES in names:
+        deployment.install_secrets(folder, names)
     for name in names:  # all are looked at before one is written
         deployment.require_empty(name)
     for name in names:
         with (folder / name).open("rb") as archive:
             deployment.unpack(name, archive)
     found = deployment.audit()
-    for sentence in found["wrong"]:
+    for sentence in [*found["unknown"], *found["wrong"]]:
         print(sentence, file=sys.stderr)
     if found["wrong"] and not is_patient:
         raise SystemExit(
@@ -182,6 +203,7 @@ def restore(
             "that need them will fail. To start all the same: docker compose up -d (lamplighter up)."
         )
     rest = f"; {len(found['wrong'])} things are not" if found["wrong"] else ""
+    rest += f"; of {len(found['unknown'])} nobody can say" if found["unknown"] else ""
     print(f"restored; {found['objects']:,} objects of the store, {found['bytes']:,} bytes, are as Postgres says{rest}")
     if is_started:
         deployment.start()
@@ -197,6 +219,7 @@ def _unpack_privately(archive: Path, directory: Path) -> None:
 class Composed:
     """A deployment of docker-compose.yml."""
 
+    kind = "docker-compose.yml"
     PLACES = {STORE: "/data/store", WEIGHTS: "/data/weights", MODELS: "/models"}  # noqa: RUF012  # read only
     """Where archives lie in the gateway's container, which may write the first two."""
 
@@ -223,10 +246,10 @@ class Composed:
     def _named(self, variable: str, usual: str) -> Path:
         """Return a directory of this machine, as the deployment's variables have it."""
         lines = self._env_file.read_text().splitlines()
-        named = [line.partition("=")[2] for line in lines if line.startswith(f"{variable}=")]
-        return ROOT / (named[-1] if named and named[-1] else usual)
+        written = [line.partition("=")[2] for line in lines if line.startswith(f"{variable}=")]
+        return ROOT / (os.environ.get(variable) or (written and _unquoted(variable, written[-1])) or usual)
 
-    def install_secrets(self, folder: Path) -> None:
+    def install_secrets(self, folder: Path, names: "list[str]") -> None:  # noqa: ARG002  # volumes have no secrets
         if self._env_file.exists():
             return  # this deployment has its own
         directory = self._env_file.parent / "secrets"
@@ -244,9 +267,14 @@ class Composed:
             self._named("LAMPLIGHTER_MODELS", "models").mkdir(parents=True, exist_ok=True)
             return
         service, place = ("postgres", '"$PGDATA"') if name == POSTGRES else ("gateway", self.PLACES[name])
-        command = self._inside(service, "sh", "-c", IS_EMPTY.format(place))
-        if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
-            raise SystemExit(f"{name}: its volume is not empty. Nothing was restored.")
+        said = _last_line(self._inside(service, "sh", "-c", IS_EMPTY.format(place)))
+        if said == "is full":
+            raise SystemExit(
+                f"{name}: its volume is not empty, and nothing was unpacked. What is in it may be of a restore that "
+                "was cut off: if it may go, remove it (docker volume ls, docker volume rm) and begin again."
+            )
+        if said != "is empty":
+            raise SystemExit(f"{name}: nobody could look at its volume, for the reason above. Nothing was unpacked.")
 
     def unpack(self, name: str, archive: BinaryIO) -> None:
         if name == POSTGRES:
@@ -257,11 +285,20 @@ class Composed:
             self._unpack_models(archive)
 
     def _unpack_models(self, archive: BinaryIO) -> None:
+        """Unpack each model that is not there, and put it in its place once it is whole."""
         directory = self._named("LAMPLIGHTER_MODELS", "models")
-        if any(path.is_dir() for path in directory.iterdir()):
-            print(f"{directory} has models already, and stays as it is")
-        else:
-            _run(["tar", "-C", str(directory), "-xf", "-"], stdin=archive)
+        shutil.rmtree(directory / BEGUN, ignore_errors=True)
+        with tarfile.open(fileobj=archive, mode="r:") as packed:
+            models = {name.split("/")[1] for name in packed.getnames() if "/" in name}
+        if there := sorted(name for name in models if os.path.lexists(directory / name)):
+            print(f"{directory} has {', '.join(there)} already; they stay as they are")
+        if missing := sorted(models - set(there)):
+            (directory / BEGUN).mkdir()
+            os.lseek(archive.fileno(), 0, os.SEEK_SET)
+            _run(["tar", "-C", str(directory / BEGUN), "-xf", "-", *(f"./{name}" for name in missing)], stdin=archive)
+            for name in missing:
+                (directory / BEGUN / name).rename(directory / name)
+            (directory / BEGUN).rmdir()
 
     def audit(self) -> dict[str, Any]:
         _run([*self._command, "up", "-d", "postgres"])
@@ -276,6 +313,8 @@ class Composed:
 
 class Embedded:
     """The servers of `lamplighter up`, or what they left in their directory."""
+
+    kind = "lamplighter up"
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
@@ -302,14 +341,22 @@ class Embedded:
     def psql(self) -> list[str]:
         return self._program("psql")
 
-    def install_secrets(self, folder: Path) -> None:
-        for name in self._places:  # the secrets of what is there stay
+    def install_secrets(self, folder: Path, names: "list[str]") -> None:
+        for name in names:  # the secrets of what is there stay
             self.require_empty(name)
         _unpack_privately(folder / SECRETS, self._directory)  # nothing would give the restored cluster other ones
 
     def require_empty(self, name: str) -> None:
         if self._places[name].exists() and any(self._places[name].iterdir()):
             raise SystemExit(f"{self._places[name]} is not empty. Nothing was restored.")
+        self._require_stopped()
+
+    def _require_stopped(self) -> None:
+        """Raise SystemExit while Postgres runs here: another one could not be started beside it."""
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+            pid = int((self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[0])
+            os.kill(pid, 0)
+            raise SystemExit(f"Postgres runs on {self._directory}: stop `lamplighter up` first. Nothing was restored.")
 
     def unpack(self, name: str, archive: BinaryIO) -> None:
         from services.local.postgres import let_user_in, system_user
@@ -342,7 +389,8 @@ class Embedded:
         with tempfile.TemporaryFile() as log:
             process = subprocess.Popen(cluster.command(), stdout=log, stderr=log, user=postgres.system_user(), cwd="/")
             try:
-                _retry([str(postgres.binary("pg_isready")), "-q", "-h", "127.0.0.1", "-p", str(cluster.port)])
+                asked = [str(postgres.binary("pg_isready")), "-q", "-h", "127.0.0.1", "-p", str(cluster.port)]
+                _retry(asked, of=process, log=log)
                 _migrate(cluster.url("migration"))
                 yield cluster.url("scheduler")
             finally:
@@ -377,10 +425,47 @@ def _run(command: list[str], stdin: "BinaryIO | None" = None) -> None:
         raise SystemExit(f"{shlex.join(command)[:300]} ended with {done.returncode}.")
 
 
-def _retry(command: list[str], said: bytes = b"") -> None:
-    """Run a command until it succeeds, with `said` as its input: what it asks is being started."""
+def _last_line(command: list[str]) -> str:
+    """Return the last line that a command prints; what it says before, of images that are made, is passed on."""
+    last = ""
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(last, end="", file=sys.stderr)
+            last = line
+    return last.strip()
+
+
+def _unquoted(variable: str, value: str) -> str:
+    """Return a value of an `.env` as Compose understands it. Raises SystemExit where it is made of others."""
+    value = value.strip()
+    if value[:1] in ("'", '"'):
+        text, closed, _ = value[1:].partition(value[0])
+        value = text if closed else value
+    else:
+        value = value.partition(" #")[0].strip()
+    if "$" in value:
+        raise SystemExit(f"{variable}: write it without $, which only Compose can read.")
+    return value
+
+
+def _retry(
+    command: list[str],
+    said: bytes = b"",
+    of: "subprocess.Popen[bytes] | None" = None,
+    log: "BinaryIO | None" = None,
+) -> None:
+    """Run a command until it succeeds, with `said` as its input: what it asks is being started.
+
+    Raises SystemExit after `READY_SECONDS`, or with the end of `log` once the process `of` that it asks has ended.
+    """
     deadline = time.monotonic() + READY_SECONDS
     while subprocess.run(command, cwd=ROOT, input=said, capture_output=True, check=False).returncode:
+        if of is not None and of.poll() is not None:
+            if log is not None:
+                log.seek(0)
+                sys.stderr.write(log.read().decode(errors="replace")[-LOG_CHARACTERS:])
+            raise SystemExit(f"unpacked, but Postgres ended with {of.returncode} at its start.")
         if time.monotonic() > deadline:
             raise SystemExit(f"{shlex.join(command)[:300]} did not succeed within {READY_SECONDS} s.")
         time.sleep(0.5)
@@ -405,7 +490,7 @@ def main() -> None:
     parser.add_argument(
         "--start-anyway", action="store_true", help="of restore: also when something is not as Postgres says"
     )
-    parser.add_argument("--only", choices=("store",), help="of restore: this alone, beside a Postgres that is well")
+    parser.add_argument("--only", choices=("store", "postgres"), help="of restore: this alone; the other one is well")
     arguments = parser.parse_args()
     if arguments.what == "check":
         check(arguments.folder)
@@ -421,7 +506,7 @@ def main() -> None:
         save(deployment, folder)
     else:
         only = f"{arguments.only}.tar" if arguments.only else None
-        # What a store that was lost alone had since the backup is missing, and no reason to stand still.
+        # Of what was lost alone, all that came since the backup is missing, which is no reason to stand still.
         is_patient = arguments.start_anyway or only is not None
         restore(deployment, folder, only=only, is_started=not arguments.no_start, is_patient=is_patient)
 

@@ -49,7 +49,10 @@ def variables(env_file: Path) -> dict[str, str]:
 
 
 def write(env_file: Path, lines: list[str], files: dict[str, str], *, is_taken_elsewhere: bool = False) -> None:
-    """Write both, side by side. Raises SystemExit when one of them is there."""
+    """Write both, side by side, to be used there or to be taken beside a docker-compose.yml.
+
+    Raises SystemExit when one of them is there.
+    """
     directory = env_file.parent / "secrets"
     env_file.parent.mkdir(parents=True, exist_ok=True)
     for path in (env_file, directory):
@@ -84,13 +87,15 @@ def main() -> None:
         print(f"wrote {path} and secrets beside it; fill in where the first machine's directories are mounted")
         return
     old = variables(arguments.old) if arguments.old is not None else {}
-    known = {name.lower(): value for name, value in old.items() if name == "ADMIN_KEY" or name.endswith("_PASSWORD")}
+    made = new_secrets({name.lower(): value for name, value in old.items()})
     lines = EXAMPLE.read_text().splitlines()
-    lines += [f"{name}={value}" for name, value in old.items() if name.lower() not in known]
+    lines += [f"{name}={value}" for name, value in old.items() if name.lower() not in made]
     if arguments.host:
         lines.append(f"LAMPLIGHTER_ALLOWED_HOSTS={','.join([*HOSTS, *arguments.host])}")
-    write(path, lines, new_secrets(known))
+    write(path, lines, made, is_taken_elsewhere=arguments.old is not None)
     print(f"wrote {path} and secrets beside it; the admin key is in secrets/admin_key")
+    if arguments.old is not None:
+        print(f"move both into {ROOT}, in place of {arguments.old}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -85,9 +86,13 @@ def from_validation(error: RequestValidationError) -> RequestError:
 def install(app: FastAPI) -> None:
     """Make `app` answer every error from this table."""
 
-    async def on_known(_request: Request, error: Exception) -> Response:
+    async def on_known(request: Request, error: Exception) -> Response:
         known = translate(error)
         assert known is not None  # only classes that `translate` knows are registered
+        if known.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            # Its sender will ask why, by the request id that they were given.
+            extra = {"path": request.url.path, "status": known.status, "code": known.code}
+            log.warning("request refused", extra=extra)
         return error_response(known)
 
     async def on_http(_request: Request, error: Exception) -> Response:

@@ -25,6 +25,7 @@ from shared.db.workers import WorkerLoad
 from shared.domain.errors import QueueFull, Unavailable
 from shared.domain.payloads import Endpoint
 from shared.domain.scheduling.policy import place_online
+from shared.logging import current_ids
 from shared.queueing.online import (
     MAX_CALLS,
     OPEN_SECONDS,
@@ -211,6 +212,7 @@ class OnlineCalls:
             created=call.created,
             is_streamed=is_streamed,
             idempotency=idempotency,
+            request_id=str(current_ids().get("request_id", "")),
         )
         self._outbox.put_nowait((calls_stream(worker_id), message_))
         return call

@@ -119,10 +119,10 @@ class Slots:
                 return False
             for columns in gathered.files:
                 files.add(connection, **columns)
-            job_id, answer = acceptance.accept(connection, self._settings, caller, body, key)
+            job_id, _ = acceptance.accept(connection, self._settings, caller, body, key)
             schedules.take(connection, schedule, gathered.taken)
             schedules.end_run(connection, run.run_id, "submitted", job_id=job_id)
-        log.info("slot became a job", extra={"tenant": schedule.tenant_id, "job_id": answer["id"]})
+        log.info("slot became a job", extra={"tenant": schedule.tenant_id, "job_id": job_id})
         return True
 
     def _deadline(self, schedule: ScheduleView) -> dict[str, Any]:

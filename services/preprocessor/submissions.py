@@ -102,13 +102,13 @@ class Submissions:
                 if columns is not None:
                     given = {name: value for name, value in spec.items() if name not in INLINE}
                     spec = given | {"input_file_id": public_file_id(columns["file_id"])}
-                _, answer = acceptance.accept(connection, self._settings, caller, read_body(kind, spec), key)
+                job_id, answer = acceptance.accept(connection, self._settings, caller, read_body(kind, spec), key)
             except BaseException:
                 if columns is not None:
                     remove_file(self._store, columns)
                 raise
             idempotency.complete(connection, caller.tenant_id, key, digest, 200, answer)
-        log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": answer["id"]})
+        log.info("job accepted", extra={"tenant": caller.tenant_id, "job_id": job_id})
 
     def _add_requests(self, connection: Connection, caller: Caller, spec: dict[str, Any]) -> dict[str, Any]:
         """Write the requests of a message as an input file, as if it had been uploaded; return its columns."""

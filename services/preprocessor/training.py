@@ -26,6 +26,7 @@ from shared.domain.job import JobKind, parse_file_id, public_file_id
 from shared.domain.multi_task import TrainingCreate
 from shared.domain.prepared_tasks import vector_shape
 from shared.domain.training_file import TrainingFileRefused
+from shared.logging import ids_of
 from shared.settings import Settings
 from shared.store import NEVER_BETTER, Store, prepared_path
 
@@ -198,7 +199,7 @@ class Preparations:
     def _refuse(self, job: UnpreparedJob, error: dict[str, Any], lines: list[dict[str, Any]] | None = None) -> bool:
         with tenant_transaction(self._engine, job.tenant_id) as connection:
             training.reject(connection, job, error, lines or [])
-        log.info("training job refused", extra={"job_id": job.job_id.hex, "code": error["code"]})
+        log.info("training job refused", extra=ids_of(job) | {"code": error["code"]})
         return False
 
 

@@ -81,7 +81,10 @@ class Auditor:
             rows = connection.execute(text(RECENT + INVARIANTS[invariant])).all()
             for tenant_id, job_id, detail in rows:
                 findings.append(f"{invariant}: {detail}")
-                log.error("invariant broken", extra={"invariant": invariant, "detail": detail, "job_id": job_id})
+                log.error(
+                    "invariant broken",
+                    extra={"invariant": invariant, "detail": detail, "tenant": tenant_id, "job_id": job_id},
+                )
                 connection.execute(_RECORD, {"t": tenant_id, "j": job_id, "i": invariant, "d": detail})
 
 

@@ -12,6 +12,7 @@ from shared.db import jobs, results
 from shared.db.jobs import EndingJob
 from shared.db.session import is_outage
 from shared.domain.job import StopReason
+from shared.logging import ids_of
 from shared.store import Store
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Finalizer:
             # While Postgres is away no job is to blame.
             if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
-            log.exception("cannot end a job", extra={"job_id": job.job_id.hex})
+            log.exception("cannot end a job", extra=ids_of(job))
             self._troubled.note(job.job_id)
         else:
             self._troubled.forget(job.job_id)

@@ -26,6 +26,7 @@ from shared.domain.scheduling.forecast import (
 )
 from shared.domain.scheduling.urgency import Demand, lone_seconds, urgent_jobs
 from shared.domain.slice import SliceClass, SliceKind
+from shared.logging import ids_of
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class Forecaster:
         try:
             return _work(job, self._seconds_left(job), jobs, self._margin(job))
         except ValueError:
-            log.warning("a job cannot be foretold", extra={"job_id": job.job_id.hex}, exc_info=True)
+            log.warning("a job cannot be foretold", extra=ids_of(job), exc_info=True)
             return None
 
 

@@ -7,6 +7,7 @@ from sqlalchemy.exc import OperationalError
 
 from shared.db import gates
 from shared.db.gates import GatedJob
+from shared.logging import ids_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Gatekeeper:
         except Exception:
             savepoint.rollback()
             gates.postpone(connection, job, RETRY_SECONDS)
-            log.exception("cannot decide whether a job may run", extra={"job_id": job.job_id.hex})
+            log.exception("cannot decide whether a job may run", extra=ids_of(job))
             return False
         savepoint.commit()
         return changed
@@ -48,7 +49,7 @@ class Gatekeeper:
     def _decide(self, connection: Connection, job: GatedJob) -> bool:
         if job.failed_parent_id is not None:
             gates.fail_for_parent(connection, job)
-            log.info("job failed with one that it follows", extra={"job_id": job.job_id.hex})
+            log.info("job failed with one that it follows", extra=ids_of(job))
             return True
         decided = job.decision
         gates.set_gate(connection, job, decided)

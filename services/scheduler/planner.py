@@ -14,6 +14,7 @@ from shared.db.session import is_outage
 from shared.db.slices import NewSlice
 from shared.domain.batch_file import batch_errors
 from shared.domain.slice import estimated_tokens, plan_slices
+from shared.logging import ids_of
 from shared.settings import Settings
 from shared.store import Store
 
@@ -47,7 +48,7 @@ class Planner:
             # While Postgres is away no job is to blame.
             if job is None or (isinstance(error, OperationalError) and is_outage(error)):
                 raise
-            log.exception("cannot plan a job", extra={"job_id": job.job_id.hex})
+            log.exception("cannot plan a job", extra=ids_of(job))
             if self._troubled.note(job.job_id) >= MOST_FAILURES:
                 with self._engine.begin() as connection:
                     jobs.reject(connection, job, [NOT_PLANNED])

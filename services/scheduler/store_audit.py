@@ -1,8 +1,10 @@
-"""`python -m services.scheduler.store_audit`: is everything that Postgres names in the store, as it was written?
+"""`python -m services.scheduler.store_audit`: are the files and models that Postgres names as they were written?
 
-Run after a backup was restored, or whenever the store's disk is in doubt. It reads every file and every model that was
-trained here once, and changes nothing; of models from elsewhere it looks whether their directory is there. What it
-found is printed as JSON, and the exit status is 1 when something is wrong.
+Run after a backup was restored, or whenever the store's disk is in doubt. It reads every file once, and every model
+that was trained here with the whole of its checkpoint, and changes nothing. Of models from elsewhere it looks whether
+their directory is there, and of those of a hub at nothing. Training data that was prepared is not looked at either, nor
+is a checkpoint that no model has any more. What it found is printed as JSON; the exit status is 1 when something is
+wrong.
 """
 
 import hashlib
@@ -56,11 +58,18 @@ def audit(engine: Engine, store: Store) -> Audit:
         if seen.wrong and _as_it_is_now(engine, content) != content:
             continue  # it was deleted, or has expired, while we looked
         found.add(seen)
-    with engine.connect() as connection:
-        known = model_registry.sources(connection)
-    for model in known:
-        _check_model(found, store, model)
+    for model in _models(engine):
+        seen = Audit()
+        _check_model(seen, store, model)
+        if seen.wrong and model not in _models(engine):
+            continue
+        found.add(seen)
     return found
+
+
+def _models(engine: Engine) -> list[ModelSource]:
+    with engine.connect() as connection:
+        return model_registry.sources(connection)
 
 
 def _contents(engine: Engine) -> Iterator[StoredContent]:
@@ -90,9 +99,8 @@ def _check_model(found: Audit, store: Store, model: ModelSource) -> None:
 
 def _check_trained(found: Audit, store: Store, model: ModelSource, path: str) -> None:
     """Compare a model's files with its manifest: of what a run ended with it is one of them, of a checkpoint beside."""
-    parent, _, name = path.rpartition("/")
     is_checkpoint = model.manifest_sha256 is not None
-    directory = parent if is_checkpoint else path
+    directory = path.rpartition("/")[0] if is_checkpoint else path
     manifest = f"{directory}/{MANIFEST_FILE}"
     try:
         content = b"".join(store.read(manifest))
@@ -107,8 +115,7 @@ def _check_trained(found: Audit, store: Store, model: ModelSource, path: str) ->
     if is_checkpoint and hashlib.sha256(content).hexdigest() != model.manifest_sha256:
         found.wrong.append(f"{manifest}: not the bytes that were written: their SHA-256 is another")
     for file, expected in entries.items():
-        if not is_checkpoint or file.startswith(f"{name}/"):
-            _expect(found, store, f"{directory}/{file}", *expected)
+        _expect(found, store, f"{directory}/{file}", *expected)
 
 
 def _note_missing_manifest(found: Audit, store: Store, path: str, *, is_checkpoint: bool) -> None:
@@ -132,13 +139,13 @@ def _expect(found: Audit, store: Store, path: str, size: int, sha256: str | None
     except OSError as error:
         found.wrong.append(f"{path}: cannot be read: {error}")
         return
-    found.bytes += read
     if read != size:
         found.wrong.append(f"{path}: {read} bytes, not {size}")
     elif sha256 is not None and digest.hexdigest() != sha256:
         found.wrong.append(f"{path}: not the bytes that were written: their SHA-256 is another")
     else:
         found.objects += 1
+        found.bytes += read
 
 
 def main() -> None:

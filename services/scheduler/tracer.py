@@ -23,6 +23,7 @@ from sqlalchemy import Connection, Engine
 from shared.db import traces
 from shared.db.session import alone
 from shared.db.traces import EndedAttempt, EndedJob
+from shared.logging import ids_of
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,15 @@ ENDED_WELL = ("succeeded", "done")
 NOT_WELL = ("failed", "dead", "lost", "expired")
 
 
+MOST_PUT_OFF = 200
+"""Jobs that are passed over to see whether the collector takes any behind them."""
+
+
 class Tracer:
-    """Sends each ended job to a collector that speaks OTLP over HTTP; while that is away, later."""
+    """Sends each ended job to a collector that speaks OTLP over HTTP; while that is away, later.
+
+    A scheduler that starts looks back `BACK`: what had waited for a collector for longer is not sent any more.
+    """
 
     def __init__(self, engine: Engine, url: str, exporter: SpanExporter | None = None) -> None:
         self._engine = engine
@@ -51,6 +59,8 @@ class Tracer:
         self._resource = Resource.create({"service.name": "lamplighter"})
         self._settled: dict[UUID, datetime] = {}
         self._refusals: dict[UUID, int] = {}
+        self._put_off: list[EndedJob] = []
+        """Whole pages that were refused, until something behind them is taken, or nothing is."""
         self._since: datetime | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -63,7 +73,8 @@ class Tracer:
     def tick(self, session: Connection, is_stopping: Callable[[], bool] = lambda: False) -> bool:
         """Send a few jobs that have ended since; return whether there may be more to be sent now."""
         self._since = self._since or traces.now(session) - BACK
-        jobs = traces.ended_jobs(session, self._since, list(self._settled), JOBS_AT_ONCE)
+        known = [*self._settled, *(job.job_id for job in self._put_off)]
+        jobs = traces.ended_jobs(session, self._since, known, JOBS_AT_ONCE)
         failed: list[EndedJob] = []
         taken: list[EndedJob] = []
         for job in jobs:
@@ -73,8 +84,13 @@ class Tracer:
             is_taken = self._exporter.export(list(spans)) is SpanExportResult.SUCCESS
             (taken if is_taken else failed).append(job)
         self._settled |= {job.job_id: job.ended_at for job in taken}
-        self._weigh(failed, is_there=bool(taken))
-        self._go_on_behind(jobs, failed)
+        failed = [*self._put_off, *failed]
+        # Nothing of a full page was taken: the collector is away, or has something against all of these. Look behind.
+        is_unclear = not taken and len(jobs) == JOBS_AT_ONCE and len(failed) < MOST_PUT_OFF
+        self._put_off = failed if is_unclear else []
+        if not is_unclear:
+            self._weigh(failed, is_there=bool(taken))
+            self._go_on_behind(taken, failed)
         return bool(taken) and len(jobs) == JOBS_AT_ONCE
 
     def _weigh(self, failed: Sequence[EndedJob], *, is_there: bool) -> None:
@@ -85,14 +101,14 @@ class Tracer:
         for job in failed:
             self._refusals[job.job_id] = self._refusals.get(job.job_id, 0) + 1
             if self._refusals[job.job_id] >= MOST_REFUSALS:
-                log.warning("a trace is given up", extra={"job_id": job.job_id.hex})
+                log.warning("a trace is given up", extra=ids_of(job))
                 self._settled[job.job_id] = job.ended_at
                 del self._refusals[job.job_id]
 
-    def _go_on_behind(self, jobs: Sequence[EndedJob], failed: Sequence[EndedJob]) -> None:
+    def _go_on_behind(self, taken: Sequence[EndedJob], failed: Sequence[EndedJob]) -> None:
         """Move on behind what is settled, but neither beyond what is not, nor beyond what may still be committed."""
         waiting = [job.ended_at for job in failed if job.job_id not in self._settled]
-        settled = [job.ended_at for job in jobs if job.job_id in self._settled]
+        settled = [job.ended_at for job in (*taken, *failed) if job.job_id in self._settled]
         if settled and self._since is not None:
             self._since = since = max(self._since, min([max(settled), *waiting]) - LATE)
             self._settled = {job_id: ended for job_id, ended in self._settled.items() if ended > since}

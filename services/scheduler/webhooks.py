@@ -16,6 +16,7 @@ from services.scheduler import outbound
 from shared.db import webhooks
 from shared.db.webhooks import DueDelivery, Outcome
 from shared.domain.webhooks import SAMPLE_JOB, event_body, retry_seconds, signed_headers
+from shared.logging import ids_of
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Deliverer:
             return self._failed(delivery, None, str(error))
         except Exception:
             # One target's oddity must not keep the others' deliveries from being recorded.
-            log.exception("cannot send a delivery", extra={"delivery_id": str(delivery.delivery_id)})
+            log.exception("cannot send a delivery", extra=ids_of(delivery) | {"delivery_id": delivery.delivery_id})
             return self._failed(delivery, None, "The request could not be made.")
         if 200 <= status < 300:
             return Outcome(delivery.delivery_id, is_delivered=True, status_code=status)
@@ -83,7 +84,8 @@ class Deliverer:
         return Outcome(delivery.delivery_id, is_delivered=False, status_code=status, error=error, retry_seconds=pause)
 
     def _settle(self, delivery: DueDelivery, outcome: Outcome) -> None:
-        told = {"delivery_id": str(delivery.delivery_id), "event": delivery.event_type, "try": delivery.attempts}
+        told = ids_of(delivery) | {"delivery_id": delivery.delivery_id, "event": delivery.event_type}
+        told["try"] = delivery.attempts
         with self._engine.begin() as connection:
             webhooks.settle(connection, outcome)
             if outcome.status_code == GONE and delivery.job_id != SAMPLE_JOB:

@@ -29,6 +29,7 @@ from services.worker.protocol import (
 )
 from services.worker.threads import vital
 from shared.domain.errors import ChildLost
+from shared.logging import logged_as
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class ChildSupervisor:
         self._lock = threading.Lock()
         self._life: Life | None = None
         self._closed = threading.Event()
+        self._log_ids: dict[str, str | int] = {}
+        """What this child is about: of one that many share, nothing, whoever was first to need it."""
         self.restarts = 0
         threading.Thread(target=vital, args=(self._watch,), name="child watch", daemon=True).start()
 
@@ -130,7 +133,7 @@ class ChildSupervisor:
         life = self._life = Life(process, Channel(ours))
         self._begun(life)
         threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()
-        log.info("child started", extra={"pid": process.pid})
+        self._log(logging.INFO, "child started", pid=process.pid)
         return life
 
     def _read(self, life: Life) -> None:
@@ -148,8 +151,12 @@ class ChildSupervisor:
         code = life.process.wait()
         life.channel.close()
         level = logging.INFO if self._closed.is_set() else logging.ERROR
-        log.log(level, "child ended", extra={"pid": life.process.pid, "code": code})
+        self._log(level, "child ended", pid=life.process.pid, code=code)
         self._end(life)
+
+    def _log(self, level: int, message: str, **more: float) -> None:
+        with logged_as(self._log_ids):
+            log.log(level, message, extra=more)
 
     def _note(self, life: Life, pong: Pong) -> None:
         before = life.pong
@@ -165,7 +172,7 @@ class ChildSupervisor:
             if life is None:
                 continue
             if time.monotonic() - life.moved_at > self._hang_seconds:
-                log.error("child hangs", extra={"pid": life.process.pid, "seconds": self._hang_seconds})
+                self._log(logging.ERROR, "child hangs", pid=life.process.pid, seconds=self._hang_seconds)
                 # A stopped process dies of SIGKILL too, without being continued first.
                 life.process.send_signal(signal.SIGKILL)
                 continue

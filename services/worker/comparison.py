@@ -39,7 +39,7 @@ def draw_when_all_have_ended(engine: Engine, tenant_id: str, job_id: UUID, add_r
         if found is not None:
             _draw(engine, *found, add_result)
     except (OSError, SQLAlchemyError, subprocess.SubprocessError) as error:
-        log.warning("the comparison was not drawn", extra={"job_id": str(job_id), "error": str(error)[:200]})
+        log.warning("the comparison was not drawn", extra={"job_id": job_id, "error": str(error)[:200]})
 
 
 def _draw(engine: Engine, job: JobView, rows: list[dict[str, Any]], add_result: AddResult) -> None:

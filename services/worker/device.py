@@ -1,11 +1,14 @@
 """The devices of this host, without importing torch: a parent that touched CUDA could not fork or forget it."""
 
+import logging
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 from shared.settings import Settings
+
+log = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE = 0.5
 GPU_MEMORY_SHARE = 0.8
@@ -32,6 +35,15 @@ class Device:
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi lists it. Its number may be another after a restart of the machine, its UUID never is."""
+
+    index: str
+    uuid: str
+    device: Device
+
+
 def enumerate_devices(settings: Settings) -> list[Device]:
     """Return the devices to start workers on: GPUs, all or the chosen ones, or as many CPU workers as asked for."""
     gpus = [] if settings.device == "cpu" else _chosen(_gpus(), settings.gpus)
@@ -44,24 +56,26 @@ def enumerate_devices(settings: Settings) -> list[Device]:
     return [Device(f"cpu:{index}", int(memory * CPU_MEMORY_SHARE / count)) for index in range(count)]
 
 
-def _chosen(gpus: list[Device], indices: list[int]) -> list[Device]:
-    """Return those GPUs that were chosen, in that order. Raises RuntimeError for one that is not there."""
-    known = {gpu.name: gpu for gpu in gpus}
-    wanted = [f"cuda:{index}" for index in dict.fromkeys(indices)]
-    if missing := [name for name in wanted if name not in known]:
-        raise RuntimeError(
-            f"LAMPLIGHTER_GPUS names {', '.join(missing)}; nvidia-smi lists {', '.join(known) or 'none'}."
-        )
-    return [known[name] for name in wanted] if wanted else gpus
+def _chosen(gpus: list[Gpu], names: list[str]) -> list[Device]:
+    """Return those GPUs that were chosen, in that order. One that is not there is told of, and hinders no other."""
+    known = {gpu.uuid: gpu.device for gpu in gpus} | {gpu.index: gpu.device for gpu in gpus}
+    if missing := [name for name in names if name not in known]:
+        there = [f"{gpu.index} ({gpu.uuid})" for gpu in gpus]
+        log.error("chosen GPUs are not there", extra={"missing": missing, "there": there})
+        if len(missing) == len(names):
+            raise RuntimeError(
+                f"LAMPLIGHTER_GPUS names {', '.join(missing)}; nvidia-smi lists {', '.join(there) or 'none'}."
+            )
+    return list(dict.fromkeys(known[name] for name in names if name in known)) if names else [g.device for g in gpus]
 
 
-def _gpus() -> list[Device]:
+def _gpus() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    query = [program, "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+    query = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode != 0:
         return []
-    rows = [line.split(",") for line in answer.stdout.splitlines() if line.strip()]
-    return [Device(f"cuda:{int(index)}", int(int(mib) * 2**20 * GPU_MEMORY_SHARE)) for index, mib in rows]
+    rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+    return [Gpu(n, uuid, Device(f"cuda:{n}", int(int(mib) * 2**20 * GPU_MEMORY_SHARE))) for n, uuid, mib in rows]

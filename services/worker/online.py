@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import UUID
@@ -33,6 +33,7 @@ from shared.db.online import OnlineDay, OnlineResult
 from shared.db.workers import WorkerIdentity
 from shared.domain.errors import ChildLost, RequestError, Unavailable
 from shared.domain.payloads import AnyPayload, parse_payload, refuse_unsupported
+from shared.logging import logged_as
 from shared.queueing.online import (
     MAX_REPLIES,
     SILENCE_SECONDS,
@@ -308,7 +309,8 @@ class OnlineServer:
             return
         self._heard_at[message.replies_to] = now
         if isinstance(message, Call):
-            self._begin(message)
+            with _logged_about(message):
+                self._begin(message)
         else:
             self._keep_open(message)
 
@@ -408,6 +410,8 @@ class OnlineServer:
         try:
             done = answer(pending.payload, response, call.id, call.created)
         except RuntimeError as error:
+            with _logged_about(call):
+                log.warning("a call has no answer", extra={"model": pending.payload.model})
             self._publisher.send(call.replies_to, _refused(call.id, Unavailable(str(error))))
             return
         result = OnlineResult(
@@ -460,6 +464,10 @@ def _reply(call: Call, done: Answer, response: Response) -> Done | Refused:
         return Done(call.id, done.body.encode(), [reason for _, reason in response.choices])
     error = orjson.loads(done.body)["error"]
     return Refused(call.id, done.status_code, error["message"], error["type"], error["param"], error["code"])
+
+
+def _logged_about(call: Call) -> AbstractContextManager[None]:
+    return logged_as({"request_id": call.request_id, "tenant": call.tenant_id})
 
 
 def _refused(call_id: str, error: RequestError) -> Refused:

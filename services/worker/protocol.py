@@ -306,7 +306,7 @@ class TrainingSpec(msgspec.Struct, kw_only=True):
     `base` is a model's directory, and `base_name` what the product calls it. Under `output`, the job's own directory,
     `checkpoints/TOKEN/step-N` and `model` are written. `memory_bytes`: what the child may take. `place`: among the
     processes that train it together. `recorded_steps`: what was told of these is recorded; of later ones that a
-    checkpoint holds it is told again.
+    checkpoint holds it is told again. `log_ids`: what the child's log lines carry.
     """
 
     base: str
@@ -319,6 +319,7 @@ class TrainingSpec(msgspec.Struct, kw_only=True):
     memory_bytes: int | None = None
     place: Place = Place()
     recorded_steps: int = 0
+    log_ids: dict[str, str | int] = {}
 
 
 class Train(TrainingSpec, tag="train", kw_only=True):

@@ -21,6 +21,7 @@ class TrainerChild(ChildSupervisor):
 
     def begin(self, message: Train | TrainTasks) -> None:
         """Start the child on a job. Raises ChildLost when it is gone already."""
+        self._log_ids = message.log_ids
         with self._lock:
             self._living()
         self.tell(message)

@@ -19,6 +19,7 @@ from shared.db.model_registry import ModelView
 from shared.db.training import Product, TrainingRun
 from shared.domain.fine_tuning import tuned_model_name
 from shared.domain.job import JobKind
+from shared.logging import current_ids
 
 LEARNING_RATE = {False: 2e-4, True: 2e-5}
 """By whether all weights are trained, before the job's multiplier."""
@@ -88,6 +89,7 @@ class FineTuningPlan:
             validation=str(store / validation["path"]) if validation else None,
             output=output,
             lease_token=lease_token,
+            log_ids=current_ids(),
             hyperparameters=Hyperparameters(
                 full=used["full"],
                 n_epochs=used["n_epochs"],
@@ -154,6 +156,7 @@ class MultiTaskPlan:
             base_name=self._base.name if self._base is not None else self._run.model,
             output=output,
             lease_token=lease_token,
+            log_ids=current_ids(),
             hyperparameters=self._hyperparameters(),
             seed=spec["seed"],
             checkpoints=_steps_kept(self.epoch_steps, self._run.steps),

@@ -172,6 +172,7 @@ def delivery(connection: Connection, delivery_id: UUID) -> DeliveryView | None:
 class DueDelivery:
     """What is to be sent now, and with which secrets; `attempts` counts this try. `now`: seconds, of the database."""
 
+    tenant_id: str
     delivery_id: UUID
     webhook_id: UUID
     event_type: str
@@ -201,7 +202,7 @@ TAKE_DUE = """
     )
     UPDATE webhook_delivery AS taken SET attempts = attempts + 1, next_at = now() + make_interval(secs => :hold_seconds)
     FROM mine, webhook WHERE taken.delivery_id = mine.delivery_id AND webhook.webhook_id = taken.webhook_id
-    RETURNING taken.delivery_id, taken.webhook_id, taken.event_type, taken.job_id,
+    RETURNING taken.tenant_id, taken.delivery_id, taken.webhook_id, taken.event_type, taken.job_id,
         extract(epoch FROM taken.created_at)::bigint AS created_at, taken.attempts, webhook.url,
         extract(epoch FROM now())::bigint AS now,
         ARRAY(

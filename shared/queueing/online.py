@@ -44,6 +44,8 @@ class Call(msgspec.Struct, tag="call"):
     is_streamed: bool
     idempotency: tuple[str, str] | None = None
     """(key, request's SHA-256): the answer is kept under it, in the transaction that records it."""
+    request_id: str = ""
+    """What the gateway calls the request: the worker's log lines about it carry the same."""
 
 
 class Abort(msgspec.Struct, tag="abort"):

@@ -1,5 +1,6 @@
 """The trainer child as a worker runs it: its whole life, killed, paused, stopped, out of memory, out of disk."""
 
+import json
 import os
 import signal
 import time
@@ -274,6 +275,17 @@ def test_stopped_while_paused_it_leaves_too(base, data, tmp_path, child):
     child.stop()
     assert child.next(CheckpointWritten).step == child.next(Stopped).step
     assert child.next(Finished) is None
+
+
+def test_what_nobody_foresaw_is_logged_with_the_ids_of_the_job(base, data, tmp_path, child, capfd):
+    """Its owner is told the error's name only: who looks for the rest has the job's id."""
+    (tmp_path / "a-file").write_text("where its directory should be")
+    broken = spec(base, data, tmp_path / "a-file", max_steps=1)
+    child.train(msgspec.structs.replace(broken, log_ids={"tenant": "t", "job_id": "0af7", "slice_id": 7}))
+    assert isinstance(child.finish(), Failed)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    (told,) = [line for line in lines if line["message"] == "training failed"]
+    assert (told["tenant"], told["job_id"], told["slice_id"]) == ("t", "0af7", 7) and "a-file" in told["traceback"]
 
 
 def test_a_loss_that_is_no_number_fails_the_job_by_its_step_alone(base, data, tmp_path, child):

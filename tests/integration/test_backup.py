@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -108,6 +109,13 @@ def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
     missing = [line for line in only.stderr.splitlines() if line.endswith(": missing")]
     assert len(missing) == 2 and all(later.id.removeprefix("file-") in line for line in missing)
     assert sum(path.is_file() for path in (data / "store" / "files").rglob("*")) == 4
+    # Postgres alone is lost: the store stays, with what nobody knows of any more.
+    (data / "store" / "newer").write_text("precious")
+    shutil.rmtree(data / "postgres")
+    only = tool("restore", folder, "--only", "postgres", "--data", data)
+    assert only.returncode == 0, only.stderr
+    assert "restored; 4 objects of the store" in only.stdout and "are not" not in only.stdout
+    assert (data / "store" / "newer").read_text() == "precious"
 
 
 @pytest.fixture
@@ -124,7 +132,9 @@ def backup(tmp_path):
     for path in folder.iterdir():
         content = path.read_bytes()
         parts[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({"format": 2, "made_at": "2026-01-01", "parts": parts}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"format": 3, "kind": "lamplighter up", "made_at": "2026-01-01", "parts": parts})
+    )
     return folder
 
 
@@ -139,6 +149,86 @@ def test_a_backup_that_is_not_what_was_written_is_not_restored(backup, tmp_path)
 def test_a_backup_that_was_cut_off_is_none(backup):
     (backup / "manifest.json").unlink()
     assert "cut off" in tool("check", backup).stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "store.tar").unlink(), "store.tar is missing."),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 3}'), "is damaged: KeyError('parts')"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "is damaged"),
+    ],
+)
+def test_a_backup_that_cannot_be_looked_at_is_told_in_a_sentence(backup, spoil, said):
+    spoil(backup)
+    refused = tool("check", backup)
+    assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_backup_of_another_kind_is_refused_before_anything_is_written(backup, tmp_path):
+    manifest = json.loads((backup / "manifest.json").read_text())
+    (backup / "manifest.json").write_text(json.dumps(manifest | {"kind": "docker-compose.yml"}))
+    refused = tool("restore", backup, "--data", tmp_path / "data")
+    assert refused.returncode == 1 and "is of docker-compose.yml, and not of lamplighter up" in refused.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_nothing_is_restored_where_postgres_runs(backup, tmp_path):
+    pid_file = tmp_path / "data" / "postgres" / "postmaster.pid"
+    pid_file.parent.mkdir(parents=True)
+    pid_file.write_text(f"{os.getpid()}\n")
+    refused = tool("restore", backup, "--only", "store", "--data", tmp_path / "data")
+    assert refused.returncode == 1 and "stop `lamplighter up` first" in refused.stderr
+    assert not (tmp_path / "data" / "store").exists()
+
+
+def test_a_compose_that_cannot_look_is_not_a_volume_that_is_full(tmp_path, capfd):
+    (tmp_path / ".env").write_text("")
+    deployment = backup_tool.Composed("sh -c 'echo no engine >&2; exit 1'", tmp_path / ".env")
+    with pytest.raises(SystemExit, match="postgres.tar: nobody could look at its volume, for the reason above"):
+        deployment.require_empty("postgres.tar")
+    assert "no engine" in capfd.readouterr().err
+    full = backup_tool.Composed("sh -c 'echo building; echo is full'", tmp_path / ".env")
+    with pytest.raises(SystemExit, match="store.tar: its volume is not empty"):
+        full.require_empty("store.tar")
+    assert capfd.readouterr().err == "building\n"
+    backup_tool.Composed("sh -c 'echo is empty'", tmp_path / ".env").require_empty("store.tar")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("/srv/m", "/srv/m"), ('"/srv/my models"', "/srv/my models"), ("/srv/m # of us", "/srv/m"), ("'/a#b' ", "/a#b")],
+)
+def test_variables_are_read_as_compose_reads_them(tmp_path, monkeypatch, written, meant):
+    (tmp_path / ".env").write_text(f"LAMPLIGHTER_MODELS=/of/before\nLAMPLIGHTER_MODELS={written}\n")
+    deployment = backup_tool.Composed("docker-compose", tmp_path / ".env")
+    assert str(deployment._named("LAMPLIGHTER_MODELS", "models")) == meant
+    monkeypatch.setenv("LAMPLIGHTER_MODELS", "/of/the/shell")
+    assert str(deployment._named("LAMPLIGHTER_MODELS", "models")) == "/of/the/shell"
+    monkeypatch.delenv("LAMPLIGHTER_MODELS")
+    (tmp_path / ".env").write_text("LAMPLIGHTER_MODELS=${HOME}/models\n")
+    with pytest.raises(SystemExit, match=r"LAMPLIGHTER_MODELS: write it without \$"):
+        deployment._named("LAMPLIGHTER_MODELS", "models")
+
+
+def test_models_are_put_in_their_places_whole_and_those_that_are_there_stay(tmp_path):
+    """A restore that was cut off in the middle of a model, once more."""
+    packed, models = tmp_path / "packed", tmp_path / "models"
+    for name in ("first", "second"):
+        (packed / name / "part").mkdir(parents=True)
+        (packed / name / "part" / "weights").write_text(f"of {name}")
+    (models / ".restoring" / "second").mkdir(parents=True)
+    (models / ".restoring" / "second" / "weights").write_text("of sec")
+    (models / "first").mkdir()
+    (models / "first" / "own").write_text("mine")
+    (tmp_path / ".env").write_text(f"LAMPLIGHTER_MODELS={models}\n")
+    subprocess.run(["sh", "-c", f"({backup_tool.PACK.format(packed)}) > {tmp_path}/models.tar"], check=True)
+    with (tmp_path / "models.tar").open("rb") as archive:
+        backup_tool.Composed("docker-compose", tmp_path / ".env").unpack("models.tar", archive)
+    assert (models / "second" / "part" / "weights").read_text() == "of second"
+    assert [path.name for path in (models / "first").iterdir()] == ["own"]
+    assert not (models / ".restoring").exists()
 
 
 def test_nothing_is_restored_over_what_is_there(backup, tmp_path):
@@ -209,6 +299,20 @@ def held(database, tmp_path):
 def test_what_postgres_names_is_found_whole(held):
     found = audit(held[0], held[1])
     assert found.wrong == [] and found.objects == 5
+
+
+def test_a_store_that_is_reached_through_a_link_is_compared_too(held, tmp_path):
+    """Models name their directories in full, and the store's is another name of the same."""
+    engine, _, _, model = held
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    through = Store(str(tmp_path / "link"))
+    assert audit(engine, through).objects == 5
+    (model / "adapter.safetensors").write_bytes(b"weightz")
+    found = audit(engine, through)
+    assert "SHA-256" in found.wrong[0] and found.objects == 4
+    assert found.bytes == sum(
+        path.stat().st_size for path in (tmp_path / "store" / "files").rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,10 +391,10 @@ def test_secrets_of_another_deployment_are_not_written_over(tmp_path, backup):
     (backup / "env").write_text("LAMPLIGHTER_SECRETS=./secrets\nLAMPLIGHTER_PORT=1\n")
     deployment = backup_tool.Composed("docker-compose", tmp_path / "rehearsal.env")
     with pytest.raises(SystemExit, match="another deployment's"):
-        deployment.install_secrets(backup)
+        deployment.install_secrets(backup, [])
     assert (tmp_path / "secrets" / "redis_password").read_text() == "of-the-living"
     apart = backup_tool.Composed("docker-compose", tmp_path / "apart" / "rehearsal.env")
-    apart.install_secrets(backup)
+    apart.install_secrets(backup, [])
     text = (tmp_path / "apart" / "rehearsal.env").read_text()
     assert text == f"LAMPLIGHTER_PORT=1\nLAMPLIGHTER_SECRETS={tmp_path / 'apart' / 'secrets'}\n"
     assert (tmp_path / "apart" / "secrets" / "postgres.json").exists()
@@ -319,4 +423,11 @@ def test_checkpoints_manifests_are_what_postgres_knows_of_them(scratch, stack, s
         assert [s for s in audit(engine, store).wrong if "manifest.json: not the bytes" in s]
     finally:
         manifest.write_bytes(content)
+    state = manifest.with_name("optimizer.safetensors")
+    content = state.read_bytes()
+    try:
+        state.write_bytes(content[:-1])
+        assert [s for s in audit(engine, store).wrong if "optimizer.safetensors" in s]
+    finally:
+        state.write_bytes(content)
         engine.dispose()

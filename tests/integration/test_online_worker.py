@@ -4,6 +4,7 @@ import json
 import time
 from uuid import uuid4
 
+import msgspec
 import pytest
 from sqlalchemy import text
 
@@ -28,6 +29,7 @@ from shared.queueing.online import (
     encode_replies,
     replies_stream,
 )
+from shared.logging import JsonFormatter
 from shared.queueing.wake import connect_redis
 from tests.support.batches import rows, scalar
 from tests.support.redis_user import own_user, refused_user
@@ -77,6 +79,10 @@ class Gateway:
         call_id = uuid4().hex
         self._say(Call(call_id, "default", "k", "/v1/chat/completions", body, self.stream, 1, is_streamed=True))
         return call_id
+
+    def send_rubbish(self, request_id):
+        call = Call(uuid4().hex, "default", "k", "/v1/chat/completions", b"{", self.stream, 1, is_streamed=True)
+        self._say(msgspec.structs.replace(call, request_id=request_id))
 
     def waits_for(self, *call_ids):
         self._say(Open(self.stream, list(call_ids)))
@@ -152,3 +158,14 @@ def test_calls_are_charged_the_device_and_the_day_is_closed_with_it(database, re
     with database.engine("scheduler").begin() as connection:
         assert close_days(connection) == 1
     assert rows(engine, "SELECT requests, device_seconds FROM usage") == [(3, charged)]
+
+
+def test_what_goes_wrong_with_a_call_is_logged_under_its_requests_id(redis_client, server, caplog):
+    caplog.handler.setFormatter(JsonFormatter("worker"))
+    gateway = Gateway(redis_client, server)
+    gateway.send_rubbish("req_1")
+    gateway.call()
+    told = wait_until(gateway.replies, 20)
+    assert isinstance(told[0], Refused) and told[0].status == 503
+    (line,) = [json.loads(line) for line in caplog.text.splitlines() if "cannot begin a call" in line]
+    assert (line["request_id"], line["tenant"]) == ("req_1", "default")

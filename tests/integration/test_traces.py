@@ -141,6 +141,19 @@ def test_a_trace_that_is_refused_stands_in_no_others_way_and_is_given_up(sdk, se
     assert len(asked) == before, "it was not given up"
 
 
+def test_pages_of_refused_traces_do_not_keep_those_behind_them(sdk, session, collector, traced, monkeypatch):
+    """A collector that has something against the oldest ones, and they fill whole looks."""
+    monkeypatch.setattr(tracer, "JOBS_AT_ONCE", 2)
+    old = [wait_for(sdk, submit(sdk, chat_lines(1)).id).id for _ in range(5)]
+    new = [wait_for(sdk, submit(sdk, chat_lines(1)).id).id for _ in range(3)]
+    refused = [bytes.fromhex(batch_id.removeprefix("batch_")) for batch_id in old]
+    collector.answer = lambda spans: 400 if spans and spans[0].trace_id in refused else 200
+    for _ in range(3 * len(new)):  # two looks at refused ones only, and one that meets another
+        traced.tick(session)
+    assert all(collector.of(batch_id) for batch_id in new)
+    assert not any(collector.of(batch_id) for batch_id in old)
+
+
 def test_one_scheduler_of_several_sends(sdk, engine, collector, traced, monkeypatch):
     """The second one returns at once while the first one runs, and goes on when that has ended."""
     monkeypatch.setattr(tracer, "PAUSE_SECONDS", 0.05)

@@ -11,7 +11,7 @@ from shared.settings import Settings
 @pytest.fixture
 def four_gpus(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, 81559"; done\n')
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, GPU-aaaa-$i, 81559"; done\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
@@ -28,7 +28,8 @@ def names(**more):
 def test_all_gpus_or_the_chosen_ones_or_so_many(four_gpus, monkeypatch):
     assert names() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert names(workers="2") == ["cuda:0", "cuda:1"]
-    assert names(gpus=[3, 1, 3]) == ["cuda:3", "cuda:1"]
+    assert names(gpus="3,1,3") == ["cuda:3", "cuda:1"]
+    assert names(gpus="GPU-aaaa-2,0,2") == ["cuda:2", "cuda:0"]
     monkeypatch.setenv("LAMPLIGHTER_GPUS", "0, 2")  # as Compose gives it
     assert names() == ["cuda:0", "cuda:2"]
     monkeypatch.setenv("LAMPLIGHTER_GPUS", "")
@@ -36,12 +37,16 @@ def test_all_gpus_or_the_chosen_ones_or_so_many(four_gpus, monkeypatch):
     assert names(device="cpu", workers="2") == ["cpu:0", "cpu:1"]
 
 
-def test_a_gpu_that_is_not_there_is_named(four_gpus):
-    with pytest.raises(RuntimeError, match="names cuda:7; nvidia-smi lists cuda:0, "):
-        names(gpus=[0, 7])
+def test_a_gpu_that_is_not_there_is_told_of_and_keeps_no_other_idle(four_gpus, caplog):
+    assert names(gpus="0,7,GPU-bbbb") == ["cuda:0"]
+    assert caplog.records[-1].missing == ["7", "GPU-bbbb"]
+    with pytest.raises(RuntimeError, match=r"names 7; nvidia-smi lists 0 \(GPU-aaaa-0\), 1 "):
+        names(gpus="7")
+    with pytest.raises(ValueError, match="gpus"):
+        names(gpus="first")
 
 
 def test_a_device_pins_its_process(four_gpus):
-    device = enumerate_devices(settings(gpus=[2]))[0]
+    device = enumerate_devices(settings(gpus="2"))[0]
     assert device.environment(1, None) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2"}
     assert device.memory_bytes == int(81559 * 2**20 * 0.8)

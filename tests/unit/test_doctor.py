@@ -2,7 +2,7 @@
 
 import pytest
 
-from lamplighter.doctor import Metrics, of_metrics
+from lamplighter.doctor import Metrics, of_metrics, of_retention
 
 CALM = {
     'open_jobs{kind="batch",state="running"}': 3,
@@ -62,3 +62,20 @@ def test_a_scheduler_that_never_ran_is_told_from_one_that_fell_silent():
 def test_a_remote_store_says_nothing_of_its_room():
     page = "lamplighter_audit_findings 0\n"
     assert "Store" not in {each["check"] for each in of_metrics(Metrics(page))}
+
+
+@pytest.mark.parametrize(
+    ("days", "ok", "said"),
+    [
+        ([{"checked_at": 90_000, "overdue": {"file": 0}}], True, "nothing overdue"),
+        ([{"checked_at": 90_000, "overdue": {"file": 2, "result": 1}}], False, "still there: 2 file, 1 result"),
+        # The newest day has seen deletions, and no look yet.
+        ([{"checked_at": None, "overdue": {}}, {"checked_at": 90_000, "overdue": {"file": 2}}], False, "2 file"),
+        ([{"checked_at": 80_000, "overdue": {"file": 0}}], False, "nobody has looked for 6 hours"),
+        ([{"checked_at": None, "overdue": {}}], False, "nobody has looked yet"),
+        ([], False, "nobody has looked yet"),
+    ],
+)
+def test_what_is_overdue_is_told_by_the_newest_look_and_never_without_one(days, ok, said):
+    found = of_retention(days, now=100_000)
+    assert found["ok"] is ok and said in found["detail"]

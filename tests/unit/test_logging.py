@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from contextvars import copy_context
+from uuid import UUID
 
 import httpx
 import pytest
@@ -13,7 +14,8 @@ from fastapi import Depends
 from services.gateway.app import create_app
 from services.gateway.dependencies import get_parts, require
 from shared.db.tenants import Caller
-from shared.logging import JsonFormatter, begin_ids, logged_with, note_ids
+from shared.domain.errors import InvalidRequest, Unavailable
+from shared.logging import JsonFormatter, begin_ids, logged_as, logged_with, note_ids
 from shared.settings import Settings
 
 log = logging.getLogger("tests.of.logging")
@@ -45,6 +47,16 @@ def test_lines_inside_a_block_carry_its_ids_and_none_outside(lines):
         "tenant": "t", "job_id": "j", "slice_id": 7, "token": 3,
     }  # fmt: skip
     assert not {"tenant", "job_id"} & (lines[1].keys() | lines[2].keys())
+
+
+def test_ids_are_added_to_those_of_what_they_are_a_part_of_and_have_no_dashes(lines):
+    job_id = UUID("0af76519-16cd-43dd-8448-eb211c80319c")
+    with logged_with(tenant="t"), logged_with(slice_id=7):
+        log.info("inside", extra={"job_id": job_id})
+        with logged_as({}):
+            log.info("of a process that many share")
+    assert (lines[0]["tenant"], lines[0]["slice_id"], lines[0]["job_id"]) == ("t", 7, job_id.hex)
+    assert not {"tenant", "slice_id"} & lines[1].keys()
 
 
 def test_what_a_line_says_itself_goes_before(lines):
@@ -107,3 +119,28 @@ def test_a_request_is_logged_with_its_id_and_whose_it_is(lines):
     answers = asyncio.run(ask())
     assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"] for answer in answers]
     assert [line.get("tenant") for line in lines] == ["tenant-of-a", None, "tenant-of-c"]
+
+
+def test_what_is_refused_for_a_reason_of_ours_is_logged_under_its_id(caplog):
+    """Who asks why has the request's id; what is wrong with a request they were told themselves."""
+    caplog.handler.setFormatter(JsonFormatter("gateway"))
+    nowhere = {"database_url": "postgresql://x@127.0.0.1:1/z", "redis_url": "redis://127.0.0.1:1"}
+    app = create_app(Settings(**nowhere, store_url="/nonexistent"))
+
+    @app.get("/down")
+    def down():
+        raise Unavailable("Postgres is away.")
+
+    @app.get("/wrong")
+    def wrong():
+        raise InvalidRequest("No.", param="x")
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.get(path) for path in ("/wrong", "/down")]
+
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [400, 503]
+    (line,) = [json.loads(line) for line in caplog.text.splitlines() if "request refused" in line]
+    assert (line["request_id"], line["path"], line["status"]) == (answers[1].headers["x-request-id"], "/down", 503)

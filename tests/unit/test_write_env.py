@@ -74,7 +74,10 @@ def test_another_machine_gets_the_two_secrets_that_it_needs(made, tmp_path):
 
 def test_secrets_that_stood_in_an_env_file_are_taken_over(tmp_path):
     old = tmp_path / "old.env"
-    old.write_text("# ours\nPOSTGRES_PASSWORD=postgres-of-before\nADMIN_KEY=lk-of-before\nLAMPLIGHTER_PORT=8001\n")
+    old.write_text(
+        "# ours\nPOSTGRES_PASSWORD=postgres-of-before\nADMIN_KEY=lk-of-before\nLAMPLIGHTER_PORT=8001\n"
+        "OUR_PROXY_PASSWORD=of-somebody\n"
+    )
     done = write_env(tmp_path / "new" / ".env", "--from", old)
     assert done.returncode == 0, done.stderr
     files = read(tmp_path / "new" / "secrets")
@@ -83,3 +86,6 @@ def test_secrets_that_stood_in_an_env_file_are_taken_over(tmp_path):
     assert len(files["redis_password"]) == 48
     text = (tmp_path / "new" / ".env").read_text()
     assert "LAMPLIGHTER_PORT=8001\n" in text and "of-before" not in text
+    assert "OUR_PROXY_PASSWORD=of-somebody\n" in text
+    # Both are moved together afterwards, to where Compose takes a relative path from.
+    assert "LAMPLIGHTER_SECRETS=./secrets\n" in text

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ FORECAST_SECONDS = 60.0
 """The scheduler foretells every few seconds while jobs are open, and every half minute while none is."""
 SILENT_SECONDS = 3600.0
 """As the alert JobStuck has it."""
+RETENTION_SECONDS = 3 * 3600.0
+"""The scheduler looks each hour."""
+DAYS = 3
 LEAST_FREE = 0.1
 """Of the store, as the alert StoreNearlyFull has it."""
 _SAMPLE = re.compile(r"^lamplighter_(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
@@ -68,14 +72,23 @@ def _of_an_admin(api: Client) -> Iterator[dict[str, Any]]:
     """Yield what only an admin's key may look at."""
     try:
         metrics = Metrics(api.metrics())
-        days = api.request("GET", "/v1/retention", params={"limit": 1})["data"]
+        days = api.request("GET", "/v1/retention", params={"limit": DAYS})["data"]
     except NotAuthorized:
         yield _finding("Scheduler", True, "not looked at, nor the store and the night: that takes an admin's key")
         return
     yield from of_metrics(metrics)
-    late = {what: count for day in days for what, count in day["overdue"].items() if count}
-    said = ", ".join(f"{count} {what}" for what, count in sorted(late.items()))
-    yield _finding("Retention", not late, f"past their time and still there: {said}" if late else "nothing overdue")
+    yield of_retention(days, time.time())
+
+
+def of_retention(days: list[dict[str, Any]], now: float) -> dict[str, Any]:
+    """Return whether what has had its time is gone, by the newest look; `days` as `GET /v1/retention` has them."""
+    looks = [day for day in days if day["checked_at"] is not None]
+    last = max(looks, key=lambda day: day["checked_at"], default=None)
+    if last is None or now - last["checked_at"] > RETENTION_SECONDS:
+        since = "yet" if last is None else f"for {(now - last['checked_at']) / 3600:.0f} hours"
+        return _finding("Retention", False, f"nobody has looked {since} for what is past its time: see the scheduler")
+    said = ", ".join(f"{count} {what}" for what, count in sorted(last["overdue"].items()) if count)
+    return _finding("Retention", not said, f"past their time and still there: {said}" if said else "nothing overdue")
 
 
 def of_metrics(metrics: Metrics) -> Iterator[dict[str, Any]]:

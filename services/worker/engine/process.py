@@ -154,7 +154,7 @@ class EngineProcess:
             raise
         except Exception as error:  # noqa: BLE001  # answered to whoever asked
             # Chat templates refuse roles and orders by raising, and tokenizers have opinions of their own.
-            log.warning("request refused", extra={"reason": type(error).__name__})
+            log.warning("request refused", extra={"reason": type(error).__name__, "tenant": request.namespace})
             del self._owner[request.id]
             param = "prompt" if request.messages is None else "messages"
             message = f"The model cannot take this request: {str(error)[:300]}"

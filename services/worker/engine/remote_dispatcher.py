@@ -165,7 +165,7 @@ class Dispatcher:
             if call.is_cut and not call.is_over:
                 self._failed(call, Failure(Verdict.UNREACHABLE, AWAY), epoch)
         except Exception as error:
-            log.exception("a call to a remote server failed")
+            log.exception("a call to a remote server failed", extra={"tenant": call.request.namespace})
             self._failed(call, Failure(Verdict.FAILED, type(error).__name__), epoch)
         else:
             self._flow.answered(len(self._in_flight))

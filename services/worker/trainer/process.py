@@ -32,7 +32,7 @@ from services.worker.trainer.job import TrainingJob
 from services.worker.trainer.memory import is_out_of_memory
 from services.worker.trainer.ranks import RanksLost, meet
 from services.worker.trainer.stepper import repeat_bits
-from shared.logging import configure_logging
+from shared.logging import configure_logging, logged_as
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,12 @@ class TrainerProcess:
         threading.Thread(target=self._listen, name="listener", daemon=True).start()
         while (spec := self._jobs.get()) is not None:
             self._running = spec
-            try:
-                self._send(self._train(spec))
-            except RanksLost:
-                log.exception("a rank is lost, and with it this child")
-                os._exit(1)
+            with logged_as(spec.log_ids):
+                try:
+                    self._send(self._train(spec))
+                except RanksLost:
+                    log.exception("a rank is lost, and with it this child")
+                    os._exit(1)
             self._running = self._job = None
 
     def _train(self, spec: Train | TrainTasks) -> FromChild:
