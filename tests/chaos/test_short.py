@@ -49,6 +49,7 @@ def test_zombies_are_thrown_out(directory):
     assert outcome.stale_writes > 0 and outcome.unnamed == 0
 
 
+@pytest.mark.long
 def test_the_control_without_the_fence_fails(directory):
     """If this run is clean, the runs above prove nothing."""
     outcome = scenarios.zombies(directory, seed=5, lines=1200, times=3, unfenced=True)
@@ -77,7 +78,7 @@ def test_a_hung_child_is_killed_and_replaced(directory):
 
 
 def test_a_training_job_ends_as_if_nobody_had_been_killed(directory):
-    outcome = trainer_kills(directory, seed=5, examples=160, times=4)
+    outcome = trainer_kills(directory, seed=5, examples=160, times=2)
     print(outcome)
     assert outcome.is_complete, str(outcome)
     assert (outcome.different, outcome.doubled, outcome.missing) == (0, 0, 0), str(outcome)

@@ -26,6 +26,7 @@ from tests.support.trainer_runs import (
     TrainerChild,
     checkpoints_of,
     metrics_of,
+    one_job,
     random_examples,
     spec,
     weights_of,
@@ -56,11 +57,25 @@ def validation(scratch):
     return write_prepared(scratch / "trainer-validation", examples[:8], weights[:8], name="validation")
 
 
+@pytest.fixture(scope="module")
+def running():
+    child = TrainerChild()
+    yield child
+    child.close()
+
+
 @pytest.fixture
-def child():
-    running = TrainerChild()
-    yield running
-    running.close()
+def child(running):
+    """A child that has done other jobs before; what a test says is about this one's."""
+    yield from one_job(running)
+
+
+@pytest.fixture
+def own_child():
+    """A child of a test's own: it is killed, or its memory is counted."""
+    started = TrainerChild()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +113,26 @@ def test_a_job_from_its_start_to_its_product(undisturbed, scratch):
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_killed_after_seven_steps_it_ends_with_the_same_bits(
-    base, data, validation, tmp_path, child, undisturbed, full
+    base, data, validation, tmp_path, own_child, undisturbed, full
 ):
     def job(token):
         return spec(
             base, data, tmp_path, token=token, validation=str(validation), full=full, checkpoints=EVERY_STEP, **RUN
         )
 
-    child.train(job("first"))
-    while child.next(Progress).step < 7:
+    own_child.train(job("first"))
+    while own_child.next(Progress).step < 7:
         pass
-    child.kill()
-    assert child.next(Finished) is None
-    child.train(job("second"))
-    assert isinstance(child.finish(), Finished)
-    resumed = [message for message in child.said if isinstance(message, Started)][-1]
+    own_child.kill()
+    assert own_child.next(Finished) is None
+    own_child.train(job("second"))
+    assert isinstance(own_child.finish(), Finished)
+    resumed = [message for message in own_child.said if isinstance(message, Started)][-1]
     assert 6 <= resumed.step < 20
     expected, product, last = undisturbed[full]
-    same_run(child.said, expected)
+    same_run(own_child.said, expected)
     same_weights(weights_of(tmp_path / "model"), product)
-    same_weights(weights_of(checkpoints_of(child.said)[-1].model), last)
+    same_weights(weights_of(checkpoints_of(own_child.said)[-1].model), last)
 
 
 def same_run(said, expected):
@@ -133,7 +148,7 @@ def same_weights(weights, expected):
 
 
 @pytest.mark.chaos
-def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, child, undisturbed):
+def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, own_child, undisturbed):
     """Killed at whatever it does: loading, a step, an evaluation, a checkpoint. At most one interval is done again."""
     kills = int(os.environ.get("LAMPLIGHTER_TRAINER_KILLS", "5"))
 
@@ -145,49 +160,49 @@ def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, c
             token=token,
             validation=str(validation),
             checkpoints=EVERY_STEP,
-            recorded_steps=max(metrics_of(child.said), default=0),
+            recorded_steps=max(metrics_of(own_child.said), default=0),
             **RUN,
         )
 
     newest = 0
     for number in range(kills):
-        child.train(job(f"lease-{number}"))
-        started = child.next(Started)
+        own_child.train(job(f"lease-{number}"))
+        started = own_child.next(Started)
         assert started.step >= newest and not started.skipped
         target = started.step + 20 // (kills + 1)
-        while child.next(Progress).step < target:
+        while own_child.next(Progress).step < target:
             pass
         time.sleep(0.003 * number)
-        child.kill()
-        assert child.next(Finished) is None
-        newest = max([newest, *(message.step for message in checkpoints_of(child.said))])
-    child.train(job("last"))
-    assert isinstance(child.finish(), Finished)
+        own_child.kill()
+        assert own_child.next(Finished) is None
+        newest = max([newest, *(message.step for message in checkpoints_of(own_child.said))])
+    own_child.train(job("last"))
+    assert isinstance(own_child.finish(), Finished)
     expected, product, _ = undisturbed[False]
-    same_run(child.said, expected)
+    same_run(own_child.said, expected)
     same_weights(weights_of(tmp_path / "model"), product)
-    computed = sum(isinstance(message, Progress) for message in child.said)
+    computed = sum(isinstance(message, Progress) for message in own_child.said)
     assert computed <= 20 + kills
-    assert child.restarts == kills
+    assert own_child.restarts == kills
 
 
 @pytest.mark.parametrize("recorded", [7, *(pytest.param(each, marks=pytest.mark.long) for each in (0, 12))])
 def test_what_nobody_recorded_before_a_checkpoint_is_told_again(
-    base, data, validation, tmp_path, child, undisturbed, recorded
+    base, data, validation, tmp_path, own_child, undisturbed, recorded
 ):
     """The checkpoint of step 12 is on disk, what was said is lost with a worker: the next run says it in its order."""
     policy = CheckpointPolicy(every_seconds=None, keep_steps=(6, 12))
     job = dict(validation=str(validation), checkpoints=policy, **RUN)
-    child.train(spec(base, data, tmp_path, token="first", **job))
-    while child.next(CheckpointWritten).step < 12:
+    own_child.train(spec(base, data, tmp_path, token="first", **job))
+    while own_child.next(CheckpointWritten).step < 12:
         pass
-    child.kill()
-    assert child.next(Finished) is None
-    child.said.clear()
-    child.train(spec(base, data, tmp_path, token="second", recorded_steps=recorded, **job))
-    started = child.next(Started)
+    own_child.kill()
+    assert own_child.next(Finished) is None
+    own_child.said.clear()
+    own_child.train(spec(base, data, tmp_path, token="second", recorded_steps=recorded, **job))
+    started = own_child.next(Started)
     assert started.step == 12 and started.trained_tokens > 0
-    told = child.said[: child.said.index(started)]
+    told = own_child.said[: own_child.said.index(started)]
     expected, _, _ = undisturbed[False]
     lost = range(recorded + 1, 13)
     assert metrics_of(told) == {step: metrics_of(expected)[step] for step in lost}
@@ -197,7 +212,7 @@ def test_what_nobody_recorded_before_a_checkpoint_is_told_again(
     assert [message.step for message in told] == sorted(message.step for message in told)
     for checkpoint in checkpoints_of(told):
         assert {"train_loss", "full_valid_loss"} <= checkpoint.metrics.keys()
-    assert isinstance(child.finish(), Finished)
+    assert isinstance(own_child.finish(), Finished)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_told(base, data, tmp_path, child):
@@ -211,20 +226,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(base, data, tmp_path, chil
     assert isinstance(child.finish(), Finished)
 
 
-def test_a_paused_trainer_takes_no_step_and_is_no_hang(base, data, tmp_path, child):
-    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
-    child.next(Progress)
-    child._hang_seconds = 3  # its start may have taken longer
-    child.pause()
-    wait_until(lambda: child.status and child.status.in_flight == 0, 20)
-    steps = len(metrics_of(child.said))
+def test_a_paused_trainer_takes_no_step_and_is_no_hang(base, data, tmp_path, own_child):
+    own_child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
+    own_child.next(Progress)
+    own_child._hang_seconds = 3  # its start may have taken longer
+    own_child.pause()
+    wait_until(lambda: own_child.status and own_child.status.in_flight == 0, 20)
+    steps = len(metrics_of(own_child.said))
     time.sleep(6)
-    assert len(metrics_of(child.said)) == steps and child.restarts == 0
-    child.resume()
-    wait_until(lambda: len(metrics_of(child.said)) > steps, 20)
-    wait_until(lambda: child.status.in_flight == 1, 20)
-    before = child.status.progress
-    wait_until(lambda: child.status.progress > before, 20)
+    assert len(metrics_of(own_child.said)) == steps and own_child.restarts == 0
+    own_child.resume()
+    wait_until(lambda: len(metrics_of(own_child.said)) > steps, 20)
+    wait_until(lambda: own_child.status.in_flight == 1, 20)
+    before = own_child.status.progress
+    wait_until(lambda: own_child.status.progress > before, 20)
 
 
 def test_a_pause_lets_the_running_step_end_and_no_other_begin(scratch, data, tmp_path, child):
@@ -241,12 +256,12 @@ def test_a_pause_lets_the_running_step_end_and_no_other_begin(scratch, data, tmp
         wait_until(lambda: child.status.in_flight == 1, 30)
 
 
-def test_a_trainer_that_stands_still_is_a_hang(base, data, tmp_path, child):
-    child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
-    child.next(Progress)
-    child._hang_seconds = 3
-    os.kill(child.pid, signal.SIGSTOP)
-    assert child.next(Finished, seconds=30) is None
+def test_a_trainer_that_stands_still_is_a_hang(base, data, tmp_path, own_child):
+    own_child.train(spec(base, data, tmp_path, max_steps=100_000, checkpoints=NEVER))
+    own_child.next(Progress)
+    own_child._hang_seconds = 3
+    os.kill(own_child.pid, signal.SIGSTOP)
+    assert own_child.next(Finished, seconds=30) is None
 
 
 def test_stop_writes_a_checkpoint_and_leaves(base, data, validation, tmp_path, child, undisturbed):
@@ -277,12 +292,12 @@ def test_stopped_while_paused_it_leaves_too(base, data, tmp_path, child):
     assert child.next(Finished) is None
 
 
-def test_what_nobody_foresaw_is_logged_with_the_ids_of_the_job(base, data, tmp_path, child, capfd):
+def test_what_nobody_foresaw_is_logged_with_the_ids_of_the_job(base, data, tmp_path, own_child, capfd):
     """Its owner is told the error's name only: who looks for the rest has the job's id."""
     (tmp_path / "a-file").write_text("where its directory should be")
     broken = spec(base, data, tmp_path / "a-file", max_steps=1)
-    child.train(msgspec.structs.replace(broken, log_ids={"tenant": "t", "job_id": "0af7", "slice_id": 7}))
-    assert isinstance(child.finish(), Failed)
+    own_child.train(msgspec.structs.replace(broken, log_ids={"tenant": "t", "job_id": "0af7", "slice_id": 7}))
+    assert isinstance(own_child.finish(), Failed)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     (told,) = [line for line in lines if line["message"] == "training failed"]
     assert (told["tenant"], told["job_id"], told["slice_id"]) == ("t", "0af7", 7) and "a-file" in told["traceback"]
@@ -298,8 +313,9 @@ def test_a_loss_that_is_no_number_fails_the_job_by_its_step_alone(base, data, tm
     weights = weights_of(checkpoints_of(child.said)[-1].model)
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     # The next job of the same child is not concerned.
+    pid = child.pid
     child.train(spec(base, data, tmp_path / "good", max_steps=2))
-    assert isinstance(child.finish(), Finished) and child.restarts == 0
+    assert isinstance(child.finish(), Finished) and child.pid == pid
 
 
 def test_other_settings_do_not_go_on_from_anothers_checkpoint(base, data, tmp_path, child):
@@ -343,23 +359,23 @@ def data_bytes(pid):
     return int(line.split()[1]) * 1024
 
 
-def test_out_of_memory_computes_less_at_a_time_with_the_same_result(scratch, tmp_path, child):
+def test_out_of_memory_computes_less_at_a_time_with_the_same_result(scratch, tmp_path, own_child):
     """The kernel refuses memory to the real process; what it then did is a part of its checkpoint."""
     base = make_tiny_llama(scratch / "wide-base", vocab_size=16_384)
     data = write_prepared(tmp_path / "data", *random_examples(64, longest=120), vocabulary=16_384)
     run = {"batch_size": 64, "max_steps": 3, "learning_rate": 1e-3, "checkpoints": EVERY_STEP, "dtype": "float64"}
-    child.train(spec(base, data, tmp_path / "free", **run))
-    child.next(Started)
-    loaded = data_bytes(child.pid)
-    assert isinstance(child.finish(), Finished)
-    child.kill()
-    assert child.next(Finished) is None
+    own_child.train(spec(base, data, tmp_path / "free", **run))
+    own_child.next(Started)
+    loaded = data_bytes(own_child.pid)
+    assert isinstance(own_child.finish(), Finished)
+    own_child.kill()
+    assert own_child.next(Finished) is None
     # A pass of all 64 examples takes 2 x 200 MiB for its logits alone.
-    child.train(spec(base, data, tmp_path / "tight", memory_bytes=loaded + (100 << 20), **run))
-    assert isinstance(child.finish(), Finished)
+    own_child.train(spec(base, data, tmp_path / "tight", memory_bytes=loaded + (100 << 20), **run))
+    assert isinstance(own_child.finish(), Finished)
     states = [
         msgspec.json.decode((Path(message.path) / "state.json").read_bytes())
-        for message in checkpoints_of(child.said)[-2:]
+        for message in checkpoints_of(own_child.said)[-2:]
     ]
     assert all(64 <= state["micro_batch_tokens"] < 4096 for state in states)
     free, tight = (weights_of(tmp_path / name / "model") for name in ("free", "tight"))
@@ -367,33 +383,35 @@ def test_out_of_memory_computes_less_at_a_time_with_the_same_result(scratch, tmp
         torch.testing.assert_close(tight[name], weight, rtol=1e-7, atol=1e-9)
 
 
-def test_an_example_that_does_not_fit_fails_the_job(scratch, tmp_path, child):
+def test_an_example_that_does_not_fit_fails_the_job(scratch, tmp_path, own_child):
     base = make_tiny_llama(scratch / "wide-base", vocab_size=16_384, max_position_embeddings=4096)
     data = write_prepared(tmp_path / "data", [[5] * 3000, *random_examples(9)[0]], vocabulary=16_384)
-    child.train(spec(base, data, tmp_path / "first", max_steps=1))
-    child.next(Started)
-    loaded = data_bytes(child.pid)
-    child.finish()
-    child.kill()
-    child.next(Finished)
-    child.train(spec(base, data, tmp_path / "second", memory_bytes=loaded + (100 << 20), max_steps=5, batch_size=10))
-    failed = child.finish()
+    own_child.train(spec(base, data, tmp_path / "first", max_steps=1))
+    own_child.next(Started)
+    loaded = data_bytes(own_child.pid)
+    own_child.finish()
+    own_child.kill()
+    own_child.next(Finished)
+    own_child.train(
+        spec(base, data, tmp_path / "second", memory_bytes=loaded + (100 << 20), max_steps=5, batch_size=10)
+    )
+    failed = own_child.finish()
     assert failed.code == "out_of_memory" and "3000 tokens" in failed.message
 
 
-def test_a_full_disk_pauses_the_job_with_its_checkpoint_kept(base, data, small_disk, child, undisturbed):
+def test_a_full_disk_pauses_the_job_with_its_checkpoint_kept(base, data, small_disk, own_child, undisturbed):
     job = {"checkpoints": EVERY_STEP, **RUN}
-    child.train(spec(base, data, small_disk, **job))
-    while child.next(CheckpointWritten).step < 3:
+    own_child.train(spec(base, data, small_disk, **job))
+    while own_child.next(CheckpointWritten).step < 3:
         pass
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * (os.statvfs(small_disk).f_bavail * 4096 - 20_000))
-    failed = child.finish()
+    failed = own_child.finish()
     assert isinstance(failed, Failed) and failed.code == "disk_full"
-    last = checkpoints_of(child.said)[-1]
+    last = checkpoints_of(own_child.said)[-1]
     assert failed.step == last.step + 1
     ballast.unlink()
-    child.train(spec(base, data, small_disk, token="second", **job))
-    assert child.next(Started).step == last.step
-    assert isinstance(child.finish(), Finished)
-    assert metrics_of(child.said) == metrics_of(undisturbed[False][0])
+    own_child.train(spec(base, data, small_disk, token="second", **job))
+    assert own_child.next(Started).step == last.step
+    assert isinstance(own_child.finish(), Finished)
+    assert metrics_of(own_child.said) == metrics_of(undisturbed[False][0])

@@ -31,6 +31,7 @@ from tests.support.servers import wait_until
 from tests.support.trainer_runs import (
     TrainerChild,
     metrics_of,
+    one_job,
     random_examples,
     spec,
     train_together,
@@ -71,18 +72,6 @@ def children():
         child.close()
 
 
-def one_job(child):
-    """Yield a child; what is left of its job afterwards goes with it."""
-    yield child
-    if not child.said or not isinstance(child.said[-1], Finished | Failed):
-        child.kill()
-        wait_until(lambda: is_gone(child), 20)
-    with contextlib.suppress(queue.Empty):
-        while True:
-            child.inbox.get(timeout=0.3)
-    child.said.clear()
-
-
 @pytest.fixture
 def child(children):
     yield from one_job(children[0])
@@ -121,13 +110,13 @@ def is_gone(child):
 @pytest.mark.parametrize(
     ("kind", "full", "sharding", "budget"),
     [
-        ("llama", False, "none", IN_ONE_PASS),
+        pytest.param("llama", False, "none", IN_ONE_PASS, marks=pytest.mark.long),
         ("llama", True, "none", IN_SEVERAL),
         ("llama", False, "fsdp", IN_SEVERAL),
-        ("llama", True, "fsdp", IN_ONE_PASS),
-        ("gpt2", False, "fsdp", IN_ONE_PASS),
+        pytest.param("llama", True, "fsdp", IN_ONE_PASS, marks=pytest.mark.long),
+        pytest.param("gpt2", False, "fsdp", IN_ONE_PASS, marks=pytest.mark.long),
         ("gemma2", True, "fsdp", IN_SEVERAL),
-        ("llama", True, "tensor", IN_ONE_PASS),
+        pytest.param("llama", True, "tensor", IN_ONE_PASS, marks=pytest.mark.long),
         ("qwen3", True, "tensor", IN_SEVERAL),
     ],
 )

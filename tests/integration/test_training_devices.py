@@ -125,7 +125,9 @@ def test_a_model_divided_between_two_devices_is_trained_and_served(sdk, stack, l
     assert answer.usage.completion_tokens > 0
 
 
-@pytest.mark.parametrize("who", ["leader", pytest.param("follower", marks=pytest.mark.long), "follower's worker"])
+@pytest.mark.parametrize(
+    "who", [*(pytest.param(each, marks=pytest.mark.long) for each in ("leader", "follower")), "follower's worker"]
+)
 def test_a_lost_process_costs_a_few_steps_and_no_result(sdk, native, stack, alone, lent, who):
     job = start(sdk)
     wait_until(lambda: is_training(sdk, job.id), 60, "it trains")

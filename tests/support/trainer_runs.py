@@ -1,5 +1,6 @@
 """Prepared data sets, and trainer children as a worker runs them."""
 
+import contextlib
 import json
 import os
 import queue
@@ -24,6 +25,8 @@ from services.worker.protocol import (
     Stopped,
     Train,
 )
+
+from tests.support.servers import wait_until
 
 ENDS = (Finished, Failed, Stopped)
 
@@ -110,6 +113,18 @@ class TrainerChild(ChildSupervisor):
 
     def _end(self, _life):
         self.inbox.put(None)
+
+
+def one_job(child):
+    """Yield a child to a test; what is left of its job afterwards goes with it."""
+    yield child
+    if not child.said or not isinstance(child.said[-1], Finished | Failed):
+        child.kill()
+        wait_until(lambda: child.pid is None, 20)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            child.inbox.get(timeout=0.3)
+    child.said.clear()
 
 
 def metrics_of(messages):
