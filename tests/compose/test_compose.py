@@ -522,6 +522,14 @@ def test_a_backup_is_restored_into_a_fresh_deployment(deployment, tmp_path_facto
         all_lines_once(fresh.url, fresh.key, running["id"], 12_000)
         again = fresh.backup("restore", folder)
         assert again.returncode == 1 and "not empty" in again.stderr
+        # Postgres' disk is lost alone: what the store has stays, and so do all the answers of before the backup.
+        fresh("down", "-t", "5")
+        docker("volume", "rm", f"{fresh.project}_postgres")
+        alone = fresh.backup("restore", folder, "--only", "postgres")
+        assert alone.returncode == 0, alone.stderr[-3000:]
+        wait_until(fresh.is_ready, 90)
+        with Client(fresh.url, deployment.key) as client:
+            assert list(client.finished_lines(done["id"])) == content
     finally:
         fresh("down", "-v", "-t", "5", check=False)
 
