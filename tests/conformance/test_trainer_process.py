@@ -150,7 +150,7 @@ def same_weights(weights, expected):
 @pytest.mark.chaos
 def test_many_kills_in_one_run_change_no_bit(base, data, validation, tmp_path, own_child, undisturbed):
     """Killed at whatever it does: loading, a step, an evaluation, a checkpoint. At most one interval is done again."""
-    kills = int(os.environ.get("LAMPLIGHTER_TRAINER_KILLS", "5"))
+    kills = int(os.environ.get("LAMPLIGHTER_TRAINER_KILLS", "3"))
 
     def job(token):
         return spec(

@@ -217,7 +217,7 @@ def test_the_first_ones_loss_ends_the_second(base, data, tmp_path, child, second
     assert second.next(Finished, seconds=60) is None
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_all_pause_and_stop_with_any_of_them(base, data, tmp_path, child, second, who):
     children = (child, second)
     together(child, second, base, data, tmp_path, max_steps=100_000)

@@ -108,7 +108,10 @@ def test_both_devices_train_and_the_result_is_that_of_one(sdk, native, stack, al
 
 @pytest.mark.parametrize(
     ("parallelism", "more"),
-    [({"data": 2, "fsdp": True}, {}), ({"tensor": 2}, {"full": True})],
+    [
+        pytest.param({"data": 2, "fsdp": True}, {}, marks=pytest.mark.long),
+        ({"tensor": 2}, {"full": True}),
+    ],
     ids=["fsdp", "tensor"],
 )
 def test_a_model_divided_between_two_devices_is_trained_and_served(sdk, stack, lent, parallelism, more):
@@ -208,7 +211,11 @@ def test_what_cannot_be_is_refused_when_it_is_asked_for(sdk, native, asked):
     assert refused.value.param.startswith("parallelism")
 
 
-@pytest.mark.parametrize("parallelism", [{"data": 2, "fsdp": True}, {"tensor": 2}], ids=["fsdp", "tensor"])
+@pytest.mark.parametrize(
+    "parallelism",
+    [{"data": 2, "fsdp": True}, pytest.param({"tensor": 2}, marks=pytest.mark.long)],
+    ids=["fsdp", "tensor"],
+)
 def test_a_divided_trunk_of_several_tasks_is_trained_and_served(native, lent, parallelism):
     """One head of each kind and a language model, on two devices, to the losses of one."""
     from tests.integration.test_training import create as create_tasks
