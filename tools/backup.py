@@ -45,7 +45,9 @@ LOG_CHARACTERS = 3000
 BASE_BACKUP = ["-D", "-", "-Ft", "-X", "fetch", "-c", "fast"]
 """One archive on standard output, with the log that was written meanwhile, begun at once."""
 FORMAT = 3
-PACK = 'tar -C {} --exclude="*.part" -cf - . || [ $? -eq 1 ]'
+FORMATS = (2, FORMAT)
+"""Those that are read; the second one says of which kind it is."""
+PACK = 'tar -C {} --exclude="*.part" --exclude=./.restoring -cf - . || [ $? -eq 1 ]'
 """Of a file that is being written only the finished form counts. GNU tar ends with 1 when something went or grew while
 it was read; what counts is looked at after a restore. A Compose that failed ends with 1, too: hence the shell."""
 IS_EMPTY = 'if [ -z "$(ls -A {} 2>/dev/null)" ]; then echo is empty; else echo is full; fi'
@@ -147,8 +149,9 @@ def check(folder: Path) -> dict[str, Any]:
     """Return the manifest, compared with the archives. Raises SystemExit that names what is not as it was written."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in FORMATS:
             raise SystemExit(f"{folder} has format {manifest['format']}, which another release of this tool reads.")
+        manifest.setdefault("kind", Composed.kind if VARIABLES in manifest["parts"] else Embedded.kind)
         for name, part in manifest["parts"].items():
             if _sha256(folder / name) != part["sha256"]:
                 raise SystemExit(f"{folder / name} is not what was written: its SHA-256 is another.")
@@ -157,17 +160,22 @@ def check(folder: Path) -> dict[str, Any]:
         cut_off = " It is no backup, or one that was cut off." if error.filename == str(folder / MANIFEST) else ""
         raise SystemExit(f"{error.filename} is missing.{cut_off}") from None
     except OSError as error:
-        raise SystemExit(f"{error.filename} cannot be read: {error.strerror}.") from None
+        raise SystemExit(f"{error.filename or folder} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{folder / MANIFEST} is damaged: {error!r}.") from None
     return manifest
 
 
 def _sha256(path: Path) -> str:
+    """Return a file's digest. Raises OSError that names it."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        error.filename = str(path)  # what fails in the middle names nothing
+        raise
     return digest.hexdigest()
 
 
@@ -289,16 +297,19 @@ class Composed:
         directory = self._named("LAMPLIGHTER_MODELS", "models")
         shutil.rmtree(directory / BEGUN, ignore_errors=True)
         with tarfile.open(fileobj=archive, mode="r:") as packed:
-            models = {name.split("/")[1] for name in packed.getnames() if "/" in name}
+            models = {name.split("/")[1] for name in packed.getnames() if "/" in name} - {BEGUN}
         if there := sorted(name for name in models if os.path.lexists(directory / name)):
             print(f"{directory} has {', '.join(there)} already; they stay as they are")
         if missing := sorted(models - set(there)):
             (directory / BEGUN).mkdir()
-            os.lseek(archive.fileno(), 0, os.SEEK_SET)
-            _run(["tar", "-C", str(directory / BEGUN), "-xf", "-", *(f"./{name}" for name in missing)], stdin=archive)
-            for name in missing:
-                (directory / BEGUN / name).rename(directory / name)
-            (directory / BEGUN).rmdir()
+            try:
+                os.lseek(archive.fileno(), 0, os.SEEK_SET)
+                wanted = [f"./{name}" for name in missing]
+                _run(["tar", "-C", str(directory / BEGUN), "-xf", "-", *wanted], stdin=archive)
+                for name in missing:
+                    (directory / BEGUN / name).rename(directory / name)
+            finally:
+                shutil.rmtree(directory / BEGUN)
 
     def audit(self) -> dict[str, Any]:
         _run([*self._command, "up", "-d", "postgres"])
@@ -347,16 +358,21 @@ class Embedded:
         _unpack_privately(folder / SECRETS, self._directory)  # nothing would give the restored cluster other ones
 
     def require_empty(self, name: str) -> None:
+        self._require_stopped()
         if self._places[name].exists() and any(self._places[name].iterdir()):
             raise SystemExit(f"{self._places[name]} is not empty. Nothing was restored.")
-        self._require_stopped()
 
     def _require_stopped(self) -> None:
         """Raise SystemExit while Postgres runs here: another one could not be started beside it."""
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-            pid = int((self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[0])
-            os.kill(pid, 0)
-            raise SystemExit(f"Postgres runs on {self._directory}: stop `lamplighter up` first. Nothing was restored.")
+        from services.local import postgres
+
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            port = (self._places[POSTGRES] / "postmaster.pid").read_text().splitlines()[3]
+            # Asked, and not looked for by its number, which may be anybody's after a loss of power.
+            asked = [str(postgres.binary("pg_isready")), "-q", "-h", "127.0.0.1", "-p", port]
+            if subprocess.run(asked, check=False).returncode in (0, 1):
+                told = f"Postgres runs on {self._directory}: stop `lamplighter up` first. Nothing was restored."
+                raise SystemExit(told)
 
     def unpack(self, name: str, archive: BinaryIO) -> None:
         from services.local.postgres import let_user_in, system_user

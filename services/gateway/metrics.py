@@ -137,6 +137,23 @@ DESCRIPTIONS = {
             _WORKER,
             "Writes rejected as the slice's lease was another's by then.",
         ),
+        Description(
+            "worker_generation_seconds_total",
+            "counter",
+            _WORKER,
+            "Time in which any request was in the engine: its rate is the share of the device's time.",
+        ),
+        Description("worker_training_steps_total", "counter", _WORKER, "Optimizer steps that trainers told of."),
+        Description("worker_training_step_seconds_total", "counter", _WORKER, "Time of those steps."),
+        Description("worker_training_tokens_total", "counter", _WORKER, "Tokens read in those steps."),
+        Description(
+            "worker_gpu_utilization_ratio",
+            "gauge",
+            _WORKER,
+            "Share of the last moments in which anything ran on the GPU, as nvidia-smi says; not told of CPUs.",
+        ),
+        Description("worker_gpu_memory_used_bytes", "gauge", _WORKER, "Memory in use on the GPU, by whomever."),
+        Description("worker_gpu_memory_size_bytes", "gauge", _WORKER, "Memory of the GPU."),
         Description("worker_online_calls", "gauge", _WORKER, "Online calls in flight on the worker."),
         Description(
             "worker_batch_occupancy_ratio",
@@ -199,10 +216,19 @@ _OF_WORKER = {
     "worker_model_hits_total": "model_hits",
     "worker_child_restarts_total": "child_restarts",
     "worker_stale_writes_total": "stale_writes",
+    "worker_generation_seconds_total": "generation_seconds",
+    "worker_training_steps_total": "training_steps",
+    "worker_training_step_seconds_total": "training_seconds",
+    "worker_training_tokens_total": "training_tokens",
     "worker_online_calls": "online",
     "worker_batch_occupancy_ratio": "batch_occupancy",
 }
 """From which field of a worker's stats each metric comes."""
+_OF_GPU = {
+    "worker_gpu_utilization_ratio": "gpu_use",
+    "worker_gpu_memory_used_bytes": "gpu_memory_used_bytes",
+    "worker_gpu_memory_size_bytes": "gpu_memory_bytes",
+}
 _OF_ENGINE = {
     "engine_tokens_total": "tokens",
     "engine_steps_total": "steps",
@@ -310,6 +336,9 @@ def _add_fleet(families: Families, fleet: list[WorkerView]) -> None:
         families.add("worker_heartbeat_age_seconds", worker.silent_for.total_seconds(), name)
         for metric, key in _OF_WORKER.items():
             families.add(metric, worker.stats.get(key, 0), name)
+        for metric, key in _OF_GPU.items():
+            if key in worker.stats:
+                families.add(metric, worker.stats[key], name)
         for model, engine in worker.stats.get("engines", {}).items():
             _add_engine(families, engine, name, model)
 

@@ -43,8 +43,8 @@ ENDED_WELL = ("succeeded", "done")
 NOT_WELL = ("failed", "dead", "lost", "expired")
 
 
-MOST_PUT_OFF = 200
-"""Jobs that are passed over to see whether the collector takes any behind them."""
+PROBES = 3
+"""Of the newest jobs: does the collector take those, where it took none of a full page of the oldest?"""
 
 
 class Tracer:
@@ -59,8 +59,6 @@ class Tracer:
         self._resource = Resource.create({"service.name": "lamplighter"})
         self._settled: dict[UUID, datetime] = {}
         self._refusals: dict[UUID, int] = {}
-        self._put_off: list[EndedJob] = []
-        """Whole pages that were refused, until something behind them is taken, or nothing is."""
         self._since: datetime | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -73,25 +71,31 @@ class Tracer:
     def tick(self, session: Connection, is_stopping: Callable[[], bool] = lambda: False) -> bool:
         """Send a few jobs that have ended since; return whether there may be more to be sent now."""
         self._since = self._since or traces.now(session) - BACK
-        known = [*self._settled, *(job.job_id for job in self._put_off)]
-        jobs = traces.ended_jobs(session, self._since, known, JOBS_AT_ONCE)
-        failed: list[EndedJob] = []
+        jobs = traces.ended_jobs(session, self._since, list(self._settled), JOBS_AT_ONCE)
+        taken, failed = self._send(session, jobs, is_stopping)
+        if len(failed) == JOBS_AT_ONCE:
+            known = [*self._settled, *(job.job_id for job in failed)]
+            newest = traces.ended_jobs(session, self._since, known, PROBES, newest_first=True)
+            more_taken, more_failed = self._send(session, newest, is_stopping)
+            taken, failed = taken + more_taken, failed + more_failed
+        self._settled |= {job.job_id: job.ended_at for job in taken}
+        self._weigh(failed, is_there=bool(taken))
+        self._go_on_behind(taken, failed)
+        return bool(taken) and len(jobs) == JOBS_AT_ONCE
+
+    def _send(
+        self, session: Connection, jobs: Sequence[EndedJob], is_stopping: Callable[[], bool]
+    ) -> tuple[list[EndedJob], list[EndedJob]]:
+        """Send some jobs' traces; return those that were taken, and those that were not."""
         taken: list[EndedJob] = []
+        failed: list[EndedJob] = []
         for job in jobs:
             if is_stopping():
                 break
             spans = self._spans(job, traces.attempts(session, [job.job_id], MOST_ATTEMPTS))
             is_taken = self._exporter.export(list(spans)) is SpanExportResult.SUCCESS
             (taken if is_taken else failed).append(job)
-        self._settled |= {job.job_id: job.ended_at for job in taken}
-        failed = [*self._put_off, *failed]
-        # Nothing of a full page was taken: the collector is away, or has something against all of these. Look behind.
-        is_unclear = not taken and len(jobs) == JOBS_AT_ONCE and len(failed) < MOST_PUT_OFF
-        self._put_off = failed if is_unclear else []
-        if not is_unclear:
-            self._weigh(failed, is_there=bool(taken))
-            self._go_on_behind(taken, failed)
-        return bool(taken) and len(jobs) == JOBS_AT_ONCE
+        return taken, failed
 
     def _weigh(self, failed: Sequence[EndedJob], *, is_there: bool) -> None:
         """Give up what is refused again and again while others are taken. Where nothing is, the collector is away."""

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from dataclasses import dataclass
 
 from shared.settings import Settings
@@ -12,6 +13,9 @@ log = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE = 0.5
 GPU_MEMORY_SHARE = 0.8
+SMI_SECONDS = 30.0
+MOST_GPUS = 16
+"""Of one host."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,70 @@ def _chosen(gpus: list[Gpu], names: list[str]) -> list[Device]:
 
 
 def _gpus() -> list[Gpu]:
+    """Return the GPUs that nvidia-smi can tell of. Of one that is in trouble it says no number, or fails for all."""
+    fields = ["index", "uuid", "memory.total"]
+    found = [_gpu(*row) for row in _ask_nvidia_smi(fields) or _each_alone(fields)]
+    return [gpu for gpu in found if gpu is not None]
+
+
+def _gpu(number: str, uuid: str, mib: str) -> Gpu | None:
+    if not (number.isdigit() and mib.isdigit()):
+        log.error("a GPU is in trouble", extra={"gpu": number, "uuid": uuid, "memory": mib})
+        return None
+    return Gpu(number, uuid, Device(f"cuda:{number}", int(int(mib) * 2**20 * GPU_MEMORY_SHARE)))
+
+
+def _each_alone(fields: list[str]) -> list[list[str]]:
+    """Return what nvidia-smi says of each GPU by itself: one that fell off its bus has it fail for all together."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    found = [row for number in range(MOST_GPUS) for row in _ask_nvidia_smi(fields, number)]
+    if found:
+        log.error("nvidia-smi fails for some GPU", extra={"well": [row[0] for row in found]})
+    return found
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """What nvidia-smi says of a GPU now. `use`: share of the last moments in which anything ran on it."""
+
+    use: float
+    memory_used_bytes: int
+    memory_bytes: int
+
+
+class GpuMeter:
+    """Reads a GPU now and then, in a thread of its own, as one that is in trouble answers late or never."""
+
+    def __init__(self, device: str) -> None:
+        self._number = int(device.removeprefix("cuda:")) if device.startswith("cuda:") else None
+        self.reading: GpuReading | None = None
+        """The newest; None on a CPU, and while nobody can say."""
+
+    def run(self, stop: threading.Event, seconds: float) -> None:
+        """Read every so often until `stop` is set."""
+        while self._number is not None and not stop.wait(seconds):
+            self.reading = _reading(self._number)
+
+
+def _reading(number: int) -> GpuReading | None:
+    rows = _ask_nvidia_smi(["utilization.gpu", "memory.used", "memory.total"], number)
+    if len(rows) != 1 or not all(field.isdigit() for field in rows[0]):
+        return None
+    use, used, total = map(int, rows[0])
+    return GpuReading(use / 100, used * 2**20, total * 2**20)
+
+
+def _ask_nvidia_smi(fields: list[str], number: int | None = None) -> list[list[str]]:
+    """Return a row for each GPU, or for one; nothing where it is not installed, fails or does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    query = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode != 0:
+    query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    query += [] if number is None else ["-i", str(number)]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
         return []
     rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
-    return [Gpu(n, uuid, Device(f"cuda:{n}", int(int(mib) * 2**20 * GPU_MEMORY_SHARE))) for n, uuid, mib in rows]
+    return [row for row in rows if len(row) == len(fields)] if answer.returncode == 0 else []

@@ -28,6 +28,7 @@ class DeviceTime:
         self._lock = threading.Lock()
         self._requests = 0
         self._request_seconds = 0.0
+        self._busy_seconds = 0.0
         self._at = time.monotonic()
 
     def enter(self, requests: int = 1) -> Share:
@@ -55,10 +56,18 @@ class DeviceTime:
         self.resize(share, 0)
         return share.seconds
 
+    @property
+    def busy_seconds(self) -> float:
+        """For how long anybody has used the device, in all."""
+        with self._lock:
+            self._advance()
+            return self._busy_seconds
+
     def _advance(self) -> None:
         now = time.monotonic()
         if self._requests:
             self._request_seconds += (now - self._at) / self._requests
+            self._busy_seconds += now - self._at
         self._at = now
 
     def _settle(self, share: Share) -> None:

@@ -17,6 +17,7 @@ from services.worker.training import Call, TrainingParts
 from shared.db import devices
 from shared.db.devices import Taken
 from shared.domain.errors import ChildLost
+from shared.logging import logged_as
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ class Follower:
                 return  # the leader is not ready yet, or a training of this worker's own is about to give way
             try:
                 self._followed = taken.lease_token
-                self._follow(msgspec.convert(taken.call, Call), _Watch(self._parts, taken))
+                call = msgspec.convert(taken.call, Call)
+                with logged_as(call.train.log_ids):
+                    self._follow(call, _Watch(self._parts, taken))
             finally:
                 self._parts.device.release()
         with self._parts.engine.begin() as connection:

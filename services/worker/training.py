@@ -139,6 +139,20 @@ class _Report:
         return bool(self.metrics or self.messages)
 
 
+@dataclass
+class TrainingTotals:
+    """What the trainers of this worker have told of their steps, those that were told again counted again."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def add(self, message: Progress) -> None:
+        self.steps += 1
+        self.seconds += message.seconds
+        self.tokens += message.tokens
+
+
 @dataclass(frozen=True)
 class TrainingParts:
     """What the wiring made. `environment`: more variables of the child; `online_in_flight`: calls on the device."""
@@ -153,6 +167,7 @@ class TrainingParts:
     worker: WorkerIdentity
     device: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever trains on this worker's device."""
+    totals: TrainingTotals = field(default_factory=TrainingTotals)
 
     @contextmanager
     def child(self) -> Iterator[TrainerChild]:
@@ -380,6 +395,7 @@ class _Work:
         elif isinstance(message, Started):
             self._started(message)
         elif isinstance(message, Progress):
+            self._parts.totals.add(message)
             self._report.add(message, awaits_evaluation=self._plan.evaluates(message.step))
         elif isinstance(message, Evaluated):
             self._report.evaluated(message)

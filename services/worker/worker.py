@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +20,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.worker.children import EngineChild
+from services.worker.device import GpuMeter
 from services.worker.engine.statistics import RateMeter, Rates
 from services.worker.following import Follower
 from services.worker.online import OnlineServer
@@ -27,7 +29,7 @@ from services.worker.room import DeviceRoom
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
 from services.worker.threads import vital
-from services.worker.training import TrainingParts, TrainingRunner
+from services.worker.training import TrainingParts, TrainingRunner, TrainingTotals
 from services.worker.translation import ModelDirectory
 from shared.db import slices, workers
 from shared.db.session import connect_engine
@@ -63,15 +65,19 @@ class Heart:
         child: EngineChild,
         online_server: OnlineServer,
         identity: WorkerIdentity,
+        trained: TrainingTotals,
     ) -> None:
         self._engine, self._runner, self._child, self._identity = engine, runner, child, identity
-        self._online = online_server
+        self._online, self._trained = online_server, trained
+        self._meter = GpuMeter(identity.device)
         self._rates = RateMeter()
         self._deaf_beats = 0
         self.stop = threading.Event()
 
     def run(self, settings: Settings) -> None:
         """Beat every `heartbeat_seconds`, look for stop flags every second, until `stop` is set."""
+        meter = threading.Thread(target=self._meter.run, args=(self.stop, settings.heartbeat_seconds), daemon=True)
+        meter.start()
         beat_at = time.monotonic()
         while not self.stop.wait(min(STOP_POLL_SECONDS, settings.heartbeat_seconds / 2)):
             try:
@@ -124,6 +130,10 @@ class Heart:
         stats |= {"online": self._online.in_flight, "budget_bytes": self._identity.memory_budget_bytes}
         self._rates.look(status)
         stats["reaches"] = self._identity.reaches
+        stats["generation_seconds"] = self._runner.leases.device_time.busy_seconds
+        stats |= {f"training_{name}": value for name, value in asdict(self._trained).items()}
+        if (gpu := self._meter.reading) is not None:
+            stats |= {f"gpu_{name}": value for name, value in asdict(gpu).items()}
         stats |= msgspec.structs.asdict(self._rates.total)
         if status is not None:
             stats |= {"model_loads": status.model_loads, "model_hits": status.model_hits, "tokens": status.tokens}
@@ -184,7 +194,7 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     trainer, follower = TrainingRunner(parts), Follower(parts)
     redis_client = connect_redis(redis_url, timeout_seconds=0.5)
     register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))
-    heart = Heart(engine, runner, child, online_server, identity)
+    heart = Heart(engine, runner, child, online_server, identity, parts.totals)
     heart_thread = threading.Thread(target=vital, args=(lambda: heart.run(settings),), name="heart", daemon=True)
     heart_thread.start()
     follower_thread = threading.Thread(target=vital, args=(follower.run,), name="follower", daemon=True)

@@ -36,12 +36,12 @@ class EndedAttempt:
     outcome: str | None
 
 
-_JOBS = text("""
+_JOBS = """
     SELECT tenant_id, job_id, kind, state, model, endpoint, created_at, started_at, ended_at, total, failed
     FROM job WHERE ended_at > :since AND kind <> 'online'
         AND state IN ('succeeded', 'failed', 'cancelled', 'expired') AND job_id <> ALL(:known)
-    ORDER BY ended_at, job_id LIMIT :limit
-""")
+    ORDER BY ended_at {order}, job_id LIMIT :limit
+"""
 _ATTEMPTS = text("""
     SELECT attempt.job_id, attempt_id, slice_id, task_id, worker, device, started_at, ended_at, outcome
     FROM unnest(cast(:ids AS uuid[])) AS wanted (job_id), LATERAL (
@@ -57,9 +57,12 @@ def now(connection: Connection) -> datetime:
     return moment
 
 
-def ended_jobs(connection: Connection, since: datetime, known: Sequence[UUID], limit: int) -> list[EndedJob]:
+def ended_jobs(
+    connection: Connection, since: datetime, known: Sequence[UUID], limit: int, *, newest_first: bool = False
+) -> list[EndedJob]:
     """Return jobs of all tenants that ended after `since`, the first ones first, without those that are known."""
-    rows = connection.execute(_JOBS, {"since": since, "known": list(known), "limit": limit}).mappings()
+    statement = text(_JOBS.format(order="DESC" if newest_first else "ASC"))
+    rows = connection.execute(statement, {"since": since, "known": list(known), "limit": limit}).mappings()
     return [EndedJob(**row) for row in rows]
 
 

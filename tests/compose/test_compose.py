@@ -107,14 +107,18 @@ def deployment(tmp_path_factory):
         started = time.monotonic()
         made("up", "-d")
         wait_until(made.is_ready, READY_SECONDS, "the deployment is ready")
+        with Client(made.url, made.key) as client:
+            made.first_job = client.submit(slow_requests(1, 0), "/v1/chat/completions")
         made.ready_seconds = time.monotonic() - started
         yield made
     finally:
-        made("down", "-v", "-t", "5", check=False)
+        made("--profile", "observability", "down", "-v", "-t", "5", check=False)
 
 
 def test_ready_within_a_minute(deployment):
-    print(f"ready {deployment.ready_seconds:.1f} s after up -d")
+    print(f"a job was accepted {deployment.ready_seconds:.1f} s after up -d")
+    with Client(deployment.url, deployment.key) as client:
+        assert client.wait(deployment.first_job["id"])["status"] == "succeeded"
     assert deployment.ready_seconds <= READY_SECONDS
 
 

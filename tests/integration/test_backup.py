@@ -1,5 +1,6 @@
 """A backup of a running stack, restored where nothing was: every job, result, event and file of it, verified by digest."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import openai
@@ -16,6 +18,7 @@ import pytest
 from sqlalchemy import text
 
 from lamplighter import Client
+from services.local.ports import free_port
 from services.local.stack import Stack, StackOptions
 from services.scheduler.store_audit import audit
 from services.worker.trainer.checkpoint import write_product_manifest
@@ -85,6 +88,8 @@ def test_a_stack_is_backed_up_in_the_middle_of_work_and_restored(scratch):
     assert "4 objects of the store" in restored.stdout  # two files and their line indexes
     stack = started(data)
     try:
+        beside = tool("restore", folder, "--only", "store", "--data", data)
+        assert beside.returncode == 1 and "stop `lamplighter up` first" in beside.stderr
         sdk, native = talk_to(stack)
         with sdk, native:
             wait_for(sdk, running.id, "completed")
@@ -166,6 +171,15 @@ def test_a_backup_that_cannot_be_looked_at_is_told_in_a_sentence(backup, spoil, 
     assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
 
 
+def test_a_disk_that_fails_in_the_middle_of_an_archive_is_told_by_its_file(backup, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(backup_tool.hashlib, "sha256", lambda: SimpleNamespace(update=fail))
+    with pytest.raises(SystemExit, match=r"postgres.tar cannot be read: Input/output error"):
+        backup_tool.check(backup)
+
+
 def test_a_backup_of_another_kind_is_refused_before_anything_is_written(backup, tmp_path):
     manifest = json.loads((backup / "manifest.json").read_text())
     (backup / "manifest.json").write_text(json.dumps(manifest | {"kind": "docker-compose.yml"}))
@@ -174,13 +188,13 @@ def test_a_backup_of_another_kind_is_refused_before_anything_is_written(backup, 
     assert not (tmp_path / "data").exists()
 
 
-def test_nothing_is_restored_where_postgres_runs(backup, tmp_path):
+def test_a_postgres_that_ended_without_a_word_hinders_no_restore(backup, tmp_path):
+    """Its file names a process that is somebody else's by now, and a port where nobody answers."""
     pid_file = tmp_path / "data" / "postgres" / "postmaster.pid"
     pid_file.parent.mkdir(parents=True)
-    pid_file.write_text(f"{os.getpid()}\n")
-    refused = tool("restore", backup, "--only", "store", "--data", tmp_path / "data")
-    assert refused.returncode == 1 and "stop `lamplighter up` first" in refused.stderr
-    assert not (tmp_path / "data" / "store").exists()
+    pid_file.write_text(f"{os.getpid()}\n{pid_file.parent}\n0\n{free_port()}\n")
+    tried = tool("restore", backup, "--only", "store", "--data", tmp_path / "data")
+    assert "stop `lamplighter up`" not in tried.stderr and "tar" in tried.stderr  # the archive is none
 
 
 def test_a_compose_that_cannot_look_is_not_a_volume_that_is_full(tmp_path, capfd):
@@ -223,6 +237,7 @@ def test_models_are_put_in_their_places_whole_and_those_that_are_there_stay(tmp_
     (models / "first").mkdir()
     (models / "first" / "own").write_text("mine")
     (tmp_path / ".env").write_text(f"LAMPLIGHTER_MODELS={models}\n")
+    (packed / ".restoring" / "half").mkdir(parents=True)  # of another one, saved with the rest
     subprocess.run(["sh", "-c", f"({backup_tool.PACK.format(packed)}) > {tmp_path}/models.tar"], check=True)
     with (tmp_path / "models.tar").open("rb") as archive:
         backup_tool.Composed("docker-compose", tmp_path / ".env").unpack("models.tar", archive)
@@ -365,6 +380,9 @@ def test_another_formats_backup_is_refused(backup):
     manifest = json.loads((backup / "manifest.json").read_text())
     (backup / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     assert "format 1, which another release" in tool("check", backup).stderr
+    del manifest["kind"]  # as the format before this one had none
+    (backup / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    assert "of lamplighter up on" in tool("check", backup).stdout
 
 
 def test_a_command_that_fails_or_says_nothing_is_no_archive(tmp_path):

@@ -19,6 +19,7 @@ from shared.db.session import tenant_transaction
 from shared.db.slices import RecordedLines
 from shared.db.workers import WorkerIdentity
 from shared.domain.slice import AttemptOutcome, SliceState
+from tests.integration.test_fine_tuning import create
 from tests.integration.test_query_plans import seeded  # noqa: F401  # a fixture
 from tests.support.query_plans import explain
 from tests.support.batches import chat_line, chat_lines, make_job, read_lines, submit, wait_for
@@ -190,6 +191,19 @@ def test_engines_count_what_was_really_done(sdk, scrape, tiny):
     (kv,) = found.all("engine_kv_cache_bytes", model=tiny)
     assert kv.value == 2 * 2 * 32768 * 2 * 8 * 4  # keys and values, layers, tokens, heads, size, float32
     assert found.sum("worker_memory_used_bytes") >= kv.value
+
+
+def test_training_is_counted_as_its_trainer_tells_it(native, sdk, scrape, tiny):
+    names = ("steps_total", "step_seconds_total", "tokens_total")
+    before = {name: scrape().sum(f"worker_training_{name}") for name in names}
+    job = create(sdk, tiny, hyper={"n_epochs": 3, "batch_size": 8})
+    assert native.wait(job.id)["status"] == "succeeded"
+    found = scrape()
+    grown = {name: found.sum(f"worker_training_{name}") - before[name] for name in names}
+    told = [event.data for event in sdk.fine_tuning.jobs.list_events(job.id, limit=100) if event.type == "metrics"]
+    assert grown["steps_total"] == len(told) == 9
+    assert grown["tokens_total"] >= sdk.fine_tuning.jobs.retrieve(job.id).trained_tokens > 0
+    assert 0 < grown["step_seconds_total"] < 60
 
 
 def test_clients_that_leave_give_an_engines_blocks_back(http, scrape, tiny):
@@ -393,11 +407,13 @@ def test_labels_hold_whatever_a_model_or_worker_is_called(planned):
     identity = WorkerIdentity(uuid4(), strange, "h", 1, "cpu:9", 1, memory_budget_bytes=7)
     with planned.engine("worker").begin() as connection:
         workers.register(connection, identity, 60)
-        stats = {"engines": {strange: {"tokens": 3}}, "budget_bytes": 7}
+        stats = {"engines": {strange: {"tokens": 3}}, "budget_bytes": 7, "gpu_use": 0.5}
         workers.heartbeat(connection, identity.worker_id, state="idle", models=[], stats=stats, lease_seconds=60)
     found = Scrape(ask(create_app(planned.settings("gateway")), make_admin(planned)).text)
     assert found.by("engine_tokens_total", "model") == {strange: 3}
     assert found.by("worker_memory_budget_bytes", "worker") == {f"{strange}@h": 7}
+    assert found.by("worker_gpu_utilization_ratio", "worker") == {f"{strange}@h": 0.5}
+    assert found.by("worker_gpu_memory_used_bytes", "worker") == {}  # it said nothing of it
 
 
 def make_admin(database):

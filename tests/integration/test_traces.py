@@ -148,9 +148,15 @@ def test_pages_of_refused_traces_do_not_keep_those_behind_them(sdk, session, col
     new = [wait_for(sdk, submit(sdk, chat_lines(1)).id).id for _ in range(3)]
     refused = [bytes.fromhex(batch_id.removeprefix("batch_")) for batch_id in old]
     collector.answer = lambda spans: 400 if spans and spans[0].trace_id in refused else 200
-    for _ in range(3 * len(new)):  # two looks at refused ones only, and one that meets another
+    monkeypatch.setattr(tracer, "PROBES", 1)
+    for number in range(len(new)):  # each look meets two of the old ones, and then the newest
         traced.tick(session)
-    assert all(collector.of(batch_id) for batch_id in new)
+        assert sum(bool(collector.of(batch_id)) for batch_id in new) == number + 1
+    for _ in range(2 * tracer.MOST_REFUSALS):
+        wait_for(sdk, submit(sdk, chat_lines(1)).id)
+        traced.tick(session)
+    collector.answer = lambda _: pytest.fail("they were not given up")
+    traced.tick(session)
     assert not any(collector.of(batch_id) for batch_id in old)
 
 

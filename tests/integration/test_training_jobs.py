@@ -25,6 +25,7 @@ from shared.domain.errors import Conflict, LeaseLost, QueueFull
 from shared.domain.fine_tuning import FineTuningCreate, Hyperparameters
 from shared.domain.job import JobState, StopReason, public_file_id
 from shared.domain.slice import SliceKind
+from shared.logging import logged_with
 from tests.support.batches import rows, scalar
 from tests.support.servers import wait_until
 
@@ -144,6 +145,8 @@ def test_a_step_whose_validation_never_came_is_not_recorded_without_it(database,
     assert not any("Checkpoint created" in message for message in messages(database))
     second = work_of(database, parts, claim(database, parts))
     assert second.message(None).recorded_steps == 2
+    with logged_with(job_id="of the slice"):
+        assert second.message(None).log_ids == {"job_id": "of the slice"}
     second._job.outcome["validation"] = {"path": "prepared/y"}
     for message in (step(3), written, Started(3, STEPS, 3, 100, trained_tokens=30), Evaluated(3, 1.5, 0.6), written):
         second._take(message)

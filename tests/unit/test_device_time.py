@@ -20,6 +20,7 @@ def test_requests_that_are_there_together_share_the_device():
     assert device.leave(one) == pytest.approx(0.25, abs=0.05)
     time.sleep(0.1)
     assert one.seconds == pytest.approx(0.25, abs=0.05)  # who has left is charged nothing more
+    assert device.busy_seconds == pytest.approx(0.4, abs=0.05)
 
 
 def test_a_share_follows_its_requests():

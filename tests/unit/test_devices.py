@@ -1,10 +1,12 @@
 """Which devices a host's workers are started on, by what its nvidia-smi says."""
 
 import os
+import threading
+import time
 
 import pytest
 
-from services.worker.device import enumerate_devices
+from services.worker.device import GpuMeter, GpuReading, enumerate_devices
 from shared.settings import Settings
 
 
@@ -50,3 +52,40 @@ def test_a_device_pins_its_process(four_gpus):
     device = enumerate_devices(settings(gpus="2"))[0]
     assert device.environment(1, None) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2"}
     assert device.memory_bytes == int(81559 * 2**20 * 0.8)
+
+
+@pytest.fixture
+def troubled(tmp_path, monkeypatch):
+    """Of three GPUs the second one fell off its bus: asked for all, nvidia-smi fails. The third has lost its memory."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("""#!/bin/sh
+case "$*" in
+  *utilization*"-i 0") echo "37, 1024, 81559" ;;
+  *utilization*) echo "[N/A], [N/A], [N/A]" ;;
+  *"-i 0") echo "0, GPU-aa00, 81559" ;;
+  *"-i 2") echo "2, GPU-aa02, [Unknown Error]" ;;
+  *) echo "Unable to determine the device handle for GPU1: 0000:41:00.0: Unknown Error"; exit 15 ;;
+esac
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_gpus_in_trouble_are_told_of_and_keep_no_other_idle(troubled, caplog):
+    assert names() == names(gpus="0,1") == ["cuda:0"]
+    told = {record.message for record in caplog.records}
+    assert {"nvidia-smi fails for some GPU", "a GPU is in trouble", "chosen GPUs are not there"} == told
+
+
+def test_a_meter_reads_its_gpu_and_says_nothing_of_one_that_says_nothing(troubled):
+    def read(device):
+        meter, stop = GpuMeter(device), threading.Event()
+        thread = threading.Thread(target=meter.run, args=(stop, 0.01))
+        thread.start()
+        time.sleep(0.5)
+        stop.set()
+        thread.join()
+        return meter.reading
+
+    assert read("cuda:0") == GpuReading(0.37, 1024 * 2**20, 81559 * 2**20)
+    assert read("cuda:2") is None and read("cpu:0") is None

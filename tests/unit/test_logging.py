@@ -13,8 +13,10 @@ from fastapi import Depends
 
 from services.gateway.app import create_app
 from services.gateway.dependencies import get_parts, require
+from services.gateway.routes.generation import refusal
 from shared.db.tenants import Caller
 from shared.domain.errors import InvalidRequest, Unavailable
+from shared.queueing.online import Refused
 from shared.logging import JsonFormatter, begin_ids, logged_as, logged_with, note_ids
 from shared.settings import Settings
 
@@ -119,6 +121,13 @@ def test_a_request_is_logged_with_its_id_and_whose_it_is(lines):
     answers = asyncio.run(ask())
     assert [line["request_id"] for line in lines] == [answer.headers["x-request-id"] for answer in answers]
     assert [line.get("tenant") for line in lines] == ["tenant-of-a", None, "tenant-of-c"]
+
+
+def test_what_a_worker_refuses_is_logged_by_whoever_answers_it(caplog):
+    assert refusal(Refused("a", 503, "Try again.", "server_error", code="engine_lost")).retry_after_seconds == 1
+    assert refusal(Refused("a", 400, "No.", "invalid_request_error")).status == 400
+    (record,) = caplog.records
+    assert (record.message, record.status, record.code) == ("call refused by its worker", 503, "engine_lost")
 
 
 def test_what_is_refused_for_a_reason_of_ours_is_logged_under_its_id(caplog):

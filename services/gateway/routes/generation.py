@@ -1,9 +1,11 @@
 """Online calls: OpenAI's chat, completions and embeddings, whole or streamed; and predictions."""
 
 import asyncio
+import logging
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any
 
 import orjson
@@ -35,6 +37,8 @@ from shared.domain.payloads import (
     unknown_fields,
 )
 from shared.queueing.online import Done, Piece, Refused, ToGateway
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1")
 
@@ -145,11 +149,13 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def refusal(reply: Refused) -> RequestError:
-    """Return the error that a worker's refusal stands for, with its own status."""
+    """Return the error that a worker's refusal stands for, with its own status; one that is ours is logged."""
     error = RequestError(reply.message, param=reply.param, code=reply.code)
     error.status, error.type = reply.status, reply.error_type  # type: ignore[misc]  # classes fix these; here they travelled
     if reply.status == 503:
         error.retry_after_seconds = 1
+    if reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.warning("call refused by its worker", extra={"status": reply.status, "code": reply.code})
     return error
 
 
