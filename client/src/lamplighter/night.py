@@ -100,7 +100,9 @@ def draw_plan(plan: dict[str, Any], path: Path) -> None:
     locator = dates.AutoDateLocator(tz=zone)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, tz=zone))
-    axes.set_xlim(left=dates.date2num(datetime.fromtimestamp(plan["now"], UTC)))
+    # What was foretold a moment ago may be expected to have ended by now, and is shown all the same.
+    first = min([plan["now"], *(block["starts_at"] for lane in lanes for block in lane["blocks"])])
+    axes.set_xlim(left=dates.date2num(datetime.fromtimestamp(first, UTC)))
     axes.set_title(f"Plan of {clock(plan['now'])}; hatched: late")
     with rc_context({"svg.fonttype": "none"}):  # texts stay texts, to be searched and read aloud
         figure.savefig(path)
