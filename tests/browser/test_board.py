@@ -164,6 +164,25 @@ def test_what_happens_elsewhere_shows_by_itself_and_a_job_is_cancelled_from_here
     assert page.wrong == []
 
 
+def test_a_job_is_paused_and_resumed_and_its_failed_line_is_tried_again_from_here(visit, admin_key, sdk):
+    made = submit(sdk, [*chat_lines(300, delay_ms=6000), chat_line("bad", temperature=9)])
+    wait_for(sdk, made.id, "in_progress")
+    page = visit(admin_key)
+    page.on("dialog", lambda question: question.accept())
+    page.goto(f"/board/jobs/{made.id}")
+    state = page.locator(".now .state")
+    page.get_by_role("button", name="Pause").click()
+    expect(state).to_have_text("paused", timeout=30_000)
+    page.get_by_role("button", name="Resume").click()
+    expect(state).to_have_text("succeeded", timeout=90_000)
+    page.get_by_role("button", name=re.compile("Retry")).click()
+    page.wait_for_url(lambda url: made.id not in url)
+    expect(state).to_have_text("succeeded", timeout=30_000)
+    again = sdk.batches.retrieve(page.url.rpartition("/")[2])
+    assert (again.request_counts.completed, again.request_counts.failed) == (300, 1)  # what was done is taken over
+    assert page.wrong == []
+
+
 def test_the_plan_shows_when_a_job_is_expected_to_end(visit, admin_key, sdk):
     opens, by = (datetime.now(UTC) + timedelta(hours=hours) for hours in (3, 6))
     window = {"start": f"{opens:%H:%M}", "end": f"{opens + timedelta(hours=1):%H:%M}", "tz": "UTC"}
