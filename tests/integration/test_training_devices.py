@@ -147,6 +147,7 @@ def test_a_lost_process_costs_a_few_steps_and_no_result(sdk, native, stack, alon
     wait_until(lambda: lent() == 0 and not trainers(stack), 30)
 
 
+@pytest.mark.long
 def test_it_waits_while_a_device_trains_and_takes_none_meanwhile(sdk, native, stack, lent):
     first = create(sdk, "tunable", hyper={"n_epochs": 50, "batch_size": 1})
     wait_until(lambda: is_training(sdk, first.id), 60)

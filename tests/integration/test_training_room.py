@@ -59,6 +59,7 @@ def test_an_idle_model_goes_for_a_trainer_and_comes_back(cramped):
     assert ask(sdk, job.fine_tuned_model).usage.completion_tokens == 3
 
 
+@pytest.mark.long
 def test_somebody_online_gets_the_room_back_and_the_job_goes_on(cramped):
     native, sdk = cramped
     job = create(sdk, BASE, hyper={"n_epochs": 50, "batch_size": 1})
