@@ -380,7 +380,7 @@ async def _one_by_one(port, key, calls, gap_seconds=0.01) -> list[float]:
 
 def bench_compose(table: Table) -> None:
     """Read from a run of `make test-compose`, which this starts; without a Docker engine the row does not hold."""
-    what = "docker compose up -d to ready, images built"
+    what = "docker compose up -d to the first accepted job, images built"
     if (
         shutil.which("docker") is None
         or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
@@ -390,10 +390,10 @@ def bench_compose(table: Table) -> None:
     command = [sys.executable, "-m", "pytest", "-s", "tests/compose", "-k", "within_a_minute", "--timeout=1800"]
     environment = os.environ | {"LAMPLIGHTER_COMPOSE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    found = re.search(r"ready ([0-9.]+) s after", done.stdout)
+    found = re.search(r"accepted ([0-9.]+) s after", done.stdout)
     if found is None:
         print(done.stdout[-3000:])
-        table.add("surface-5", f"{what}: it did not get ready", NOT_MEASURED, "s", "≤ 60", False)
+        table.add("surface-5", f"{what}: none was accepted", NOT_MEASURED, "s", "≤ 60", False)
         return
     seconds = float(found[1])
     table.add("surface-5", what, seconds, "s", "≤ 60", seconds <= 60 and done.returncode == 0)
