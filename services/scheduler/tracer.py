@@ -80,7 +80,7 @@ class Tracer:
             taken, failed = taken + more_taken, failed + more_failed
         self._settled |= {job.job_id: job.ended_at for job in taken}
         self._weigh(failed, is_there=bool(taken))
-        self._go_on_behind(taken, failed)
+        self._go_on_behind(jobs, failed)
         return bool(taken) and len(jobs) == JOBS_AT_ONCE
 
     def _send(
@@ -109,10 +109,12 @@ class Tracer:
                 self._settled[job.job_id] = job.ended_at
                 del self._refusals[job.job_id]
 
-    def _go_on_behind(self, taken: Sequence[EndedJob], failed: Sequence[EndedJob]) -> None:
-        """Move on behind what is settled, but neither beyond what is not, nor beyond what may still be committed."""
+    def _go_on_behind(self, oldest: Sequence[EndedJob], failed: Sequence[EndedJob]) -> None:
+        """Move on behind what is settled of the oldest ones, but neither beyond what is not, nor beyond what may still
+        be committed. The newest ones count for nothing here: between them and the oldest nothing was looked at.
+        """
         waiting = [job.ended_at for job in failed if job.job_id not in self._settled]
-        settled = [job.ended_at for job in (*taken, *failed) if job.job_id in self._settled]
+        settled = [job.ended_at for job in oldest if job.job_id in self._settled]
         if settled and self._since is not None:
             self._since = since = max(self._since, min([max(settled), *waiting]) - LATE)
             self._settled = {job_id: ended for job_id, ended in self._settled.items() if ended > since}

@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -160,6 +161,25 @@ def test_pages_of_refused_traces_do_not_keep_those_behind_them(sdk, session, col
     traced.tick(session)
     assert asked == [], "they were not given up"
     assert not any(collector.of(batch_id) for batch_id in old)
+
+
+def test_what_lies_between_refused_traces_and_the_newest_is_sent_once_those_are_given_up(
+    sdk, session, collector, traced, monkeypatch
+):
+    """The newest only tell that the collector is there: nobody goes on behind them."""
+    monkeypatch.setattr(tracer, "JOBS_AT_ONCE", 2)
+    monkeypatch.setattr(tracer, "PROBES", 1)
+    monkeypatch.setattr(tracer, "LATE", timedelta(0))
+    made = [wait_for(sdk, submit(sdk, chat_lines(1)).id).id for _ in range(5)]
+    refused = [bytes.fromhex(batch_id.removeprefix("batch_")) for batch_id in made[:2]]
+    collector.answer = lambda spans: 400 if spans and spans[0].trace_id in refused else 200
+    for _ in range(tracer.MOST_REFUSALS):
+        newest = wait_for(sdk, submit(sdk, chat_lines(1)).id)
+        traced.tick(session)
+        assert collector.of(newest.id) and not any(collector.of(batch_id) for batch_id in made)
+    while traced.tick(session):
+        pass
+    assert all(collector.of(batch_id) for batch_id in made[2:])
 
 
 def test_one_scheduler_of_several_sends(sdk, engine, collector, traced, monkeypatch):
