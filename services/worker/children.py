@@ -29,7 +29,7 @@ from services.worker.protocol import (
 )
 from services.worker.threads import vital
 from shared.domain.errors import ChildLost
-from shared.logging import logged_as
+from shared.logging import Ids, logged_as
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ChildSupervisor:
         self._lock = threading.Lock()
         self._life: Life | None = None
         self._closed = threading.Event()
-        self._log_ids: dict[str, str | int] = {}
+        self._log_ids: Ids = {}
         """What this child is about: of one that many share, nothing, whoever was first to need it."""
         self.restarts = 0
         threading.Thread(target=vital, args=(self._watch,), name="child watch", daemon=True).start()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 
 from shared.settings import Settings
@@ -92,8 +93,7 @@ def _each_alone(fields: list[str]) -> list[list[str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     found = [row for number in range(MOST_GPUS) for row in _ask_nvidia_smi(fields, number)]
-    if found:
-        log.error("nvidia-smi fails for some GPU", extra={"well": [row[0] for row in found]})
+    log.error("nvidia-smi fails for some GPU, or for all", extra={"well": [row[0] for row in found]})
     return found
 
 
@@ -111,13 +111,22 @@ class GpuMeter:
 
     def __init__(self, device: str) -> None:
         self._number = int(device.removeprefix("cuda:")) if device.startswith("cuda:") else None
-        self.reading: GpuReading | None = None
-        """The newest; None on a CPU, and while nobody can say."""
+        self._newest: GpuReading | None = None
+        self._good_until = 0.0
+
+    @property
+    def reading(self) -> GpuReading | None:
+        """The newest; None on a CPU, and while nobody can say: what was once said is not said for ever."""
+        return self._newest if time.monotonic() < self._good_until else None
 
     def run(self, stop: threading.Event, seconds: float) -> None:
         """Read every so often until `stop` is set."""
         while self._number is not None and not stop.wait(seconds):
-            self.reading = _reading(self._number)
+            try:
+                self._newest = _reading(self._number)
+                self._good_until = time.monotonic() + 2 * seconds + SMI_SECONDS
+            except (OSError, subprocess.SubprocessError) as error:
+                log.warning("a GPU cannot be read", extra={"gpu": self._number, "error": str(error)})
 
 
 def _reading(number: int) -> GpuReading | None:
@@ -129,15 +138,15 @@ def _reading(number: int) -> GpuReading | None:
 
 
 def _ask_nvidia_smi(fields: list[str], number: int | None = None) -> list[list[str]]:
-    """Return a row for each GPU, or for one; nothing where it is not installed, fails or does not answer."""
+    """Return a row for each GPU, or for one; nothing where it is not installed or fails.
+
+    Raises TimeoutExpired when it does not answer: what there is, nobody knows then.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     query += [] if number is None else ["-i", str(number)]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return []
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
     rows = [[field.strip() for field in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     return [row for row in rows if len(row) == len(fields)] if answer.returncode == 0 else []

@@ -1,13 +1,16 @@
 """Which devices a host's workers are started on, by what its nvidia-smi says."""
 
 import os
+import subprocess
 import threading
 import time
 
 import pytest
 
+from services.worker import device as device_module
 from services.worker.device import GpuMeter, GpuReading, enumerate_devices
 from shared.settings import Settings
+from tests.support.servers import wait_until
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ esac
 def test_gpus_in_trouble_are_told_of_and_keep_no_other_idle(troubled, caplog):
     assert names() == names(gpus="0,1") == ["cuda:0"]
     told = {record.message for record in caplog.records}
-    assert {"nvidia-smi fails for some GPU", "a GPU is in trouble", "chosen GPUs are not there"} == told
+    assert {"nvidia-smi fails for some GPU, or for all", "a GPU is in trouble", "chosen GPUs are not there"} == told
 
 
 def test_a_meter_reads_its_gpu_and_says_nothing_of_one_that_says_nothing(troubled):
@@ -89,3 +92,20 @@ def test_a_meter_reads_its_gpu_and_says_nothing_of_one_that_says_nothing(trouble
 
     assert read("cuda:0") == GpuReading(0.37, 1024 * 2**20, 81559 * 2**20)
     assert read("cuda:2") is None and read("cpu:0") is None
+
+
+def test_a_gpu_that_answers_no_more_is_not_shown_as_it_was(four_gpus, tmp_path, monkeypatch, caplog):
+    """Its nvidia-smi hangs: the last reading is not the truth for ever, and nobody takes the host for one of CPUs."""
+    monkeypatch.setattr(device_module, "SMI_SECONDS", 0.3)
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "5, 6, 7"\n')
+    meter, stop = GpuMeter("cuda:0"), threading.Event()
+    thread = threading.Thread(target=meter.run, args=(stop, 0.05))
+    thread.start()
+    wait_until(lambda: meter.reading is not None, 5)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    wait_until(lambda: meter.reading is None, 5)
+    assert thread.is_alive() and "a GPU cannot be read" in caplog.messages
+    stop.set()
+    thread.join()
+    with pytest.raises(subprocess.TimeoutExpired):
+        names()
