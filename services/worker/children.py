@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.worker.forks import ChildProcess, Template, Unforkable
 from services.worker.protocol import (
     Abort,
     Budget,
@@ -40,7 +41,7 @@ PING_SECONDS = 1.0
 class Life:
     """One life of a child process."""
 
-    process: "subprocess.Popen[bytes]"
+    process: ChildProcess
     channel: Channel
     pong: Pong | None = None
     moved_at: float = field(default_factory=time.monotonic)
@@ -62,12 +63,21 @@ class ChildSupervisor:
 
     The child is started when it is first needed and again when it is needed after its death. Subclasses give and take
     messages: `_receive` for what a child says, `_end` once it is gone, at once and not after a time-out.
+
+    `template` forks such children; where it cannot, and without one, each is started by itself.
     """
 
     def __init__(
-        self, module: str, arguments: list[str], *, hang_seconds: float, environment: dict[str, str] | None = None
+        self,
+        module: str,
+        arguments: list[str],
+        *,
+        hang_seconds: float,
+        environment: dict[str, str] | None = None,
+        template: Template | None = None,
     ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
+        self._template = template
         self._environment = {**os.environ, **(environment or {})}
         self._hang_seconds = hang_seconds
         self._lock = threading.Lock()
@@ -126,15 +136,24 @@ class ChildSupervisor:
             return self._life
         if self._closed.is_set():
             raise ChildLost("The worker is ending.")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [*self._command, "--channel", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment)
-        life = self._life = Life(process, Channel(ours))
+        process, endpoint = self._start()
+        life = self._life = Life(process, Channel(endpoint))
         self._begun(life)
         threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()
         self._log(logging.INFO, "child started", pid=process.pid)
         return life
+
+    def _start(self) -> tuple[ChildProcess, socket.socket]:
+        """Start a process; return it with our end of its channel."""
+        if self._template is not None:
+            try:
+                return self._template.start()
+            except Unforkable as error:
+                log.warning("a child is not forked, but started", extra={"reason": str(error)})
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [*self._command, "--channel", str(theirs.fileno())]
+            return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment), ours
 
     def _read(self, life: Life) -> None:
         """Pass on what the child says until it is gone."""
@@ -154,7 +173,7 @@ class ChildSupervisor:
         self._log(level, "child ended", pid=life.process.pid, code=code)
         self._end(life)
 
-    def _log(self, level: int, message: str, **more: float) -> None:
+    def _log(self, level: int, message: str, **more: float | None) -> None:
         with logged_as(self._log_ids):
             log.log(level, message, extra=more)
 

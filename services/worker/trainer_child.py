@@ -5,18 +5,29 @@ import time
 from collections.abc import Callable
 
 from services.worker.children import ChildSupervisor, Life
+from services.worker.forks import Template
 from services.worker.protocol import FromChild, Pause, Resume, ToChild, Train, TrainTasks
 
 ONLINE_QUIET_SECONDS = 0.5
 """Training goes on once no online call was in flight for so long."""
 
 
+def trainer_template(device: str, environment: dict[str, str]) -> Template:
+    """Return what trainer children of a device are forked from; `environment`: more variables of theirs."""
+    # What a fork does not copy must not begin with an import: threads for numpy's and SciPy's own products, which
+    # are small here, and CUDA, which torch would start to see whether there is any.
+    unbegun = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return Template("services.worker.trainer.process", ["--device", device], environment | unbegun)
+
+
 class TrainerChild(ChildSupervisor):
     """A trainer child that runs one job. What it says comes to `inbox`, and None once it is gone."""
 
-    def __init__(self, device: str, *, hang_seconds: float, environment: dict[str, str]) -> None:
-        module, arguments = "services.worker.trainer.process", ["--device", device]
-        super().__init__(module, arguments, hang_seconds=hang_seconds, environment=environment)
+    def __init__(self, template: Template, *, hang_seconds: float) -> None:
+        module, arguments = template.module, template.arguments
+        super().__init__(
+            module, arguments, hang_seconds=hang_seconds, environment=template.environment, template=template
+        )
         self.inbox: queue.SimpleQueue[FromChild | None] = queue.SimpleQueue()
 
     def begin(self, message: Train | TrainTasks) -> None:

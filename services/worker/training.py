@@ -16,6 +16,7 @@ import msgspec
 from sqlalchemy import Connection, Engine
 
 from services.worker.comparison import draw_when_all_have_ended
+from services.worker.forks import Template
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import (
     CheckpointWritten,
@@ -155,13 +156,13 @@ class TrainingTotals:
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What the wiring made. `environment`: more variables of the child; `online_in_flight`: calls on the device."""
+    """What the wiring made. `template`: what children are forked from; `online_in_flight`: calls on the device."""
 
     holder: SliceHolder
     engine: Engine
     store: Store
     settings: Settings
-    environment: dict[str, str]
+    template: Template
     online_in_flight: Callable[[], int]
     room: DeviceRoom
     worker: WorkerIdentity
@@ -172,7 +173,7 @@ class TrainingParts:
     @contextmanager
     def child(self) -> Iterator[TrainerChild]:
         """A fresh process for each job: what one leaves in memory is not the next one's."""
-        child = TrainerChild(self.worker.device, hang_seconds=self.settings.hang_seconds, environment=self.environment)
+        child = TrainerChild(self.template, hang_seconds=self.settings.hang_seconds)
         try:
             yield child
         finally:

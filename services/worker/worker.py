@@ -29,6 +29,7 @@ from services.worker.room import DeviceRoom
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
 from services.worker.threads import vital
+from services.worker.trainer_child import trainer_template
 from services.worker.training import TrainingParts, TrainingRunner, TrainingTotals
 from services.worker.translation import ModelDirectory
 from shared.db import slices, workers
@@ -190,7 +191,8 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     online_server = OnlineServer(engine, redis_url, child, runner.models, identity, device_time, runner.pace)
     store, in_flight = Store(settings.store_url), lambda: online_server.in_flight
     room = DeviceRoom(child, identity.memory_budget_bytes, is_cuda=identity.device.startswith("cuda"))
-    parts = TrainingParts(runner.holder, engine, store, settings, CHILD_ENVIRONMENT, in_flight, room, identity)
+    template = trainer_template(identity.device, CHILD_ENVIRONMENT)
+    parts = TrainingParts(runner.holder, engine, store, settings, template, in_flight, room, identity)
     trainer, follower = TrainingRunner(parts), Follower(parts)
     redis_client = connect_redis(redis_url, timeout_seconds=0.5)
     register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))
@@ -220,6 +222,7 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     heart.stop.set()
     heart_thread.join()
     child.close()
+    template.close()
     with engine.begin() as connection:
         workers.retire(connection, identity.worker_id)
 

@@ -21,6 +21,7 @@ from services.local.stack import Stack, StackOptions
 from tests.chaos.harness import wipe_redis
 from tests.support.models import make_tiny_llama
 from tests.support.servers import wait_until
+from tests.support.trainer_runs import trainers_of, worker_of
 
 FAST = {
     "LAMPLIGHTER_LEASE_SECONDS": "6",
@@ -29,7 +30,6 @@ FAST = {
     "LAMPLIGHTER_EPOCH_SECONDS": "1",
     "LAMPLIGHTER_LOG_LEVEL": "WARNING",
 }
-TRAINER = "services.worker.trainer.process"
 VICTIMS = ("trainer", "celery", "launcher", "scheduler", "postgres", "redis wiped")
 """In turn. The scheduler and Redis are not needed while a job trains: killing them must cost nothing at all."""
 BATCH, EPOCHS = 4, 50
@@ -129,9 +129,8 @@ class TrainingChaos:
     def _kill_worker(self, what: str) -> bool:
         launcher = psutil.Process(self.stack.processes["launcher"].running.pid)
         try:
-            trainers = [child for child in launcher.children(recursive=True) if TRAINER in child.cmdline()]
-            (trainer,) = trainers
-            (trainer if what == "trainer" else trainer.parent()).kill()
+            (trainer,) = trainers_of(launcher)
+            (trainer if what == "trainer" else worker_of(trainer)).kill()
         except (psutil.Error, ValueError):
             return False
         return True

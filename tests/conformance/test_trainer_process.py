@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from services.worker.protocol import (
     Started,
     Stopped,
 )
+from services.worker.trainer_child import trainer_template
 from tests.support.models import make_tiny_llama
 from tests.support.servers import wait_until
 from tests.support.trainer_runs import (
@@ -28,6 +30,7 @@ from tests.support.trainer_runs import (
     metrics_of,
     one_job,
     random_examples,
+    shared_template,
     spec,
     weights_of,
     write_prepared,
@@ -78,6 +81,16 @@ def own_child():
     started.close()
 
 
+@pytest.fixture
+def alone():
+    """A child that no template has forked."""
+    refusing = trainer_template("cpu:0", {"OMP_NUM_THREADS": "1"})
+    refusing._refusal = "a test"
+    started = TrainerChild(template=refusing)
+    yield started
+    started.close()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(base, data, validation, scratch):
     """What a run says and leaves that nobody disturbs, by whether it is full."""
@@ -109,6 +122,21 @@ def test_a_job_from_its_start_to_its_product(undisturbed, scratch):
     first, *_, last = [message.loss for message in said if isinstance(message, Evaluated)]
     assert last < first
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_started_alone_it_ends_with_the_bits_of_one_that_was_forked(
+    base, data, validation, tmp_path, alone, undisturbed
+):
+    alone.train(spec(base, data, tmp_path, validation=str(validation), checkpoints=NEVER, **RUN))
+    assert isinstance(alone.finish(), Finished)
+    assert (
+        "services.worker.template" in psutil.Process(shared_template("cpu:0", 1).pid).cmdline()
+    )  # by which the other was forked
+    assert psutil.Process(alone.pid).ppid() == os.getpid()
+    said, weights, _ = undisturbed[False]
+    ours = weights_of(tmp_path / "model")
+    assert metrics_of(alone.said) == metrics_of(said)
+    assert all(torch.equal(ours[name], weights[name]) for name in weights) and ours.keys() == weights.keys()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -292,12 +320,12 @@ def test_stopped_while_paused_it_leaves_too(base, data, tmp_path, child):
     assert child.next(Finished) is None
 
 
-def test_what_nobody_foresaw_is_logged_with_the_ids_of_the_job(base, data, tmp_path, own_child, capfd):
+def test_what_nobody_foresaw_is_logged_with_the_ids_of_the_job(base, data, tmp_path, alone, capfd):
     """Its owner is told the error's name only: who looks for the rest has the job's id."""
     (tmp_path / "a-file").write_text("where its directory should be")
     broken = spec(base, data, tmp_path / "a-file", max_steps=1)
-    own_child.train(msgspec.structs.replace(broken, log_ids={"tenant": "t", "job_id": "0af7", "slice_id": 7}))
-    assert isinstance(own_child.finish(), Failed)
+    alone.train(msgspec.structs.replace(broken, log_ids={"tenant": "t", "job_id": "0af7", "slice_id": 7}))
+    assert isinstance(alone.finish(), Failed)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     (told,) = [line for line in lines if line["message"] == "training failed"]
     assert (told["tenant"], told["job_id"], told["slice_id"]) == ("t", "0af7", 7) and "a-file" in told["traceback"]

@@ -1,10 +1,14 @@
 """The trainer's promises on a GPU: a killed job ends with the same bits, and short memory changes nothing but time."""
 
+import os
+
 import msgspec
+import psutil
 import pytest
 import torch
 
 from services.worker.protocol import CheckpointPolicy, Failed, Finished, Progress
+from services.worker.trainer_child import trainer_template
 from tests.support.models import make_tiny_llama, make_trunk
 from tests.support.task_rows import DIGIT_TASKS, TEXT_TASKS, digit_rows, task_spec, text_rows, with_files, write_jsonl
 from tests.support.trainer_runs import (
@@ -66,6 +70,23 @@ def run_killed(child, job, directory, kills=(4, 9)):
         assert isinstance(child.finish(), Finished)
         runs.append((metrics_of(child.said), weights_of(directory / name / "model")))
     return runs
+
+
+def test_forked_or_started_alone_the_bits_are_the_same(base, data, tmp_path):
+    """A CUDA that the template had begun with would not survive the fork: then the child would have been started alone."""
+    template, alone = (trainer_template("cuda:0", {}) for _ in range(2))
+    alone._refusal = "a test"
+    runs = []
+    for name, one in (("forked", template), ("alone", alone)):
+        child = TrainerChild(template=one)
+        child.train(spec(base, data, tmp_path / name, **RUN))
+        parent = psutil.Process(child.pid).ppid()
+        assert parent == (template.pid if one is template else os.getpid())
+        assert isinstance(child.finish(), Finished)
+        runs.append((metrics_of(child.said), weights_of(tmp_path / name / "model")))
+        child.close()
+    template.close()
+    assert_same(*runs)
 
 
 def assert_same(whole, killed):

@@ -15,6 +15,7 @@ import pytest
 
 from shared.queueing.wake import connect_redis
 from tests.support.servers import wait_until
+from tests.support.trainer_runs import trainers_of
 
 ENDED = ("succeeded", "failed", "cancelled")
 COLOURS = ("red", "green", "blue", "amber", "black", "white", "pink", "grey")
@@ -148,8 +149,7 @@ def _last_step(sdk, job_id):
 
 def _trainers(stack):
     """The trainer children of this stack's workers."""
-    root = psutil.Process(stack.processes["launcher"].running.pid)
-    return [p for p in root.children(recursive=True) if "services.worker.trainer.process" in " ".join(p.cmdline())]
+    return trainers_of(psutil.Process(stack.processes["launcher"].running.pid))
 
 
 def test_a_killed_trainer_goes_on_and_ends_with_the_same_weights(sdk, stack, base, native):

@@ -8,7 +8,6 @@ import signal
 import time
 
 import openai
-import psutil
 import psycopg
 import pytest
 
@@ -16,6 +15,7 @@ from lamplighter.errors import ApiError
 from tests.support.models import make_trunk
 from tests.support.servers import wait_until
 from tests.support.task_rows import CAUSAL, DIGIT_TASKS, SEQ2SEQ, TEXT_TASKS, digit_rows, text_rows, with_files
+from tests.support.trainer_runs import trainers_of
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -206,11 +206,7 @@ def test_models_of_other_kinds_make_no_predictions(native, bases):
 def trainer_of(native, job_id):
     """Return the trainer child of a running job."""
     (worker,) = {attempt["worker"] for attempt in native.request("GET", f"/v1/jobs/{job_id}/attempts")["data"]}
-    children = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "services.worker.trainer.process" in (process.info["cmdline"] or [])
-    ]
+    children = trainers_of()
     assert worker
     return children
 

@@ -1,6 +1,5 @@
 """A job on two devices: both are taken at once, lose nothing when one is lost, and are given back."""
 
-import contextlib
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from services.local.stack import Stack, StackOptions
 from shared.db.session import connect_engine
 from tests.integration.test_fine_tuning import attempts_of, create, steps_of, wait_for
 from tests.support.servers import wait_until
+from tests.support.trainer_runs import trainers_of, worker_of
 
 pytestmark = pytest.mark.timeout(300)
 TOGETHER = {"parallelism": {"data": 2}}
@@ -61,13 +61,10 @@ def lent(stack):
 
 def trainers(stack):
     """Return the trainer children by the device of their worker."""
-    launcher = psutil.Process(stack.processes["launcher"].running.pid)
     found = {}
-    for process in launcher.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            command = process.cmdline()
-            if "services.worker.trainer.process" in command:
-                found[command[command.index("--device") + 1]] = process
+    for process in trainers_of(psutil.Process(stack.processes["launcher"].running.pid)):
+        command = process.cmdline()
+        found[command[command.index("--device") + 1]] = process
     return found
 
 
@@ -137,7 +134,7 @@ def test_a_lost_process_costs_a_few_steps_and_no_result(sdk, native, stack, alon
     (attempt,) = attempts_of(native, job.id)
     processes = trainers(stack)
     leader, (follower,) = processes.pop(attempt["device"]), processes.values()
-    victim = {"leader": leader, "follower": follower, "follower's worker": follower.parent()}[who]
+    victim = {"leader": leader, "follower": follower, "follower's worker": worker_of(follower)}[who]
     os.kill(victim.pid, signal.SIGKILL)
     job = wait_for(sdk, job.id)
     assert job.status == "succeeded", job.error

@@ -13,6 +13,7 @@ from services.worker.children import EngineChild
 from services.worker.room import DeviceRoom
 from services.worker.leases import MOST_FAILURES, Lease, SliceHolder
 from services.worker.protocol import CheckpointWritten, Evaluated, Failed, Progress, Started, Stopped
+from services.worker.trainer_child import trainer_template
 from services.worker.training import TrainingParts, TrainingRunner, _Work
 from shared.db import files, jobs, model_registry, slices, training
 from shared.db.fine_tuning import accept_fine_tuning
@@ -66,7 +67,7 @@ def parts(database, store):
     identity = WorkerIdentity(uuid4(), "w", "host", 1, "cpu:0", 4)
     room = DeviceRoom(EngineChild("services.worker.engine.process", [], hang_seconds=60), 1 << 34, is_cuda=False)
     holder = SliceHolder(engine, identity, settings)
-    return TrainingParts(holder, engine, store, settings, {}, lambda: 0, room, identity)
+    return TrainingParts(holder, engine, store, settings, trainer_template("cpu:0", {}), lambda: 0, room, identity)
 
 
 def claim(database, parts, kind=SliceKind.TRAIN):

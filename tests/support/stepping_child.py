@@ -11,6 +11,17 @@ import time
 from services.worker.protocol import Channel, Ping, Pong
 
 
+def preload():
+    """As in a library that computes while it is imported, where a test says so."""
+    if os.environ.get("LAMPLIGHTER_TEST_UNFIT") == "threads":
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+def rehearse(_arguments):
+    if os.environ.get("LAMPLIGHTER_TEST_UNFIT") == "rehearsal":
+        raise RuntimeError("a device's context does not survive a fork")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--channel", type=int, required=True)

@@ -1,6 +1,7 @@
 """Prepared data sets, and trainer children as a worker runs them."""
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 
 from services.worker.children import ChildSupervisor
 from services.worker.protocol import (
@@ -25,7 +27,7 @@ from services.worker.protocol import (
     Stopped,
     Train,
 )
-
+from services.worker.trainer_child import trainer_template
 from tests.support.servers import wait_until
 
 ENDS = (Finished, Failed, Stopped)
@@ -66,15 +68,39 @@ def random_examples(count=40, *, seed=0, vocabulary=260, shortest=2, longest=40)
     return examples, weights
 
 
+@functools.cache
+def shared_template(device, threads):
+    """One template for all children of a device with so many threads, as a worker has; it ends with this process."""
+    return trainer_template(device, {"OMP_NUM_THREADS": str(threads)})
+
+
+def trainers_of(process: psutil.Process | None = None):
+    """Return the trainer children below a process, or all; their template has their command line, and another name."""
+    below = psutil.process_iter() if process is None else process.children(recursive=True)
+    found = []
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "services.worker.trainer.process" in each.cmdline() and each.name() == "trainer":
+                found.append(each)
+    return found
+
+
+def worker_of(trainer: psutil.Process):
+    """Return the worker whose template has forked a trainer."""
+    return trainer.parent().parent()
+
+
 class TrainerChild(ChildSupervisor):
     """A trainer child; what it says arrives in `inbox`, and `None` once it is gone."""
 
-    def __init__(self, *, hang_seconds=60.0, threads=1, device="cpu:0"):
+    def __init__(self, *, hang_seconds=60.0, threads=1, device="cpu:0", template=None):
+        template = template or shared_template(device, threads)
         super().__init__(
-            "services.worker.trainer.process",
-            ["--device", device],
+            template.module,
+            template.arguments,
             hang_seconds=hang_seconds,
-            environment={"OMP_NUM_THREADS": str(threads)},
+            environment=template.environment,
+            template=template,
         )
         self.inbox = queue.SimpleQueue()
         self.said = []

@@ -5,6 +5,7 @@ The examples' lengths come as the model's keyword argument `packed_lengths`, whi
 call, so that layers which are computed again for gradient checkpointing see the same.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -36,26 +37,37 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each example: query [1, heads, T, D], key and value [1, key heads, T, D] → [1, T, heads, D].
 
-    A call for each example costs some microseconds; against one call with a block-diagonal mask it saves the
-    products between examples, which grow with the square of the row (docs/adr/0011). Raises NotPackable.
+    Neighbours of one length are one call, as a batch. A call for each other length costs some microseconds; against one
+    call with a block-diagonal mask it saves the products between examples, which grow with the square of the row
+    (docs/adr/0011). Raises NotPackable.
     """
     asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
     if asked or packed_lengths is None or not getattr(module, "is_causal", True):
         raise NotPackable(f"attention with {', '.join(asked) or 'other rows'}")
-    attended = [
-        functional.scaled_dot_product_attention(
+    attended, start = [], 0
+    for length, group in itertools.groupby(packed_lengths):
+        count = len(list(group))
+        q, k, v = (_batch(side, start, count, length) for side in (query, key, value))
+        window = _window(q, sliding_window)
+        batch = functional.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_window(q, sliding_window),
+            attn_mask=window,
             dropout_p=dropout,
-            is_causal=_window(q, sliding_window) is None,
+            is_causal=window is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        for q, k, v in zip(*(torch.split(side, packed_lengths, dim=2) for side in (query, key, value)), strict=True)
-    ]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+        attended.append(batch.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return (torch.cat(attended) if len(attended) > 1 else attended[0])[None], None
+
+
+def _batch(side: torch.Tensor, start: int, count: int, length: int) -> torch.Tensor:
+    """Return `count` examples of a row [1, heads, T, D] as [count, heads, length, D], where they lie."""
+    row = side[0, :, start : start + count * length]
+    return row.view(row.shape[0], count, length, row.shape[2]).transpose(0, 1)
 
 
 def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:

@@ -143,15 +143,33 @@ def _say_nothing(_: FromChild) -> None:
     """The first rank speaks for all."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The trainer child; started by a worker.")
+def preload() -> None:
+    """In a template: import what every job needs, and most of what a kind of job does."""
+    from services.worker.trainer import fine_tuning_job, multi_task_job  # noqa: F401
+
+
+def rehearse(arguments: list[str]) -> None:
+    """In a fork of a template: raise where no job could be done, as with a CUDA that was begun with before the fork."""
+    torch.zeros(1, device=_device_of(_parser().parse_args([*arguments, "--channel", "0"])))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The trainer child; started by a worker, or forked by its template.")
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--device", required=True)
-    arguments = parser.parse_args()
+    return parser
+
+
+def _device_of(arguments: argparse.Namespace) -> torch.device:
+    # CUDA_VISIBLE_DEVICES shows this process one GPU, so that is always cuda:0 here.
+    return torch.device("cuda:0" if arguments.device.startswith("cuda") else "cpu")
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     configure_logging("trainer")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    # CUDA_VISIBLE_DEVICES shows this process one GPU, so that is always cuda:0 here.
-    device = torch.device("cuda:0" if arguments.device.startswith("cuda") else "cpu")
+    device = _device_of(arguments)
     if device.type == "cuda":
         repeat_bits()
     channel = Channel(socket.socket(fileno=arguments.channel))
