@@ -137,6 +137,11 @@ class ChildSupervisor:
         if self._closed.is_set():
             raise ChildLost("The worker is ending.")
         process, endpoint = self._start()
+        if self._closed.is_set():
+            process.kill()
+            process.wait()
+            endpoint.close()
+            raise ChildLost("The worker is ending.")
         life = self._life = Life(process, Channel(endpoint))
         self._begun(life)
         threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()

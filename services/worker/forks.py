@@ -9,17 +9,23 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 from services.worker.template import NUMBER, READY
 
 log = logging.getLogger(__name__)
 
-LOAD_SECONDS = 120.0
+LOAD_SECONDS = 60.0
 """How long a template may take to load its libraries: seconds from a disk, more from a network's."""
 FORK_SECONDS = 10.0
+STATUS_SECONDS = 1.0
+"""How long a template that lives may take to say how its child ended, which is for the log."""
+REFUSED_SECONDS = 600.0
+"""How long a template that could not load, or found that it may not fork, is not tried again: memory may come back."""
 MAX_SAID_BYTES = 256
 
 
@@ -72,7 +78,7 @@ class ForkedChild:
 
     def _read_status(self) -> int | None:
         with self._status:
-            self._status.settimeout(FORK_SECONDS)
+            self._status.settimeout(STATUS_SECONDS)
             try:
                 said = self._status.recv(NUMBER.size)
             except OSError:
@@ -90,7 +96,9 @@ class Template:
         self.module, self.arguments, self.environment = module, arguments, dict(environment)
         self._lock = threading.Lock()
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
-        self._refusal: str | None = None
+        self._is_closed = False
+        self._refusal = ""
+        self._refused_until = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -104,46 +112,56 @@ class Template:
         Raises Unforkable.
         """
         with self._lock:
-            if self._refusal is not None:
+            if time.monotonic() < self._refused_until:
                 raise Unforkable(self._refusal)
+            if self._running is not None:
+                try:
+                    return self._ask(self._running[1])
+                except OSError as error:
+                    log.warning("a template is lost", extra={"kind": self.module, "error": str(error)})
+                    self._end()
             try:
-                return self._ask()
+                return self._ask(self._load())
             except OSError as error:
-                # A template that was killed is replaced once; whatever is wrong then, the child must begin somehow.
-                self._end()
-                log.warning("a template is lost", extra={"kind": self.module, "error": str(error)})
-            try:
-                return self._ask()
-            except OSError as error:
-                self._end()
-                raise Unforkable(f"its template is lost: {error}") from error
+                self._refuse(f"its template did not load: {error}")
+                raise Unforkable(self._refusal) from error
+
+    def refuse(self, reason: str, seconds: float = REFUSED_SECONDS) -> None:
+        """Fork nothing for a while: children are started by themselves."""
+        with self._lock:
+            self._refuse(reason, seconds)
 
     def close(self) -> None:
-        """End the template; children that it has forked live on."""
+        """End the template, one that loads just now too, for good. Children that it has forked live on."""
+        self._is_closed = True
+        running = self._running
+        if running is not None:  # without the lock, which whoever waits for it to load holds
+            with contextlib.suppress(OSError):
+                running[1].shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._end()
 
-    def _ask(self) -> tuple[ForkedChild, socket.socket]:
+    def _refuse(self, reason: str, seconds: float = REFUSED_SECONDS) -> None:
+        self._end()
+        self._refusal, self._refused_until = reason, time.monotonic() + seconds
+
+    def _ask(self, control: socket.socket) -> tuple[ForkedChild, socket.socket]:
         """Have a child forked, on a channel of its own: one that we do not hear of finds it closed, and ends."""
-        control = self._control()
-        (channel, childs_channel), (status, childs_status) = socket.socketpair(), socket.socketpair()
-        with childs_channel, childs_status:
-            socket.send_fds(control, [b"\0"], [childs_channel.fileno(), childs_status.fileno()])
-        try:
+        with ExitStack() as undo:
+            (channel, childs_channel), (status, childs_status) = socket.socketpair(), socket.socketpair()
+            undo.enter_context(channel)
+            undo.enter_context(status)
+            with childs_channel, childs_status:
+                socket.send_fds(control, [b"\0"], [childs_channel.fileno(), childs_status.fileno()])
             status.settimeout(FORK_SECONDS)
             said, descriptors, *_ = socket.recv_fds(status, NUMBER.size, 1)
             if not descriptors:
                 raise ConnectionResetError("it ended while it forked")
-        except OSError:
-            channel.close()
-            status.close()
-            raise
+            undo.pop_all()
         return ForkedChild(NUMBER.unpack(said)[0], descriptors[0], status), channel
 
-    def _control(self) -> socket.socket:
-        """Return the connection to a template that has loaded. Raises OSError, Unforkable."""
-        if self._running is not None:
-            return self._running[1]
+    def _load(self) -> socket.socket:
+        """Start the template; return the connection to it once it has loaded. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "services.worker.template", "--control", str(theirs.fileno())]
@@ -153,14 +171,12 @@ class Template:
                 env={**os.environ, **self.environment},
             )
         self._running = process, ours
+        if self._is_closed:
+            raise ConnectionAbortedError("the worker is ending")
         ours.settimeout(LOAD_SECONDS)
         said = ours.recv(MAX_SAID_BYTES)
-        if not said:
-            raise ConnectionResetError("it ended while it loaded")
         if said != READY:
-            self._end()
-            self._refusal = said.decode()
-            raise Unforkable(self._refusal)
+            raise ConnectionRefusedError(said.decode() or "it ended while it loaded")
         log.info("template loaded", extra={"kind": self.module, "pid": process.pid})
         return ours
 

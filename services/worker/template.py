@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -23,6 +24,8 @@ from typing import NoReturn
 READY = b"ready"
 NUMBER = struct.Struct("<q")
 """A process id, or the status with which it ended."""
+REHEARSAL_SECONDS = 40
+"""After which a rehearsal that hangs is killed: less than a worker waits for a template."""
 MAX_NAME = 15
 """Characters of a process's name that the kernel keeps."""
 
@@ -86,7 +89,6 @@ class TemplateProcess:
 
 def run(module: ModuleType, arguments: list[str], channel: int) -> NoReturn:
     """Be a child: what `python -m MODULE ARGUMENTS --channel CHANNEL` does."""
-    rename(module.__name__.split(".")[-2])
     sys.argv = [str(module.__file__), *arguments, "--channel", str(channel)]
     code = 1
     try:
@@ -113,7 +115,9 @@ def unfit(module: ModuleType, arguments: list[str]) -> str | None:
     pid = os.fork()
     if pid == 0:
         try:
-            os.close(os.pidfd_open(os.getpid()))  # by which a worker knows its children
+            signal.alarm(REHEARSAL_SECONDS)
+            # By such a descriptor a worker signals its children.
+            signal.pidfd_send_signal(os.pidfd_open(os.getpid()), 0)
             module.rehearse(arguments)
             os._exit(0)
         except BaseException:  # noqa: BLE001  # nor may this one

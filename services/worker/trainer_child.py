@@ -1,5 +1,6 @@
 """A trainer child as its worker sees it: started for one job, told to wait while somebody waits online."""
 
+import platform
 import queue
 import time
 from collections.abc import Callable
@@ -14,9 +15,11 @@ ONLINE_QUIET_SECONDS = 0.5
 
 def trainer_template(device: str, environment: dict[str, str]) -> Template:
     """Return what trainer children of a device are forked from; `environment`: more variables of theirs."""
-    # What a fork does not copy must not begin with an import: threads for numpy's and SciPy's own products, which
-    # are small here, and CUDA, which torch would start to see whether there is any.
-    unbegun = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    # What a fork does not copy must not begin with an import: CUDA, which torch would start to see whether there is
+    # any, and threads for numpy's and SciPy's own products. On other machines torch's products are OpenBLAS', too.
+    unbegun = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    if platform.machine() == "x86_64":
+        unbegun["OPENBLAS_NUM_THREADS"] = "1"
     return Template("services.worker.trainer.process", ["--device", device], environment | unbegun)
 
 

@@ -202,6 +202,9 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     follower_thread = threading.Thread(target=vital, args=(follower.run,), name="follower", daemon=True)
     follower_thread.start()
     signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
+    signals.worker_shutting_down.connect(
+        lambda **_: template.close(), weak=False
+    )  # nobody is to wait for one that loads
     app.conf.task_queues = [declare_worker_queue(identity.worker_id)]
     celery_worker = app.Worker(
         hostname=f"{identity.name}@{identity.host}",
@@ -222,7 +225,6 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     heart.stop.set()
     heart_thread.join()
     child.close()
-    template.close()
     with engine.begin() as connection:
         workers.retire(connection, identity.worker_id)
 

@@ -89,7 +89,7 @@ def gradients(base, data, *, packed, budget, **fields):
     if not packed:
         model._plain.set_attn_implementation("sdpa")
     loss, correct = 0.0, 0
-    for batch in micro_batches(data, np.arange(12), budget, packed=packed):
+    for batch in micro_batches(data, np.arange(16), budget, packed=packed):
         summed, right = model.losses(batch)
         summed.backward()
         loss, correct = loss + summed.item(), correct + int(right)
@@ -101,9 +101,20 @@ def gradients(base, data, *, packed, budget, **fields):
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gpt2"])
 def test_packed_gradients_are_padded_gradients(bases, data, kind, fields):
-    packed, loss, correct = gradients(bases(kind), data, packed=True, budget=150, **fields)
+    require_alike(bases(kind), data, **fields)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_packed_gradients_of_neighbours_of_one_length_are_padded_gradients(bases, tmp_path, kind):
+    """They attend as one batch: grouped heads, and a window that is shorter than an example, come along."""
+    examples = random_examples(12, shortest=24, longest=24)[0] + random_examples(4, shortest=9, longest=9)[0]
+    require_alike(bases(kind), PreparedData(write_prepared(tmp_path, examples)))
+
+
+def require_alike(base, data, **fields):
+    packed, loss, correct = gradients(base, data, packed=True, budget=150, **fields)
     is_full = fields.get("full", False)
-    padded, other_loss, other_correct = gradients(bases(kind), data, packed=False, budget=10_000, full=is_full)
+    padded, other_loss, other_correct = gradients(base, data, packed=False, budget=10_000, full=is_full)
     assert loss == pytest.approx(other_loss, abs=1e-8) and correct == other_correct
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, padded[name], rtol=1e-7, atol=1e-9, msg=name)

@@ -85,7 +85,7 @@ def own_child():
 def alone():
     """A child that no template has forked."""
     refusing = trainer_template("cpu:0", {"OMP_NUM_THREADS": "1"})
-    refusing._refusal = "a test"
+    refusing.refuse("a test")
     started = TrainerChild(template=refusing)
     yield started
     started.close()
@@ -127,16 +127,17 @@ def test_a_job_from_its_start_to_its_product(undisturbed, scratch):
 def test_started_alone_it_ends_with_the_bits_of_one_that_was_forked(
     base, data, validation, tmp_path, alone, undisturbed
 ):
-    alone.train(spec(base, data, tmp_path, validation=str(validation), checkpoints=NEVER, **RUN))
-    assert isinstance(alone.finish(), Finished)
-    assert (
-        "services.worker.template" in psutil.Process(shared_template("cpu:0", 1).pid).cmdline()
-    )  # by which the other was forked
+    for full in (False, True):
+        alone.said.clear()
+        job = spec(base, data, tmp_path / f"{full}", validation=str(validation), full=full, checkpoints=NEVER, **RUN)
+        alone.train(job)
+        assert isinstance(alone.finish(), Finished)
+        said, weights, _ = undisturbed[full]
+        ours = weights_of(tmp_path / f"{full}" / "model")
+        assert metrics_of(alone.said) == metrics_of(said)
+        assert all(torch.equal(ours[name], weights[name]) for name in weights) and ours.keys() == weights.keys()
+    assert shared_template("cpu:0", 1).pid, "the other was not forked"
     assert psutil.Process(alone.pid).ppid() == os.getpid()
-    said, weights, _ = undisturbed[False]
-    ours = weights_of(tmp_path / "model")
-    assert metrics_of(alone.said) == metrics_of(said)
-    assert all(torch.equal(ours[name], weights[name]) for name in weights) and ours.keys() == weights.keys()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

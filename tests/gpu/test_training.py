@@ -75,7 +75,7 @@ def run_killed(child, job, directory, kills=(4, 9)):
 def test_forked_or_started_alone_the_bits_are_the_same(base, data, tmp_path):
     """A CUDA that the template had begun with would not survive the fork: then the child would have been started alone."""
     template, alone = (trainer_template("cuda:0", {}) for _ in range(2))
-    alone._refusal = "a test"
+    alone.refuse("a test")
     runs = []
     for name, one in (("forked", template), ("alone", alone)):
         child = TrainerChild(template=one)

@@ -9,10 +9,15 @@ import threading
 import time
 
 from services.worker.protocol import Channel, Ping, Pong
+from services.worker.template import rename
 
 
 def preload():
     """As in a library that computes while it is imported, where a test says so."""
+    if os.environ.get("LAMPLIGHTER_TEST_UNFIT") == "library":
+        raise ImportError("a library that is not whole")
+    if os.environ.get("LAMPLIGHTER_TEST_UNFIT") == "disk":
+        time.sleep(60)
     if os.environ.get("LAMPLIGHTER_TEST_UNFIT") == "threads":
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 
@@ -23,6 +28,7 @@ def rehearse(_arguments):
 
 
 def main():
+    rename("stepper")
     parser = argparse.ArgumentParser()
     parser.add_argument("--channel", type=int, required=True)
     channel = Channel(socket.socket(fileno=parser.parse_args().channel))

@@ -86,8 +86,9 @@ def trainers_of(process: psutil.Process | None = None):
 
 
 def worker_of(trainer: psutil.Process):
-    """Return the worker whose template has forked a trainer."""
-    return trainer.parent().parent()
+    """Return the worker that has a trainer, by its template or without."""
+    parent = trainer.parent()
+    return parent.parent() if parent.name() == "template" else parent
 
 
 class TrainerChild(ChildSupervisor):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -58,7 +59,7 @@ def test_children_of_one_template_live_and_die_apart(template, steppers):
         moves(stepper)
     process = psutil.Process(first.process.pid)
     assert process.ppid() == template.pid == psutil.Process(second.process.pid).ppid()
-    assert process.name() == "support" and psutil.Process(template.pid).name() == "template"
+    assert process.name() == "stepper" and psutil.Process(template.pid).name() == "template"
     assert process.environ()["LAMPLIGHTER_TEST_VALUE"] == "from the worker"
     first.process.kill()
     wait_until(lambda: steppers[0].ended == [(first.process.pid, -signal.SIGKILL)], 5)
@@ -118,6 +119,44 @@ def test_a_template_ends_with_its_worker_and_children_with_theirs(template, step
     assert steppers[0].pid == life.process.pid
     life.channel.close()
     assert life.process.wait(5) is None
+
+
+def test_the_end_of_a_child_is_told_whose_template_answers_no_more(template, steppers):
+    life = steppers[0].start()
+    moves(steppers[0])
+    os.kill(template.pid, signal.SIGSTOP)
+    life.process.kill()
+    wait_until(lambda: steppers[0].ended == [(life.process.pid, None)], 3)
+
+
+def test_a_worker_that_ends_waits_for_no_template_that_loads():
+    template = Template(CHILD, [], {"LAMPLIGHTER_TEST_UNFIT": "disk"})
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(template.start)
+        wait_until(lambda: template.pid, 10)
+        loading = psutil.Process(template.pid)
+        template.close()
+        with pytest.raises(Unforkable):
+            asked.result(timeout=5)
+    assert not loading.is_running() and template.pid is None
+
+
+def test_a_refusal_is_remembered_and_in_the_end_forgotten(template):
+    """What failed may have been memory that others held; what fails is not tried again before every job."""
+    template.environment["LAMPLIGHTER_TEST_UNFIT"] = "library"
+    for _ in range(2):
+        with pytest.raises(Unforkable, match="ended while it loaded"):
+            template.start()
+    began = time.monotonic()
+    with pytest.raises(Unforkable):
+        template.start()
+    assert time.monotonic() - began < 0.05
+    del template.environment["LAMPLIGHTER_TEST_UNFIT"]
+    template.refuse("a moment", 0.05)
+    time.sleep(0.1)
+    process, channel = template.start()
+    channel.close()
+    assert process.wait(5) == 0
 
 
 @pytest.mark.parametrize("fault", ["threads", "rehearsal"])

@@ -44,6 +44,8 @@ def packed_attention(
     asked = [name for name in _CHANGES_SCORES if others.get(name) is not None]
     if asked or packed_lengths is None or not getattr(module, "is_causal", True):
         raise NotPackable(f"attention with {', '.join(asked) or 'other rows'}")
+    if any(side.shape[0] != 1 or side.shape[2] != sum(packed_lengths) for side in (query, key, value)):
+        raise NotPackable("attention over other keys than a row's")
     attended, start = [], 0
     for length, group in itertools.groupby(packed_lengths):
         count = len(list(group))
@@ -59,7 +61,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        attended.append(batch.transpose(1, 2).flatten(0, 1))
+        attended.append(batch.transpose(1, 2).flatten(0, 1).contiguous())
         start += count * length
     return (torch.cat(attended) if len(attended) > 1 else attended[0])[None], None
 

@@ -23,7 +23,8 @@ from services.worker.trainer.sharding import is_divided, loading_arguments, requ
 log = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
-PROBE_LENGTHS = (5, 9)
+PROBE_LENGTHS = (5, 9, 9)
+"""The second and third are computed as one batch."""
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far packed logits may be from those of an example alone, as a share of the largest."""
 
@@ -191,16 +192,16 @@ def _evaluating(model: torch.nn.Module) -> Any:
 
 
 def _computes_packed(model: Any) -> bool:
-    """Compare two packed examples with each alone; another first one must change no bit of the second."""
+    """Compare packed examples with each alone; another first one must change no bit of the others."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    first, second, other = (
+    first, *rest, other = (
         torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
         for length in (*PROBE_LENGTHS, PROBE_LENGTHS[0])
     )
-    alone = [model(input_ids=tokens, use_cache=False).logits[0] for tokens in (first, second)]
+    alone = [model(input_ids=tokens, use_cache=False).logits[0] for tokens in (first, *rest)]
     model.set_attn_implementation(attention.NAME)
-    packed, changed = (_packed_logits(model, torch.cat([one, second], dim=1)) for one in (first, other))
+    packed, changed = (_packed_logits(model, torch.cat([one, *rest], dim=1)) for one in (first, other))
     start = PROBE_LENGTHS[0]
     if not torch.equal(packed[start:], changed[start:]):
         raise attention.NotPackable("examples of a row see each other")

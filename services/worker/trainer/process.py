@@ -26,6 +26,7 @@ from services.worker.protocol import (
     Train,
     TrainTasks,
 )
+from services.worker.template import rename
 from services.worker.trainer.errors import OutOfMemory, StopRequested, TrainingFailed
 from services.worker.trainer.gate import Gate, Pulse
 from services.worker.trainer.job import TrainingJob
@@ -167,6 +168,7 @@ def _device_of(arguments: argparse.Namespace) -> torch.device:
 
 def main() -> None:
     arguments = _parser().parse_args()
+    rename("trainer")
     configure_logging("trainer")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     device = _device_of(arguments)
