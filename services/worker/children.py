@@ -1,19 +1,17 @@
 """Supervises child processes of every kind: starts one, notices when it dies or hangs, and replaces it."""
 
 import logging
-import os
 import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.worker.forks import ChildProcess, Template, Unforkable
+from services.worker.forks import ChildProcess, Template, Unforkable, start_alone
 from services.worker.protocol import (
     Abort,
     Budget,
@@ -28,7 +26,7 @@ from services.worker.protocol import (
     Submit,
     ToChild,
 )
-from services.worker.threads import vital
+from services.worker.threads import start_vital
 from shared.domain.errors import ChildLost
 from shared.logging import Ids, logged_as
 
@@ -76,9 +74,8 @@ class ChildSupervisor:
         environment: dict[str, str] | None = None,
         template: Template | None = None,
     ) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
+        self._module, self._arguments, self._environment = module, arguments, environment or {}
         self._template = template
-        self._environment = {**os.environ, **(environment or {})}
         self._hang_seconds = hang_seconds
         self._lock = threading.Lock()
         self._life: Life | None = None
@@ -86,7 +83,7 @@ class ChildSupervisor:
         self._log_ids: Ids = {}
         """What this child is about: of one that many share, nothing, whoever was first to need it."""
         self.restarts = 0
-        threading.Thread(target=vital, args=(self._watch,), name="child watch", daemon=True).start()
+        start_vital("child watch", self._watch)
 
     def _receive(self, _life: Life, message: FromChild) -> None:
         """Take what a child says; called from its reader thread."""
@@ -144,7 +141,7 @@ class ChildSupervisor:
             raise ChildLost("The worker is ending.")
         life = self._life = Life(process, Channel(endpoint))
         self._begun(life)
-        threading.Thread(target=vital, args=(lambda: self._read(life),), name="child reader", daemon=True).start()
+        start_vital("child reader", lambda: self._read(life))
         self._log(logging.INFO, "child started", pid=process.pid)
         return life
 
@@ -155,10 +152,7 @@ class ChildSupervisor:
                 return self._template.start()
             except Unforkable as error:
                 log.warning("a child is not forked, but started", extra={"reason": str(error)})
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [*self._command, "--channel", str(theirs.fileno())]
-            return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=self._environment), ours
+        return start_alone(self._module, self._arguments, self._environment, option="--channel")
 
     def _read(self, life: Life) -> None:
         """Pass on what the child says until it is gone."""

@@ -27,6 +27,7 @@ STATUS_SECONDS = 1.0
 REFUSED_SECONDS = 600.0
 """How long a template that could not load, or found that it may not fork, is not tried again: memory may come back."""
 MAX_SAID_BYTES = 256
+TEMPLATE = "services.worker.template"
 
 
 class Unforkable(Exception):
@@ -45,6 +46,17 @@ class ChildProcess(Protocol):
     def wait(self, timeout: float | None = None) -> int | None:
         """Return the status with which it ended, negative for a signal; raises subprocess.TimeoutExpired."""
         ...
+
+
+def start_alone(
+    module: str, arguments: list[str], environment: Mapping[str, str], *, option: str
+) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+    """Start `python -m MODULE`; `option` names our connection to it there. Return the process and our end."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", module, *arguments, option, str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **environment})
+    return process, ours
 
 
 class ForkedChild:
@@ -162,15 +174,8 @@ class Template:
 
     def _load(self) -> socket.socket:
         """Start the template; return the connection to it once it has loaded. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "services.worker.template", "--control", str(theirs.fileno())]
-            process = subprocess.Popen(
-                [*command, self.module, *self.arguments],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **self.environment},
-            )
-        self._running = process, ours
+        what = [self.module, *self.arguments]
+        self._running = process, ours = start_alone(TEMPLATE, what, self.environment, option="--control")
         if self._is_closed:
             raise ConnectionAbortedError("the worker is ending")
         ours.settimeout(LOAD_SECONDS)

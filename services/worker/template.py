@@ -128,7 +128,7 @@ def unfit(module: ModuleType, arguments: list[str]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A template of children; started by a worker.")
+    parser = argparse.ArgumentParser(description="A template of children; started by a worker.", allow_abbrev=False)
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("module")
     known, arguments = parser.parse_known_args()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -19,3 +20,10 @@ def vital(run: Callable[[], None]) -> None:
     except BaseException:
         log.critical("a vital thread died: the process ends", exc_info=True)
         os._exit(EXIT_THREAD_DIED)
+
+
+def start_vital(name: str, run: Callable[[], None]) -> threading.Thread:
+    """Start a thread of which `vital` is true; it ends with the process at the latest."""
+    thread = threading.Thread(target=vital, args=(run,), name=name, daemon=True)
+    thread.start()
+    return thread

@@ -28,7 +28,7 @@ from services.worker.protocol import EngineStatistics
 from services.worker.room import DeviceRoom
 from services.worker.slices import SliceRunner
 from services.worker.tasks import register_tasks
-from services.worker.threads import vital
+from services.worker.threads import start_vital
 from services.worker.trainer_child import trainer_template
 from services.worker.training import TrainingParts, TrainingRunner, TrainingTotals
 from services.worker.translation import ModelDirectory
@@ -197,14 +197,11 @@ def serve(app: Celery, runner: SliceRunner, engine: Engine, identity: WorkerIden
     redis_client = connect_redis(redis_url, timeout_seconds=0.5)
     register_tasks(app, runner, trainer, lambda: wake_dispatcher(redis_client))
     heart = Heart(engine, runner, child, online_server, identity, parts.totals)
-    heart_thread = threading.Thread(target=vital, args=(lambda: heart.run(settings),), name="heart", daemon=True)
-    heart_thread.start()
-    follower_thread = threading.Thread(target=vital, args=(follower.run,), name="follower", daemon=True)
-    follower_thread.start()
+    heart_thread = start_vital("heart", lambda: heart.run(settings))
+    follower_thread = start_vital("follower", follower.run)
     signals.worker_shutting_down.connect(lambda **_: runner.draining.set(), weak=False)
-    signals.worker_shutting_down.connect(
-        lambda **_: template.close(), weak=False
-    )  # nobody is to wait for one that loads
+    # Nobody is to wait for one that loads.
+    signals.worker_shutting_down.connect(lambda **_: template.close(), weak=False)
     app.conf.task_queues = [declare_worker_queue(identity.worker_id)]
     celery_worker = app.Worker(
         hostname=f"{identity.name}@{identity.host}",

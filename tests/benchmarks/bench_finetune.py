@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from services.worker.protocol import CheckpointPolicy, Finished, Progress, Started
 from services.worker.trainer_child import trainer_template
@@ -239,6 +240,8 @@ def bench_child(table: Table, directory: Path) -> None:
         median = statistics.median(seconds)
         title = f"start of {what} to the beginning of its first step, 135M Llama, files in memory"
         table.add(f"finetune-3c{row}", title, median, "s", "≤ 10 s", median <= 10, seconds)
+    size = _template_bytes() / 2**20
+    table.add("finetune-3c-memory", "what a template of trainers holds in memory", size, "MiB", "said", True)
     child = TrainerChild(threads=CORES)
     child.train(spec(base, data, directory / "paused", batch_size=2, max_steps=10_000))
     more = []
@@ -256,6 +259,17 @@ def bench_child(table: Table, directory: Path) -> None:
     child.close()
     what = "steps that end after a pause is sent in the middle of one"
     table.add("finetune-3d", what, max(more), "steps", "≤ 1", max(more) <= 1, more)
+
+
+def _template_bytes() -> int:
+    """Return what a template of trainers holds in memory once it has loaded."""
+    template = trainer_template("cpu:0", {"OMP_NUM_THREADS": str(CORES)})
+    process, channel = template.start()
+    channel.close()
+    process.wait()
+    size = psutil.Process(template.pid).memory_info().rss
+    template.close()
+    return size
 
 
 def _starts(base: Path, data: Path, directory: Path, rounds: int = 3) -> tuple[list[float], list[float]]:

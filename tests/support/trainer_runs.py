@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from services.worker.children import ChildSupervisor
+from services.worker import trainer_child
 from services.worker.protocol import (
     CheckpointWritten,
     Failed,
@@ -27,7 +27,6 @@ from services.worker.protocol import (
     Stopped,
     Train,
 )
-from services.worker.trainer_child import trainer_template
 from tests.support.servers import wait_until
 
 ENDS = (Finished, Failed, Stopped)
@@ -71,7 +70,7 @@ def random_examples(count=40, *, seed=0, vocabulary=260, shortest=2, longest=40)
 @functools.cache
 def shared_template(device, threads):
     """One template for all children of a device with so many threads, as a worker has; it ends with this process."""
-    return trainer_template(device, {"OMP_NUM_THREADS": str(threads)})
+    return trainer_child.trainer_template(device, {"OMP_NUM_THREADS": str(threads)})
 
 
 def trainers_of(process: psutil.Process | None = None):
@@ -91,19 +90,11 @@ def worker_of(trainer: psutil.Process):
     return parent.parent() if parent.name() == "template" else parent
 
 
-class TrainerChild(ChildSupervisor):
-    """A trainer child; what it says arrives in `inbox`, and `None` once it is gone."""
+class TrainerChild(trainer_child.TrainerChild):
+    """A trainer child that remembers what it said."""
 
     def __init__(self, *, hang_seconds=60.0, threads=1, device="cpu:0", template=None):
-        template = template or shared_template(device, threads)
-        super().__init__(
-            template.module,
-            template.arguments,
-            hang_seconds=hang_seconds,
-            environment=template.environment,
-            template=template,
-        )
-        self.inbox = queue.SimpleQueue()
+        super().__init__(template or shared_template(device, threads), hang_seconds=hang_seconds)
         self.said = []
 
     def send(self, message):
@@ -134,12 +125,9 @@ class TrainerChild(ChildSupervisor):
         """Return how the job ended."""
         return self.next(*ENDS, seconds=seconds)
 
-    def _receive(self, _life, message):
+    def _receive(self, life, message):
         self.said.append(message)
-        self.inbox.put(message)
-
-    def _end(self, _life):
-        self.inbox.put(None)
+        super()._receive(life, message)
 
 
 def one_job(child):
